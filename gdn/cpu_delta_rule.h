@@ -1,0 +1,374 @@
+// The gated delta rule on the CPU: token by token (the definition), and in chunks (what the GPU computes
+// too).
+//
+// One head, state S [dk,dv], S_0 = 0, log decay g_t <= 0, write strength beta_t, readout scale s:
+//   S~_t = exp(g_t) S_{t-1}
+//   u_t  = beta_t (v_t - S~_t^T k_t)
+//   S_t  = S~_t + k_t u_t^T
+//   o_t  = s S_t^T q_t                                          arXiv 2412.06464, eq. 10, transposed
+//
+// In chunks of C tokens. G_i = g_1 + ... + g_i inside the chunk, D_ij = exp(G_i - G_j) for i >= j, else 0:
+// the difference is taken before the exponential, so no exponent is positive and nothing overflows. Unrolling
+// the recurrence inside a chunk, the rows u_t are the solution Vn of a unit lower triangular system:
+//   R  = diag(beta) (V - diag(e^G) K S_0)
+//   (I + A) Vn = R,            A_ij = beta_i D_ij (k_i . k_j), i > j
+//   O  = s (diag(e^G) Q S_0 + P Vn),   P_ij = D_ij (q_i . k_j), i >= j
+//   S_C = e^{G_C} S_0 + Kd^T Vn,       Kd_i = e^{G_C - G_i} k_i
+// Only S_0 -> S_C is sequential. (The literature's W and U, with Vn = U - W S_0, are (I+A)^-1 applied to the
+// two parts of R; keeping R whole costs fewer products and does not subtract two rounded numbers.) Backward,
+// given dO and dS_C (the code follows this order):
+//   dVn = s P^T dO + Kd dS_C     dP = s dO Vn^T     dKd = Vn dS_C^T     dQe = s dO S_0^T  (Qe = diag(e^G) Q)
+//   X  = (I+A)^-T dVn = dR       dA = -X Vn^T, strictly lower
+//   dV = diag(beta) X            Y = d(K S_0) = -diag(beta e^G) X
+//   dS_0 = e^{G_C} dS_C + s Qe^T dO + K^T Y
+// and from dP, dA, dKd, dQe, Y S_0^T by the product rule to q, k, beta and G; dg_t = sum_{i >= t} dG_i.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "device.h"
+#include "shapes.h"
+
+namespace gdn {
+
+namespace small {  // dense products of a chunk's matrices, [rows, cols] row-major, C += sign * ...
+
+// c [m,n] += alpha a [m,k] b [k,n]
+template <class Real>
+void add_ab(Real* c, const Real* a, const Real* b, int m, int k, int n, Real alpha = 1) {
+  for (int i = 0; i < m; i++)
+    for (int l = 0; l < k; l++) {
+      const Real x = alpha * a[i * k + l];
+#pragma omp simd
+      for (int j = 0; j < n; j++) c[i * n + j] += x * b[l * n + j];
+    }
+}
+
+// c [m,n] += alpha a [k,m]^T b [k,n]
+template <class Real>
+void add_atb(Real* c, const Real* a, const Real* b, int m, int k, int n, Real alpha = 1) {
+  for (int l = 0; l < k; l++)
+    for (int i = 0; i < m; i++) {
+      const Real x = alpha * a[l * m + i];
+#pragma omp simd
+      for (int j = 0; j < n; j++) c[i * n + j] += x * b[l * n + j];
+    }
+}
+
+// c [m,n] += alpha a [m,k] b [n,k]^T
+template <class Real>
+void add_abt(Real* c, const Real* a, const Real* b, int m, int k, int n, Real alpha = 1) {
+  std::vector<Real> transposed(size_t(k) * n);
+  for (int j = 0; j < n; j++)
+    for (int l = 0; l < k; l++) transposed[l * n + j] = b[j * k + l];
+  add_ab(c, a, transposed.data(), m, k, n, alpha);
+}
+
+}  // namespace small
+
+// Bytes that gated_delta_rule_forward keeps for the backward, and that both need while they run. On the CPU
+// only the states at the chunks' starts are kept, [B,Hv,chunks,dk,dv]; the rest is computed again.
+template <class Real>
+size_t gated_delta_rule_saved_bytes(Cpu<Real>&, const MixerShape& shape) {
+  return sizeof(Real) * shape.batch * shape.heads_v * shape.chunks() * shape.head_dim_k * shape.head_dim_v;
+}
+
+template <class Real>
+size_t gated_delta_rule_scratch_bytes(Cpu<Real>&, const MixerShape&) {
+  return 0;
+}
+
+// Token by token, from and into state [B,Hv,dk,dv]: for sampling, and the definition the chunked form must
+// meet. o [M,Hv*dv]; qkv [M,conv_channels]; g, beta [M,Hv].
+template <class Real>
+void gated_delta_rule_recurrent(Cpu<Real>&, Real* o, Real* state, const Real* qkv, const Real* g,
+                                const Real* beta, const MixerShape& shape, Real s) {
+  const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, group = H / shape.heads_k;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int b = 0; b < shape.batch; b++)
+    for (int h = 0; h < H; h++) {
+      Real* S = state + (int64_t(b) * H + h) * dk * dv;
+      std::vector<Real> u(dv);
+      for (int t = 0; t < shape.tokens; t++) {
+        const int64_t m = int64_t(b) * shape.tokens + t;
+        const Real* q = qkv + m * shape.conv_channels() + (h / group) * dk;
+        const Real *k = q + shape.key_dim(),
+                   *v = qkv + m * shape.conv_channels() + 2 * shape.key_dim() + h * dv;
+        const Real alpha = std::exp(g[m * H + h]), write = beta[m * H + h];
+        Real* out = o + (m * H + h) * dv;
+        std::copy_n(v, dv, u.data());
+        for (int i = 0; i < dk; i++)
+          for (int j = 0; j < dv; j++) {
+            S[i * dv + j] *= alpha;
+            u[j] -= S[i * dv + j] * k[i];
+          }
+        std::fill_n(out, dv, Real(0));
+        for (int i = 0; i < dk; i++)
+          for (int j = 0; j < dv; j++) {
+            S[i * dv + j] += k[i] * write * u[j];
+            out[j] += s * q[i] * S[i * dv + j];
+          }
+      }
+    }
+}
+
+// Backward in time of gated_delta_rule_recurrent from S_0 = 0, in double the exact gradient: for tests.
+//   dS += s q do^T    dq = s S do    du = dS^T k    dk = dS u - beta S~ du    dv = beta du    dbeta = du . (v
+//   - S~^T k) dS~ = dS - beta k du^T    dg = <dS~, S~>    dS <- alpha dS~
+template <class Real>
+void gated_delta_rule_recurrent_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, const Real* d_o,
+                                         const Real* qkv, const Real* g, const Real* beta,
+                                         const MixerShape& shape, Real s) {
+  const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, group = H / shape.heads_k;
+  const int T = shape.tokens, C = shape.conv_channels();
+  std::fill_n(dqkv, int64_t(shape.rows()) * C, Real(0));
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int b = 0; b < shape.batch; b++)
+    for (int hk = 0; hk < shape.heads_k; hk++)
+      for (int h = hk * group; h < (hk + 1) * group; h++) {
+        std::vector<Real> decayed(int64_t(T) * dk * dv), S(dk * dv), dS(dk * dv), u(dv), error(dv), du(dv);
+        const auto row = [&](int t) { return (int64_t(b) * T + t) * C; };
+        const auto error_of = [&](int t) {  // v - S~^T k
+          const Real *k = qkv + row(t) + shape.key_dim() + hk * dk,
+                     *v = qkv + row(t) + 2 * shape.key_dim() + h * dv;
+          std::copy_n(v, dv, error.data());
+          small::add_ab(error.data(), k, &decayed[int64_t(t) * dk * dv], 1, dk, dv, Real(-1));
+        };
+        for (int t = 0; t < T; t++) {
+          const int64_t i = (int64_t(b) * T + t) * H + h;
+          Real* D = &decayed[int64_t(t) * dk * dv];
+          for (int e = 0; e < dk * dv; e++) D[e] = std::exp(g[i]) * S[e];
+          error_of(t);
+          std::copy_n(D, dk * dv, S.data());
+          small::add_ab(S.data(), qkv + row(t) + shape.key_dim() + hk * dk, error.data(), dk, 1, dv, beta[i]);
+        }
+        for (int t = T - 1; t >= 0; t--) {
+          const int64_t i = (int64_t(b) * T + t) * H + h;
+          const Real *q = qkv + row(t) + hk * dk, *k = q + shape.key_dim(),
+                     *D = &decayed[int64_t(t) * dk * dv];
+          const Real* d_out = d_o + i * dv;
+          Real *dq = dqkv + row(t) + hk * dk, *dk_t = dq + shape.key_dim();
+          Real* dv_t = dqkv + row(t) + 2 * shape.key_dim() + h * dv;
+          error_of(t);
+          for (int c = 0; c < dv; c++) u[c] = beta[i] * error[c];
+          std::copy_n(D, dk * dv, S.data());
+          small::add_ab(S.data(), k, u.data(), dk, 1, dv);
+          small::add_ab(dq, S.data(), d_out, dk, dv, 1, s);
+          small::add_ab(dS.data(), q, d_out, dk, 1, dv, s);
+          std::fill(du.begin(), du.end(), Real(0));
+          small::add_ab(du.data(), k, dS.data(), 1, dk, dv);
+          small::add_ab(dk_t, dS.data(), u.data(), dk, dv, 1);
+          small::add_ab(dk_t, D, du.data(), dk, dv, 1, -beta[i]);
+          for (int c = 0; c < dv; c++) dv_t[c] = beta[i] * du[c];
+          dbeta[i] = dot(du.data(), error.data(), dv);
+          small::add_ab(dS.data(), k, du.data(), dk, 1, dv, -beta[i]);
+          dg[i] = dot(dS.data(), D, dk * dv);
+          for (Real& x : dS) x *= std::exp(g[i]);
+        }
+      }
+}
+
+// The matrices of one chunk of one head, C = kChunk rows (a shorter last chunk fills the first n).
+template <class Real>
+struct DeltaRuleChunk {
+  int n, dk, dv;                       // tokens in this chunk, head sizes
+  std::vector<Real> q, k, v, G, beta;  // inputs; G the running sum of g
+  std::vector<Real> eG, D;             // e^G_i, and D_ij = e^(G_i - G_j) for i >= j, else 0
+  std::vector<Real> kk, qk, A, P;      // as in the file's comment; kk, qk the bare products k.k, q.k
+  std::vector<Real> KS, Vn, Kd;        // KS = K S_0
+
+  DeltaRuleChunk(int head_dim_k, int head_dim_v)
+      : n(0),
+        dk(head_dim_k),
+        dv(head_dim_v),
+        q(kChunk * dk),
+        k(kChunk * dk),
+        v(kChunk * dv),
+        G(kChunk),
+        beta(kChunk),
+        eG(kChunk),
+        D(kChunk * kChunk),
+        kk(kChunk * kChunk),
+        qk(kChunk * kChunk),
+        A(kChunk * kChunk),
+        P(kChunk * kChunk),
+        KS(kChunk * dv),
+        Vn(kChunk * dv),
+        Kd(kChunk * dk) {}
+};
+
+// Reads chunk `index` of sequence b, value head h.
+template <class Real>
+void load_chunk(DeltaRuleChunk<Real>& c, const Real* qkv, const Real* g, const Real* beta,
+                const MixerShape& shape, int b, int h, int index) {
+  const int H = shape.heads_v, hk = h / (H / shape.heads_k), first = index * kChunk;
+  c.n = std::min(kChunk, shape.tokens - first);
+  for (int i = 0; i < c.n; i++) {
+    const int64_t m = int64_t(b) * shape.tokens + first + i;
+    const Real* row = qkv + m * shape.conv_channels();
+    std::copy_n(row + hk * c.dk, c.dk, &c.q[i * c.dk]);
+    std::copy_n(row + shape.key_dim() + hk * c.dk, c.dk, &c.k[i * c.dk]);
+    std::copy_n(row + 2 * shape.key_dim() + h * c.dv, c.dv, &c.v[i * c.dv]);
+    c.G[i] = g[m * H + h] + (i ? c.G[i - 1] : Real(0));
+    c.beta[i] = beta[m * H + h];
+  }
+}
+
+// A, P, KS, Vn, Kd from the inputs and the state S0 [dk,dv] at the chunk's start.
+template <class Real>
+void prepare_chunk(DeltaRuleChunk<Real>& c, const Real* S0) {
+  const int n = c.n, dk = c.dk, dv = c.dv;
+  std::fill_n(c.kk.begin(), n * n, Real(0));
+  std::fill_n(c.qk.begin(), n * n, Real(0));
+  small::add_abt(c.kk.data(), c.k.data(), c.k.data(), n, dk, n);
+  small::add_abt(c.qk.data(), c.q.data(), c.k.data(), n, dk, n);
+  for (int i = 0; i < n; i++) {
+    c.eG[i] = std::exp(c.G[i]);
+#pragma omp simd
+    for (int j = 0; j < n; j++) {
+      const Real decay =
+          std::exp(std::min(c.G[i] - c.G[j], Real(0)));  // no overflow above the diagonal either
+      c.D[i * n + j] = i >= j ? decay : Real(0);
+      c.A[i * n + j] = i > j ? c.beta[i] * decay * c.kk[i * n + j] : Real(0);
+      c.P[i * n + j] = c.D[i * n + j] * c.qk[i * n + j];
+    }
+  }
+  std::fill_n(c.KS.begin(), n * dv, Real(0));
+  small::add_ab(c.KS.data(), c.k.data(), S0, n, dk, dv);
+  for (int i = 0; i < n; i++) {  // forward substitution, row by row
+    for (int e = 0; e < dv; e++)
+      c.Vn[i * dv + e] = c.beta[i] * (c.v[i * dv + e] - c.eG[i] * c.KS[i * dv + e]);
+    small::add_ab(&c.Vn[i * dv], &c.A[i * n], c.Vn.data(), 1, i, dv, Real(-1));
+  }
+  for (int i = 0; i < n; i++)
+    for (int e = 0; e < dk; e++) c.Kd[i * dk + e] = c.D[(n - 1) * n + i] * c.k[i * dk + e];
+}
+
+// o [M,Hv*dv] in chunks; `saved` as gated_delta_rule_saved_bytes asks. Starts from S_0 = 0.
+template <class Real>
+void gated_delta_rule_forward(Cpu<Real>&, Real* o, void* saved, const Real* qkv, const Real* g,
+                              const Real* beta, const MixerShape& shape, Real s, void*) {
+  const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v;
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int b = 0; b < shape.batch; b++)
+    for (int h = 0; h < H; h++) {
+      DeltaRuleChunk<Real> c(dk, dv);
+      std::vector<Real> out(kChunk * dv), S(dk * dv);
+      for (int index = 0; index < shape.chunks(); index++) {
+        Real* S0 = static_cast<Real*>(saved) + ((int64_t(b) * H + h) * shape.chunks() + index) * dk * dv;
+        std::copy(S.begin(), S.end(), S0);
+        load_chunk(c, qkv, g, beta, shape, b, h, index);
+        prepare_chunk(c, S0);
+        const int n = c.n;
+        std::fill(out.begin(), out.end(), Real(0));
+        small::add_ab(out.data(), c.q.data(), S0, n, dk, dv, s);
+        for (int i = 0; i < n; i++)
+          for (int e = 0; e < dv; e++) out[i * dv + e] *= c.eG[i];
+        small::add_ab(out.data(), c.P.data(), c.Vn.data(), n, n, dv, s);
+        for (Real& x : S) x *= c.eG[n - 1];
+        small::add_atb(S.data(), c.Kd.data(), c.Vn.data(), dk, n, dv);
+        for (int i = 0; i < n; i++)
+          std::copy_n(&out[i * dv], dv, o + ((int64_t(b) * shape.tokens + index * kChunk + i) * H + h) * dv);
+      }
+    }
+}
+
+// dqkv [M,conv_channels], dg, dbeta [M,Hv] from d_o [M,Hv*dv] and what the forward saved.
+template <class Real>
+void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, const Real* d_o,
+                               const void* saved, const Real* qkv, const Real* g, const Real* beta,
+                               const MixerShape& shape, Real s, void*) {
+  const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, group = H / shape.heads_k;
+  const int C = shape.conv_channels();
+#pragma omp parallel for collapse(2) schedule(static)
+  for (int b = 0; b < shape.batch; b++)
+    for (int hk = 0; hk < shape.heads_k; hk++) {
+      DeltaRuleChunk<Real> c(dk, dv);
+      std::vector<Real> dO(kChunk * dv), dVn(kChunk * dv), dP(kChunk * kChunk), dA(kChunk * kChunk);
+      std::vector<Real> dQ(kChunk * dk), dK(kChunk * dk), dKd(kChunk * dk), dG(kChunk), dS(dk * dv);
+      std::vector<Real> Y(kChunk * dv);
+      for (int h = hk * group; h < (hk + 1) * group; h++) {
+        std::fill(dS.begin(), dS.end(), Real(0));
+        for (int index = shape.chunks() - 1; index >= 0; index--) {
+          const Real* S0 =
+              static_cast<const Real*>(saved) + ((int64_t(b) * H + h) * shape.chunks() + index) * dk * dv;
+          load_chunk(c, qkv, g, beta, shape, b, h, index);
+          prepare_chunk(c, S0);
+          const int n = c.n, last = n - 1;
+          const int64_t first = int64_t(b) * shape.tokens + index * kChunk;
+          for (int i = 0; i < n; i++)
+            for (int e = 0; e < dv; e++) dO[i * dv + e] = s * d_o[((first + i) * H + h) * dv + e];
+          const auto clear = [](std::vector<Real>& x) { std::fill(x.begin(), x.end(), Real(0)); };
+          for (auto* x : {&dVn, &dP, &dA, &dQ, &dK, &dKd, &dG}) clear(*x);
+
+          small::add_atb(dVn.data(), c.P.data(), dO.data(), n, n, dv);
+          small::add_ab(dVn.data(), c.Kd.data(), dS.data(), n, dk, dv);
+          small::add_abt(dP.data(), dO.data(), c.Vn.data(), n, dv, n);
+          small::add_abt(dKd.data(), c.Vn.data(), dS.data(), n, dv, dk);
+          small::add_abt(dQ.data(), dO.data(), S0, n, dv, dk);  // dQe
+
+          std::vector<Real>& X = dVn;  // in place: backward substitution with (I+A)^T
+          for (int i = last; i >= 0; i--)
+            for (int j = i + 1; j < n; j++)
+              for (int e = 0; e < dv; e++) X[i * dv + e] -= c.A[j * n + i] * X[j * dv + e];
+          small::add_abt(dA.data(), X.data(), c.Vn.data(), n, dv, n, Real(-1));
+          for (int i = 0; i < n; i++)
+            for (int e = 0; e < dv; e++) Y[i * dv + e] = -c.beta[i] * c.eG[i] * X[i * dv + e];
+          small::add_abt(dK.data(), Y.data(), S0, n, dv, dk);
+
+          dG[last] += c.eG[last] * dot(S0, dS.data(), dk * dv);
+          for (Real& x : dS) x *= c.eG[last];
+          for (int i = 0; i < n; i++) small::add_ab(dS.data(), &c.q[i * dk], &dO[i * dv], dk, 1, dv, c.eG[i]);
+          small::add_atb(dS.data(), c.k.data(), Y.data(), dk, n, dv);
+
+          for (int i = 0; i < n; i++) {
+            const Real eG = c.eG[i], to_end = c.D[last * n + i], b_i = c.beta[i];
+            const Real vX = dot(&c.v[i * dv], &X[i * dv], dv), ksX = eG * dot(&c.KS[i * dv], &X[i * dv], dv);
+            const Real kdKd = to_end * dot(&c.k[i * dk], &dKd[i * dk], dk);
+            Real db = vX - ksX;
+            dG[i] += -b_i * ksX + eG * dot(&c.q[i * dk], &dQ[i * dk], dk) - kdKd;
+            dG[last] += kdKd;
+            for (int e = 0; e < dk; e++) {
+              dQ[i * dk + e] *= eG;
+              dK[i * dk + e] += to_end * dKd[i * dk + e];
+            }
+            for (int j = 0; j <= i; j++) {
+              // dP and dA become the gradients of q_i.k_j and k_i.k_j
+              const Real D = c.D[i * n + j], through_A = dA[i * n + j] * D * c.kk[i * n + j];
+              dP[i * n + j] *= D;
+              const Real through_D = dP[i * n + j] * c.qk[i * n + j] + (i > j ? b_i * through_A : Real(0));
+              dG[i] += through_D;
+              dG[j] -= through_D;
+              db += i > j ? through_A : Real(0);
+              dA[i * n + j] *= b_i * D;
+            }
+            for (int j = i; j < n; j++) dA[i * n + j] = 0;
+            for (int j = i + 1; j < n; j++) dP[i * n + j] = 0;
+            dbeta[(first + i) * H + h] = db;
+          }
+          small::add_ab(dQ.data(), dP.data(), c.k.data(), n, n, dk);
+          small::add_atb(dK.data(), dP.data(), c.q.data(), n, n, dk);
+          small::add_ab(dK.data(), dA.data(), c.k.data(), n, n, dk);
+          small::add_atb(dK.data(), dA.data(), c.k.data(), n, n, dk);
+          Real running = 0;
+          for (int i = last; i >= 0; i--) {
+            running += dG[i];
+            dg[(first + i) * H + h] = running;
+            Real *dq = dqkv + (first + i) * C + hk * dk, *dk_i = dq + shape.key_dim();
+            Real* dv_i = dqkv + (first + i) * C + 2 * shape.key_dim() + h * dv;
+            const bool first_of_group = h == hk * group;
+            for (int e = 0; e < dk; e++) {
+              dq[e] = dQ[i * dk + e] + (first_of_group ? Real(0) : dq[e]);
+              dk_i[e] = dK[i * dk + e] + (first_of_group ? Real(0) : dk_i[e]);
+            }
+            for (int e = 0; e < dv; e++) dv_i[e] = c.beta[i] * X[i * dv + e];
+          }
+        }
+      }
+    }
+}
+
+}  // namespace gdn

@@ -1,0 +1,53 @@
+// Sizes that the layers share. B sequences of T tokens; M = B*T rows; d the width of the residual stream.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gdn {
+
+constexpr int kConvTaps = 4;       // length of the short convolution
+constexpr int kChunk = 64;         // tokens the gated delta rule handles at a time
+constexpr double kNormEps = 1e-6;  // in every RMSNorm, and under the square root of the q/k L2 norm
+
+// Shape of one mixer call. Value heads share q and k in groups of heads_v / heads_k (grouped values).
+//
+// A row of the mixer's projections, proj [B,T,columns]:
+//   q~ [Hk*dk] | k~ [Hk*dk] | v~ [Hv*dv] | z [Hv*dv] | a [Hv] | b [Hv] | zeros up to a multiple of 8
+// and of the convolved and normalised qkv [B,T,conv_channels]:
+//   q [Hk*dk] | k [Hk*dk] | v [Hv*dv]
+struct MixerShape {
+  int batch = 0, tokens = 0;           // B, T
+  int heads_k = 0, heads_v = 0;        // Hk, Hv: Hv a multiple of Hk
+  int head_dim_k = 0, head_dim_v = 0;  // dk, dv
+
+  int rows() const { return batch * tokens; }
+  int key_dim() const { return heads_k * head_dim_k; }
+  int value_dim() const { return heads_v * head_dim_v; }
+  int conv_channels() const { return 2 * key_dim() + value_dim(); }
+  int z_column() const { return conv_channels(); }
+  int a_column() const { return conv_channels() + value_dim(); }
+  int b_column() const { return a_column() + heads_v; }
+  int columns() const { return (b_column() + heads_v + 7) / 8 * 8; }
+  int chunks() const { return (tokens + kChunk - 1) / kChunk; }
+};
+
+// One tensor as the optimizer sees it: `size` numbers at `offset` of the parameter arena.
+struct ParameterSpan {
+  size_t offset = 0, size = 0;
+  float learning_rate_scale = 1;  // multiplies the step's learning rate (mup.h)
+  float weight_decay = 0;         // this tensor's decay: -wd, or 0 where there is none
+};
+
+struct AdamwStep {
+  float learning_rate = 0, beta1 = 0, beta2 = 0, epsilon = 1e-8f;
+  float clip = 0;    // gradients are scaled by min(1, clip / |gradient|); 0: never
+  int64_t step = 1;  // counts from 1, for the bias corrections
+};
+
+struct SgdStep {
+  float learning_rate = 0, momentum = 0;  // Nesterov
+  float clip = 0;
+};
+
+}  // namespace gdn

@@ -1,0 +1,718 @@
+// Tests of dataloader.h: which sequences come in which order, what malformed files report, and whether the
+// built-in corpus states the probability of its text rightly. The last is checked by two independent readers:
+// one decodes the text alone and recomputes every sentence's probability and every answer, the other forks
+// the corpus at one point many times and compares each byte's stated probability with its frequency.
+#pragma once
+
+#include <stdlib.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../dataloader.h"
+
+namespace {
+namespace dataloader_tests {
+
+using namespace gdn;
+namespace fs = std::filesystem;
+
+// A new folder for temporary files, removed with all it holds.
+struct TemporaryFolder {
+  TemporaryFolder() {
+    std::string name = (fs::temp_directory_path() / "gdn_dataloader_XXXXXX").string();
+    if (mkdtemp(name.data()) == nullptr) throw std::runtime_error("cannot make " + name);
+    path = name;
+  }
+  ~TemporaryFolder() {
+    std::error_code ignored;
+    fs::remove_all(path, ignored);
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  std::string file(const std::string& name) const { return (path / name).string(); }
+
+  std::string write(const std::string& name, const std::string& bytes) const {
+    std::ofstream(file(name), std::ios::binary) << bytes;
+    return file(name);
+  }
+
+  // A shard whose header may disagree with its tokens.
+  std::string write_shard(const std::string& name, const std::vector<uint16_t>& tokens, int32_t header_tokens,
+                          int32_t magic = 20240520, int32_t version = 1) const {
+    std::vector<int32_t> header(256, 0);
+    header[0] = magic;
+    header[1] = version;
+    header[2] = header_tokens;
+    std::string bytes(reinterpret_cast<const char*>(header.data()), 1024);
+    bytes.append(reinterpret_cast<const char*>(tokens.data()), 2 * tokens.size());
+    return write(name, bytes);
+  }
+  std::string write_shard(const std::string& name, const std::vector<uint16_t>& tokens) const {
+    return write_shard(name, tokens, static_cast<int32_t>(tokens.size()));
+  }
+
+  fs::path path;
+};
+
+// Consecutive tokens first, first + 1, ...: a token then says where it stands.
+inline std::vector<uint16_t> consecutive(uint16_t first, size_t count) {
+  std::vector<uint16_t> tokens(count);
+  std::iota(tokens.begin(), tokens.end(), first);
+  return tokens;
+}
+
+struct Batch {
+  std::vector<int32_t> inputs, targets;
+  double entropy_floor = 0.0;
+
+  bool operator==(const Batch& other) const { return inputs == other.inputs && targets == other.targets; }
+};
+
+inline Batch next_batch(DataLoader& loader, int seq_len) {
+  Batch batch;
+  batch.inputs.resize(loader.local_batch() * seq_len);
+  batch.targets.resize(batch.inputs.size());
+  batch.entropy_floor = loader.next(batch.inputs.data(), batch.targets.data());
+  return batch;
+}
+
+inline Batch read_sequence(const DataLoader& loader, int64_t index, int seq_len) {
+  Batch batch;
+  batch.inputs.resize(seq_len);
+  batch.targets.resize(seq_len);
+  batch.entropy_floor = loader.read(index, batch.inputs.data(), batch.targets.data());
+  return batch;
+}
+
+// First input of every sequence of the next `sequences` batches of one sequence.
+inline std::vector<int32_t> first_tokens(DataLoader& loader, int seq_len, int64_t sequences) {
+  std::vector<int32_t> first;
+  for (int64_t i = 0; i < sequences; ++i) first.push_back(next_batch(loader, seq_len).inputs[0]);
+  return first;
+}
+
+inline std::vector<int32_t> sorted(std::vector<int32_t> values) {
+  std::sort(values.begin(), values.end());
+  return values;
+}
+
+// The message that an action fails with; "" if it does not fail.
+inline std::string error_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
+
+inline std::string open_error(const std::string& spec, int seq_len = 4) {
+  return error_of([&] { DataLoader(spec, seq_len, 1, 0); });
+}
+
+inline const std::vector<const stories::ChoiceSet*> kChoiceSets{
+    &stories::kOpenings, &stories::kCasts,          &stories::kSettings,      &stories::kNames,
+    &stories::kJobs,     &stories::kPlaces,         &stories::kThings,        &stories::kColours,
+    &stories::kNumbers,  &stories::kAnimals,        &stories::kJobWordings,   &stories::kPlaceWordings,
+    &stories::kSteps,    &stories::kAnimalWordings, &stories::kThingWordings, &stories::kVerbs};
+
+// Reads stories from their text alone: keeps the facts, requires that every answer follows from them, and
+// sums -log p of the choices from the tables of weights.
+struct StoryReader {
+  struct Person {
+    std::string job, place, animals, count;
+  };
+  struct Thing {
+    std::string colour, owner;
+  };
+  using Allowed = std::function<bool(const std::string&)>;
+
+  const std::string& text;
+  size_t at = 0;          // bytes read
+  double nats = 0.0;      // -log p of those bytes
+  int answers = 0;        // questions read
+  int fresh_answers = 0;  // of these, about a fact that an event had overwritten
+
+  std::vector<std::string> cast;
+  std::map<std::string, Person> people;
+  std::map<std::string, Thing> things;
+  std::set<std::string> overwritten;  // "place of Anna"
+  size_t introduced = 0;
+  int steps = 0;
+
+  explicit StoryReader(const std::string& story_text) : text(story_text) {}
+
+  bool sees(const std::string& words) const { return text.compare(at, words.size(), words) == 0; }
+
+  void expect(const std::string& words) {
+    REQUIRE_MESSAGE(sees(words), "expected '" << words << "' at '" << text.substr(at, 60) << "'");
+    at += words.size();
+  }
+
+  // Reads the one option that stands here, which must be allowed.
+  const stories::Option& choose(const stories::ChoiceSet& set, const Allowed& allowed) {
+    const stories::Option* chosen = nullptr;
+    double total = 0.0;
+    for (const stories::Option& option : set.options) {
+      if (!allowed(option.text)) continue;
+      total += option.weight;
+      if (sees(option.text)) {
+        REQUIRE(chosen == nullptr);
+        chosen = &option;
+      }
+    }
+    REQUIRE_MESSAGE(chosen != nullptr, "no option allowed at '" << text.substr(at, 60) << "'");
+    nats -= std::log(chosen->weight / total);
+    at += chosen->text.size();
+    return *chosen;
+  }
+  const stories::Option& choose(const stories::ChoiceSet& set) {
+    return choose(set, [](const std::string&) { return true; });
+  }
+  std::string choose_new(const stories::ChoiceSet& set, std::string Person::*fact) {
+    return choose(set, [&](const std::string& value) { return !holder(fact, value); }).text;
+  }
+
+  const std::string* holder(std::string Person::*fact, const std::string& value) const {
+    for (const auto& [name, person] : people) {
+      if (person.*fact == value) return &name;
+    }
+    return nullptr;
+  }
+  std::string choose_holder(const stories::ChoiceSet& set, std::string Person::*fact) {
+    return *holder(fact, choose(set, [&](const std::string& value) { return holder(fact, value); }).text);
+  }
+  std::string choose_person(const std::string& except = "") {
+    return choose(stories::kNames, [&](const std::string& n) { return n != except && people.count(n); }).text;
+  }
+  std::string choose_thing(const std::string& owner = "") {
+    return choose(stories::kThings,
+                  [&](const std::string& kind) {
+                    return things.count(kind) && (owner.empty() || things.at(kind).owner == owner);
+                  })
+        .text;
+  }
+  static std::string pronoun(const std::string& name) {
+    for (const stories::Option& option : stories::kNames.options) {
+      if (option.text == name) return option.tag == stories::kShe ? "She" : "He";
+    }
+    return "";
+  }
+
+  void sentence() {
+    if (cast.empty()) {
+      open();
+    } else if (introduced < cast.size()) {
+      introduce(cast[introduced++]);
+    } else {
+      step();
+    }
+  }
+
+  void open() {
+    people.clear();
+    things.clear();
+    overwritten.clear();
+    introduced = 0;
+    steps = 0;
+    choose(stories::kOpenings);
+    const std::string number = choose(stories::kCasts).text;
+    const size_t count = number == "two" ? 2 : number == "three" ? 3 : 4;
+    expect(" friends lived ");
+    choose(stories::kSettings);
+    expect(": ");
+    for (size_t p = 0; p < count; ++p) {
+      if (p > 0) expect(p + 1 == count ? " and " : ", ");
+      auto unused = [&](const std::string& name) { return people.count(name) == 0; };
+      cast.push_back(choose(stories::kNames, unused).text);
+      people[cast.back()];
+    }
+    expect(".");
+  }
+
+  void introduce(const std::string& name) {
+    Person& person = people[name];
+    expect(" " + name);
+    choose(stories::kJobWordings);
+    person.job = choose_new(stories::kJobs, &Person::job);
+    choose(stories::kPlaceWordings);
+    person.place = choose_new(stories::kPlaces, &Person::place);
+    expect(". " + pronoun(name));
+    choose(stories::kThingWordings);
+    const std::string colour = choose(stories::kColours).text;
+    expect(" ");
+    auto unused = [&](const std::string& kind) { return things.count(kind) == 0; };
+    things[choose(stories::kThings, unused).text] = Thing{colour, name};
+    choose(stories::kAnimalWordings);
+    person.count = choose(stories::kNumbers).text;
+    expect(" ");
+    person.animals = choose_new(stories::kAnimals, &Person::animals);
+    expect(".");
+  }
+
+  void step() {
+    expect(" ");
+    const std::string end = "The end.\n\n";
+    const stories::Option& lead = choose(
+        stories::kSteps, [&](const std::string& words) { return words == end ? steps >= 8 : steps < 18; });
+    ++steps;
+    if (lead.text == end) {
+      cast.clear();
+    } else if (lead.text.back() == '.') {
+      CHECK(lead.tag == stories::kScenery);
+    } else if (lead.tag == stories::kEvent) {
+      event();
+    } else {
+      question(lead.text);
+    }
+  }
+
+  void event() {
+    const std::string name = choose_person();
+    Person& person = people[name];
+    const bool owns =
+        std::any_of(things.begin(), things.end(), [&](auto& t) { return t.second.owner == name; });
+    const std::string verb = choose(stories::kVerbs, [&](const std::string& v) {
+                               return owns || (v != " gave the " && v != " painted the ");
+                             }).text;
+    if (verb == " gave the ") {
+      const std::string kind = choose_thing(name);
+      expect(" to ");
+      things[kind].owner = choose_person(name);
+      overwritten.insert("owner of " + kind);
+    } else if (verb == " painted the ") {
+      const std::string kind = choose_thing(name);
+      expect(" ");
+      auto changed = [&](const std::string& colour) { return colour != things[kind].colour; };
+      things[kind].colour = choose(stories::kColours, changed).text;
+      overwritten.insert("colour of " + kind);
+    } else if (verb == " traded and now had ") {
+      person.count = choose(stories::kNumbers, [&](const std::string& n) { return n != person.count; }).text;
+      expect(" " + person.animals);
+      overwritten.insert("count of " + name);
+    } else if (verb == " became a " || verb == " found work as a ") {
+      person.job = choose_new(stories::kJobs, &Person::job);
+      overwritten.insert("job of " + name);
+    } else {
+      person.place = choose_new(stories::kPlaces, &Person::place);
+      overwritten.insert("place of " + name);
+    }
+    expect(".");
+  }
+
+  void question(const std::string& lead) {
+    std::string fact, second_fact;
+    if (lead == "Where was " || lead == "At which place was ") {
+      const std::string name = choose_person();
+      expect("? " + pronoun(name) + " was at the " + people[name].place);
+      fact = "place of " + name;
+    } else if (lead == "Who was at the ") {
+      const std::string name = choose_holder(stories::kPlaces, &Person::place);
+      expect("? " + name + " was there");
+      fact = "place of " + name;
+    } else if (lead == "Who had the " || lead == "Who owned the ") {
+      const std::string kind = choose_thing();
+      expect("? It belonged to " + things[kind].owner);
+      fact = "owner of " + kind;
+    } else if (lead == "Where could one find the ") {
+      const std::string kind = choose_thing();
+      const std::string owner = things[kind].owner;
+      expect("? With " + owner + " at the " + people[owner].place);
+      fact = "owner of " + kind;
+      second_fact = "place of " + owner;
+    } else if (lead == "What colour was the ") {
+      const std::string kind = choose_thing();
+      expect("? It was " + things[kind].colour);
+      fact = "colour of " + kind;
+    } else if (lead == "How many ") {
+      const std::string name = choose_holder(stories::kAnimals, &Person::animals);
+      expect(" were there? " + name + " had " + people[name].count);
+      fact = "count of " + name;
+    } else if (lead == "What was the job of ") {
+      const std::string name = choose_person();
+      expect("? " + pronoun(name) + " was a " + people[name].job);
+      fact = "job of " + name;
+    } else {
+      REQUIRE(lead == "Who was the ");
+      const std::string name = choose_holder(stories::kJobs, &Person::job);
+      expect("? That was " + name);
+      fact = "job of " + name;
+    }
+    expect(".");
+    ++answers;
+    fresh_answers += overwritten.count(fact) + overwritten.count(second_fact) > 0;
+  }
+};
+
+// Frequencies of the bytes that follow each prefix of many continuations.
+struct ByteTree {
+  struct Branch {
+    int node = 0, count = 0;
+    double nats = 0.0;
+  };
+  std::vector<std::map<char, Branch>> nodes = std::vector<std::map<char, Branch>>(1);
+
+  // Counts one continuation; a byte must state the same -log p every time it follows the same prefix.
+  void add(const std::string& text, const std::vector<double>& nats, size_t start) {
+    int node = 0;
+    for (size_t t = start; t < text.size(); ++t) {
+      auto [branch, is_new] = nodes[node].try_emplace(text[t]);
+      int next = branch->second.node;
+      if (is_new) {
+        next = static_cast<int>(nodes.size());
+        branch->second = Branch{next, 0, nats[t]};
+        nodes.emplace_back();  // ends the life of `branch`
+      }
+      Branch& taken = nodes[node].at(text[t]);
+      ++taken.count;
+      REQUIRE(taken.nats == nats[t]);
+      node = next;
+    }
+  }
+
+  // Requires, wherever enough continuations pass, that the stated probabilities sum to 1 and fit the counts.
+  void require_calibrated(int min_visits) const {
+    for (const auto& node : nodes) {
+      double visits = 0.0, stated = 0.0;
+      for (const auto& [byte, branch] : node) {
+        visits += branch.count;
+        stated += std::exp(-branch.nats);
+      }
+      if (visits < min_visits) continue;
+      REQUIRE(stated <= 1.0 + 1e-12);
+      REQUIRE((1.0 - stated) * visits < 25.0);  // unseen bytes: e^-25 that they all stay unseen
+      for (const auto& [byte, branch] : node) {
+        double p = std::exp(-branch.nats);
+        double deviation = std::abs(branch.count - visits * p);
+        REQUIRE(deviation <= 5.5 * std::sqrt(visits * p * (1.0 - p)) + 1.0);
+      }
+    }
+  }
+};
+
+inline double entropy(const std::vector<double>& weights) {
+  double total = std::accumulate(weights.begin(), weights.end(), 0.0), nats = 0.0;
+  for (double w : weights) nats -= w / total * std::log(w / total);
+  return nats;
+}
+
+TEST_CASE("dataloader: sequences of several shards with ragged tails, in file order") {
+  TemporaryFolder folder;
+  folder.write_shard("a.bin", consecutive(1000, 9));   // two sequences of 4, no tail
+  folder.write_shard("b.bin", consecutive(2000, 4));   // shorter than a sequence
+  folder.write_shard("c.bin", consecutive(3000, 16));  // three sequences, tail of 3
+  DataLoader loader(folder.file("*.bin"), 4, 1, 0);
+  CHECK(loader.source().vocab_size() == 50257);
+  CHECK_FALSE(loader.source().is_bytes());
+  CHECK_FALSE(loader.source().is_builtin());
+  CHECK(loader.source().tokens() == 29);
+  REQUIRE(loader.sequences() == 5);
+  const std::vector<int32_t> first{1000, 1004, 3000, 3004, 3008};
+  for (int64_t i = 0; i < 5; ++i) {
+    const Batch sequence = read_sequence(loader, i, 4);
+    CHECK(std::isnan(sequence.entropy_floor));
+    for (int t = 0; t < 4; ++t) {
+      CHECK(sequence.inputs[t] == first[i] + t);
+      CHECK(sequence.targets[t] == first[i] + t + 1);
+    }
+  }
+  const std::string list = folder.file("c.bin") + "," + folder.file("a.bin");
+  DataLoader listed(list, 4, 1, 0);
+  REQUIRE(listed.sequences() == 5);
+  CHECK(read_sequence(listed, 0, 4).inputs[0] == 3000);
+  CHECK(read_sequence(listed, 3, 4).inputs[0] == 1000);
+}
+
+TEST_CASE("dataloader: text files are bytes") {
+  TemporaryFolder folder;
+  std::string bytes(256, '\0');
+  std::iota(bytes.begin(), bytes.end(), '\0');
+  folder.write("a.txt", bytes);
+  folder.write("b.md", "ab");
+  DataLoader loader(folder.file("*"), 1, 1, 0);
+  CHECK(loader.source().vocab_size() == 256);
+  CHECK(loader.source().is_bytes());
+  CHECK_FALSE(loader.source().is_builtin());
+  REQUIRE(loader.sequences() == 256);
+  for (int64_t i = 0; i < 255; ++i) {
+    CHECK(read_sequence(loader, i, 1).inputs[0] == i);
+    CHECK(read_sequence(loader, i, 1).targets[0] == i + 1);
+  }
+  CHECK(read_sequence(loader, 255, 1).targets[0] == 'b');
+  CHECK(std::isnan(next_batch(loader, 1).entropy_floor));
+}
+
+TEST_CASE("dataloader: every sequence once an epoch, in an order keyed by seed and epoch") {
+  TemporaryFolder folder;
+  for (int64_t n : {1, 2, 3, 5, 64, 65, 1000}) {
+    const std::string path = folder.write_shard("n.bin", consecutive(0, 2 * n + 1));
+    DataLoader loader(path, 2, 1, 7), twin(path, 2, 1, 7), other(path, 2, 1, 8);
+    REQUIRE(loader.sequences() == n);
+    CHECK(loader.epoch() == 0);
+    const std::vector<int32_t> epoch0 = first_tokens(loader, 2, n);
+    CHECK(loader.epoch() == 1);
+    const std::vector<int32_t> epoch1 = first_tokens(loader, 2, n);
+    std::vector<int32_t> all(n);
+    for (int64_t i = 0; i < n; ++i) all[i] = static_cast<int32_t>(2 * i);
+    CHECK(sorted(epoch0) == all);
+    CHECK(sorted(epoch1) == all);
+    CHECK(first_tokens(twin, 2, n) == epoch0);
+    if (n >= 64) {
+      CHECK(epoch0 != all);
+      CHECK(epoch0 != epoch1);
+      CHECK(first_tokens(other, 2, n) != epoch0);
+    }
+  }
+}
+
+TEST_CASE("dataloader: the permutation is a bijection that moves each element uniformly") {
+  for (uint64_t n = 1; n <= 70; ++n) {
+    std::vector<int> hits(n, 0);
+    for (uint64_t i = 0; i < n; ++i) ++hits.at(data::permuted(i, n, n * 31));
+    CHECK(std::count(hits.begin(), hits.end(), 1) == static_cast<int64_t>(n));
+  }
+  const int keys = 20000;
+  for (uint64_t i : {0, 3, 9}) {
+    std::vector<double> images(10, 0.0);
+    for (int key = 0; key < keys; ++key) images[data::permuted(i, 10, data::mix64(key))] += 1.0;
+    double chi_squared = 0.0;
+    for (double count : images) chi_squared += std::pow(count - keys / 10.0, 2) / (keys / 10.0);
+    CHECK(chi_squared < 40.0);  // 9 degrees of freedom: p = 8e-6
+  }
+}
+
+TEST_CASE("dataloader: the global batch does not depend on the number of ranks") {
+  TemporaryFolder folder;
+  const std::string shard = folder.write_shard("n.bin", consecutive(0, 3 * 21 + 1));  // 21 sequences of 3
+  for (const std::string& spec : {shard, std::string()}) {
+    DataLoader whole(spec, 3, 8, 5);
+    std::vector<DataLoader> parts;
+    for (int ranks : {2, 4}) {
+      for (int rank = 0; rank < ranks; ++rank) parts.emplace_back(spec, 3, 8, 5, rank, ranks);
+    }
+    for (int step = 0; step < 6; ++step) {  // crosses epochs inside a batch
+      const Batch batch = next_batch(whole, 3);
+      for (size_t first : {0, 2}) {
+        Batch joined;
+        const size_t ranks = first == 0 ? 2 : 4;
+        for (size_t rank = 0; rank < ranks; ++rank) {
+          const Batch part = next_batch(parts[first + rank], 3);
+          CHECK(part.inputs.size() == 24 / ranks);
+          joined.inputs.insert(joined.inputs.end(), part.inputs.begin(), part.inputs.end());
+          joined.targets.insert(joined.targets.end(), part.targets.begin(), part.targets.end());
+          joined.entropy_floor += part.entropy_floor / static_cast<double>(ranks);
+        }
+        CHECK(joined == batch);
+        if (spec.empty()) CHECK(joined.entropy_floor == doctest::Approx(batch.entropy_floor).epsilon(1e-12));
+      }
+      CHECK(parts[5].position() == whole.position());
+    }
+  }
+}
+
+TEST_CASE("dataloader: resuming from a position gives the batches that would have followed") {
+  TemporaryFolder folder;
+  const std::string shard = folder.write_shard("n.bin", consecutive(0, 3 * 10 + 1));
+  for (const std::string& spec : {shard, std::string()}) {
+    DataLoader loader(spec, 3, 4, 11);
+    std::vector<Batch> batches;
+    for (int step = 0; step < 12; ++step) batches.push_back(next_batch(loader, 3));
+    CHECK(loader.position() == 48);
+    for (uint64_t step : {5, 0, 11}) {
+      DataLoader resumed(spec, 3, 4, 11);
+      resumed.seek(4 * step);
+      CHECK(resumed.position() == 4 * step);
+      for (uint64_t s = step; s < 12; ++s) CHECK(next_batch(resumed, 3) == batches[s]);
+    }
+  }
+  DataLoader loader(shard, 3, 4, 11);
+  loader.seek(37);
+  CHECK(loader.epoch() == 3);
+}
+
+TEST_CASE("dataloader: what malformed sources report") {
+  TemporaryFolder folder;
+  const std::string good = folder.write_shard("good.bin", consecutive(0, 100));
+  const std::string text = folder.write("text.txt", "some text");
+  const std::string none = folder.file("nothing*");
+  CHECK(open_error(none) == "data: no file matches '" + none + "'");
+  CHECK(open_error(good + ",") == "data: no file matches ''");
+
+  const std::string dangling = folder.file("dangling.bin");
+  fs::create_symlink(folder.file("absent"), dangling);
+  CHECK(open_error(folder.file("dang*")) == dangling + ": cannot open: No such file or directory");
+  fs::create_directory(folder.file("folder.bin"));
+  CHECK(open_error(folder.file("folder.bin")) ==
+        folder.file("folder.bin") + ": not a regular file, expected a token shard or a text file");
+
+  const std::string empty = folder.write("empty.txt", "");
+  CHECK(open_error(empty) == empty + ": empty file, expected at least one token");
+  const std::string stub = folder.write("stub.bin", std::string(1023, '\0'));
+  CHECK(open_error(stub) == stub + ": 1023 bytes, shorter than the shard header of 1024");
+  const std::string magic = folder.write_shard("magic.bin", {1, 2, 3}, 3, 20240801);
+  CHECK(open_error(magic) == magic + ": magic number 20240801, expected 20240520");
+  const std::string version = folder.write_shard("version.bin", {1, 2, 3}, 3, 20240520, 7);
+  CHECK(open_error(version) == version + ": shard version 7, expected 1");
+  const std::string truncated = folder.write_shard("truncated.bin", {1, 2, 3}, 5);
+  CHECK(open_error(truncated) == truncated + ": 1030 bytes, expected 1034 for the 5 tokens of its header");
+  const std::string negative = folder.write_shard("negative.bin", {1, 2, 3}, -1);
+  CHECK(open_error(negative) == negative + ": 1030 bytes, expected 1022 for the -1 tokens of its header");
+  const std::string hollow = folder.write_shard("hollow.bin", {});
+  CHECK(open_error(hollow) == hollow + ": empty shard (0 tokens), expected at least one token");
+
+  CHECK(open_error(good + "," + text) ==
+        "data: '" + good + "' and '" + text + "' mix token shards (.bin) and raw text, expected one kind");
+  CHECK(open_error(text, 8) == "");
+  CHECK(open_error(text, 9) ==
+        "data: '" + text + "' has 9 tokens in 1 file(s), expected one of at least 10 tokens, one sequence");
+}
+
+TEST_CASE("dataloader: a token outside the vocabulary is reported when its sequence is read") {
+  TemporaryFolder folder;
+  std::vector<uint16_t> tokens = consecutive(0, 13);
+  tokens[2] = 50256;
+  tokens[8] = 50257;
+  const std::string path = folder.write_shard("bad.bin", tokens);
+  const std::string message = path + ": token 8 is 50257, expected less than the vocabulary of 50257";
+  DataLoader loader(path, 4, 3, 0);
+  CHECK(error_of([&] { read_sequence(loader, 0, 4); }) == "");
+  CHECK(error_of([&] { read_sequence(loader, 1, 4); }) == message);  // as its last target
+  CHECK(error_of([&] { read_sequence(loader, 2, 4); }) == message);  // as its first input
+  CHECK(error_of([&] { next_batch(loader, 4); }) == message);
+  CHECK(loader.position() == 0);
+}
+
+TEST_CASE("dataloader: what wrong arguments report") {
+  CHECK(error_of([] { DataLoader("", 0, 1, 0); }) == "data: sequence length 0, expected at least 1");
+  CHECK(error_of([] { DataLoader("", 4, 0, 0); }) == "data: global batch 0, expected at least 1");
+  CHECK(error_of([] { DataLoader("", 4, 8, 0, 0, 3); }) ==
+        "data: global batch 8 does not split over 3 ranks, expected a multiple");
+  CHECK(error_of([] { DataLoader("", 4, 8, 0, 2, 2); }) == "data: rank 2 of 2, expected 0 <= rank < ranks");
+  DataLoader loader("", 4, 8, 0);
+  CHECK(error_of([&] { read_sequence(loader, -1, 4); }) ==
+        "data: sequence -1, expected 0 <= sequence < 1048576");
+  CHECK(error_of([&] { read_sequence(loader, 1 << 20, 4); }) ==
+        "data: sequence 1048576, expected 0 <= sequence < 1048576");
+}
+
+TEST_CASE("built-in corpus: the same text for the same seed, another for another seed, split or index") {
+  DataLoader loader("", 200, 2, 1), twin("", 200, 2, 1), other("", 200, 2, 2);
+  DataLoader validation("", 200, 2, 1, 0, 1, Split::validation);
+  CHECK(loader.source().is_builtin());
+  CHECK(loader.source().is_bytes());
+  CHECK(loader.source().vocab_size() == 256);
+  CHECK(loader.sequences() == 1 << 20);
+  CHECK(next_batch(loader, 200) == next_batch(twin, 200));
+  std::set<std::vector<int32_t>> seen;
+  for (int64_t i = 0; i < 200; ++i) {
+    CHECK(read_sequence(loader, i, 200) == read_sequence(twin, i, 200));
+    for (const DataLoader* source : {&loader, &other, &validation}) {
+      seen.insert(read_sequence(*source, i, 200).inputs);
+    }
+  }
+  CHECK(seen.size() == 600);
+  stories::Writer writer = stories::sequence(1, Split::train, 0);
+  writer.sentence();
+  CHECK(writer.text == "Many years ago four friends lived in a quiet valley: Noah, Olive, Peter and Max.");
+}
+
+TEST_CASE(
+    "built-in corpus: the floor is the mean of the targets' nats, the text is cut where the sequence ends") {
+  DataLoader loader("", 1500, 1, 3);
+  stories::Writer writer = stories::sequence(3, Split::train, 42);
+  while (writer.text.size() < 1501) writer.sentence();
+  const Batch batch = read_sequence(loader, 42, 1500);
+  double sum = 0.0;
+  for (int t = 0; t < 1500; ++t) {
+    REQUIRE(batch.inputs[t] == writer.text[t]);
+    REQUIRE(batch.targets[t] == writer.text[t + 1]);
+    sum += writer.nats[t + 1];
+  }
+  CHECK(batch.entropy_floor == doctest::Approx(sum / 1500).epsilon(1e-12));
+  CHECK(batch.entropy_floor > 0.1);
+  CHECK(batch.entropy_floor < 0.3);
+}
+
+TEST_CASE("built-in corpus: no option is a prefix of another in its set") {
+  for (const stories::ChoiceSet* set : kChoiceSets) {
+    REQUIRE(set->options.size() <= 64);
+    for (const stories::Option& a : set->options) {
+      CHECK(a.weight > 0);
+      CHECK_FALSE(a.text.empty());
+      for (const stories::Option& b : set->options) {
+        if (&a != &b) CHECK_MESSAGE(b.text.compare(0, a.text.size(), a.text) != 0, a.text << " | " << b.text);
+      }
+    }
+  }
+}
+
+TEST_CASE("built-in corpus: a reader of the text alone finds the same probabilities and answers") {
+  int answers = 0, fresh_answers = 0;
+  for (int64_t index = 0; index < 40; ++index) {
+    stories::Writer writer = stories::sequence(9, index % 2 ? Split::validation : Split::train, index);
+    StoryReader reader(writer.text);
+    double nats = 0.0;
+    while (writer.text.size() < 4000) {
+      const size_t start = writer.text.size();
+      writer.sentence();
+      REQUIRE(writer.nats.size() == writer.text.size());
+      nats = std::accumulate(writer.nats.begin() + start, writer.nats.end(), nats);
+      reader.sentence();
+      REQUIRE(reader.at == writer.text.size());
+      REQUIRE(reader.nats == doctest::Approx(nats).epsilon(1e-11));
+    }
+    answers += reader.answers;
+    fresh_answers += reader.fresh_answers;
+  }
+  CHECK(answers > 1000);
+  CHECK(4 * fresh_answers > answers);
+}
+
+TEST_CASE(
+    "built-in corpus: stated probabilities of bytes sum to 1 and fit the frequencies at forks of the text") {
+  stories::Writer writer = stories::sequence(4, Split::train, 0);
+  for (int fork = 0; fork < 16; ++fork) {
+    ByteTree tree;
+    const size_t start = writer.text.size();
+    for (uint64_t stream = 0; stream < 3000; ++stream) {
+      stories::Writer branch = writer;
+      branch.random.state = data::mix64(stream * 1000 + fork);
+      branch.sentence();
+      tree.add(branch.text, branch.nats, start);
+    }
+    tree.require_calibrated(200);
+    writer.sentence();
+  }
+}
+
+TEST_CASE("built-in corpus: the mean of the nats of an opening is the entropy of its choices") {
+  double expected = entropy({3, 2, 2, 1}) + entropy({3, 2, 1}) + std::log(8.0) + std::log(44.0) +
+                    std::log(43.0) + 0.5 * std::log(42.0) + std::log(41.0) / 6.0;
+  const int openings = 20000;
+  double sum = 0.0, squares = 0.0;
+  for (int i = 0; i < openings; ++i) {
+    stories::Writer writer = stories::sequence(6, Split::train, i);
+    writer.sentence();
+    double nats = std::accumulate(writer.nats.begin(), writer.nats.end(), 0.0);
+    sum += nats;
+    squares += nats * nats;
+  }
+  double mean = sum / openings, deviation = std::sqrt((squares / openings - mean * mean) / openings);
+  CHECK(std::abs(mean - expected) < 5.0 * deviation);
+}
+
+}  // namespace dataloader_tests
+}  // namespace
