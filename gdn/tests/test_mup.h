@@ -1,0 +1,252 @@
+// Tests of mup.h: at the base size all parametrizations are one, and away from it every constant grows with
+// the exponent that is written out below, for both ways to grow a model.
+#pragma once
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../mup.h"
+
+namespace {
+namespace mup_tests {
+
+using namespace gdn;
+
+enum class Family { fixed_heads, fixed_head_size };
+constexpr Family kFamilies[] = {Family::fixed_heads, Family::fixed_head_size};
+constexpr double kBaseWidth = 256;
+
+// A model of the sizes that were trained in arXiv 2606.04048 (fixed heads), or with heads of 64 (fixed head
+// size).
+Mup model(Parametrization parametrization, Family family, double width) {
+  if (family == Family::fixed_heads) {
+    const ModelShape shape{width, 6, width / 8, width / 4};
+    return {parametrization, shape, base_with_fixed_heads(shape, kBaseWidth)};
+  }
+  const ModelShape shape{width, 3 * width / 256, 64, 128};
+  return {parametrization, shape, base_with_fixed_head_size(shape, kBaseWidth)};
+}
+
+constexpr double kNone = -99;  // no such constant
+
+// Exponents of r = d/d0. `init` and `forward` are those of mup0 and of mup.
+struct Row {
+  TensorClass cls;
+  double init, forward, adamw, sgd_mup, sgd_mup0;
+};
+
+// clang-format off
+const std::vector<Row> kFixedHeads = {
+    {TensorClass::embedding, 0, kNone, 0, +1, +1},
+    {TensorClass::unembedding, 0, -1, 0, +1, +1},
+    {TensorClass::hidden, -0.5, kNone, -1, 0, 0},
+    {TensorClass::gate, -0.5, kNone, -1, -0.5, 0},
+    {TensorClass::gate_scalar, kNone, kNone, 0, +0.5, 0},
+    {TensorClass::conv, kNone, kNone, 0, +1, +1},
+    {TensorClass::gain, kNone, kNone, 0, +1, +1},
+    {TensorClass::output_gain, kNone, kNone, 0, +1, +1},
+};
+
+const std::vector<Row> kFixedHeadSize = {
+    {TensorClass::embedding, 0, kNone, 0, +1, +1},
+    {TensorClass::unembedding, 0, -1, 0, +1, +1},
+    {TensorClass::hidden, -0.5, kNone, -1, 0, 0},
+    {TensorClass::gate, -0.5, kNone, -1, 0, 0},
+    {TensorClass::gate_scalar, kNone, kNone, 0, +1, +1},
+    {TensorClass::conv, kNone, kNone, 0, +1, +1},
+    {TensorClass::gain, kNone, kNone, 0, +1, +1},
+    {TensorClass::output_gain, kNone, kNone, 0, +0.5, +0.5},
+};
+// clang-format on
+
+const std::vector<Row>& exponents(Family family) {
+  return family == Family::fixed_heads ? kFixedHeads : kFixedHeadSize;
+}
+
+struct ReadoutRow {
+  Family family;
+  Parametrization parametrization;
+  double exponent;
+};
+
+const std::vector<ReadoutRow> kReadout = {
+    {Family::fixed_heads, Parametrization::sp, -0.5},   {Family::fixed_head_size, Parametrization::sp, 0},
+    {Family::fixed_heads, Parametrization::mup0, -0.5}, {Family::fixed_head_size, Parametrization::mup0, 0},
+    {Family::fixed_heads, Parametrization::mup, +0.5},  {Family::fixed_head_size, Parametrization::mup, 0},
+};
+
+template <class F>
+std::string error_of(F f) {
+  try {
+    f();
+  } catch (const std::runtime_error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+const double kWidths[] = {64, 128, 384, 512, 768, 1536, 2048, 8192};
+
+}  // namespace mup_tests
+}  // namespace
+
+TEST_CASE("mup: the tables of exponents name every class once, in order") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies) {
+    const std::vector<Row>& rows = exponents(family);
+    REQUIRE(rows.size() == std::size(kTensorClasses));
+    for (size_t i = 0; i < rows.size(); i++) CHECK(rows[i].cls == kTensorClasses[i]);
+  }
+}
+
+TEST_CASE("mup: at the base width all parametrizations are the same, bit for bit") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const Parametrization p : kParametrizations) {
+      CAPTURE(name(p));
+      const Mup m = model(p, family, kBaseWidth);
+      CHECK(logit_scale(m) == 1.0);
+      CHECK(readout_scale(m) == 1 / std::sqrt(m.shape.head_dim_k));
+      for (const Row& row : exponents(family)) {
+        CAPTURE(name(row.cls));
+        for (const OptimizerKind optimizer : kOptimizerKinds)
+          CHECK(learning_rate_scale(m, optimizer, row.cls) == 1.0);
+        if (row.init != kNone) CHECK(init_std(m, row.cls) == 0.02);
+      }
+    }
+}
+
+TEST_CASE("mup: at any base width, whole or not, the base of a model of that width is the model") {
+  using namespace mup_tests;
+  for (const double width : {48.0, 80.0, 272.0, 1000.0, 1536.0}) {
+    const ModelShape shape{width, 7, 3 * width / 28, width / 7};
+    for (const ModelShape& base :
+         {base_with_fixed_heads(shape, width), base_with_fixed_head_size(shape, width)}) {
+      CHECK(base.width == shape.width);
+      CHECK(base.heads == shape.heads);
+      CHECK(base.head_dim_k == shape.head_dim_k);
+      CHECK(base.head_dim_v == shape.head_dim_v);
+      for (const Parametrization p : kParametrizations)
+        CHECK(readout_scale({p, shape, base}) == 1 / std::sqrt(shape.head_dim_k));
+    }
+  }
+}
+
+TEST_CASE("mup: the base of a family") {
+  using namespace mup_tests;
+  const ModelShape shape{1024, 6, 128, 256};
+  const ModelShape heads = base_with_fixed_heads(shape, 256),
+                   head_size = base_with_fixed_head_size(shape, 256);
+  CHECK((heads.width == 256 && heads.heads == 6 && heads.head_dim_k == 32 && heads.head_dim_v == 64));
+  CHECK((head_size.width == 256 && head_size.heads == 1.5 && head_size.head_dim_k == 128 &&
+         head_size.head_dim_v == 256));
+}
+
+TEST_CASE("mup: every constant grows with the exponent of the table") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths) {
+      CAPTURE(int(family));
+      CAPTURE(width);
+      const double log_r = std::log(width / kBaseWidth);
+      const auto exponent = [&](double scale) {
+        return doctest::Approx(std::log(scale) / log_r).epsilon(1e-12);
+      };
+      const Mup mup = model(Parametrization::mup, family, width),
+                mup0 = model(Parametrization::mup0, family, width);
+      for (const Row& row : exponents(family)) {
+        CAPTURE(name(row.cls));
+        for (const Mup& m : {mup, mup0}) {
+          if (row.init != kNone) CHECK(row.init == exponent(init_std(m, row.cls) / 0.02));
+          if (row.forward != kNone) CHECK(row.forward == exponent(logit_scale(m)));
+          CHECK(row.adamw == exponent(learning_rate_scale(m, OptimizerKind::adamw, row.cls)));
+        }
+        CHECK(row.sgd_mup == exponent(learning_rate_scale(mup, OptimizerKind::sgd, row.cls)));
+        CHECK(row.sgd_mup0 == exponent(learning_rate_scale(mup0, OptimizerKind::sgd, row.cls)));
+      }
+    }
+}
+
+TEST_CASE("mup: sp changes nothing with width") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths) {
+      const Mup m = model(Parametrization::sp, family, width);
+      CHECK(logit_scale(m) == 1.0);
+      for (const Row& row : exponents(family)) {
+        for (const OptimizerKind optimizer : kOptimizerKinds)
+          CHECK(learning_rate_scale(m, optimizer, row.cls) == 1.0);
+        if (row.init != kNone) CHECK(init_std(m, row.cls) == 0.02);
+      }
+    }
+}
+
+TEST_CASE("mup: the readout scale") {
+  using namespace mup_tests;
+  for (const ReadoutRow& row : kReadout)
+    for (const double width : kWidths) {
+      CAPTURE(name(row.parametrization));
+      CAPTURE(width);
+      const double base_dk = row.family == Family::fixed_heads ? 32 : 64;
+      const double s = readout_scale(model(row.parametrization, row.family, width));
+      CHECK(s == doctest::Approx(std::pow(base_dk, -0.5) * std::pow(width / kBaseWidth, row.exponent))
+                     .epsilon(1e-12));
+    }
+}
+
+// Head count and head size grow by different factors: r = 8 = r_H r_v, r_H = 2, r_k = r_v = 4.
+TEST_CASE("mup: a family between the two") {
+  using namespace mup_tests;
+  const ModelShape base{256, 6, 32, 64}, shape{2048, 12, 128, 256};
+  const Mup mup{Parametrization::mup, shape, base}, mup0{Parametrization::mup0, shape, base};
+  const auto sgd = [](const Mup& m, TensorClass cls) {
+    return learning_rate_scale(m, OptimizerKind::sgd, cls);
+  };
+  CHECK(sgd(mup, TensorClass::gate) == doctest::Approx(1 / 2.0));  // r_v^-1/2
+  CHECK(sgd(mup0, TensorClass::gate) == doctest::Approx(1));
+  CHECK(sgd(mup, TensorClass::gate_scalar) == doctest::Approx(8 / 2.0));             // r r_v^-1/2
+  CHECK(sgd(mup0, TensorClass::gate_scalar) == doctest::Approx(2));                  // r_H
+  CHECK(sgd(mup, TensorClass::output_gain) == doctest::Approx(8 / std::sqrt(2.0)));  // r r_H^-1/2
+  CHECK(readout_scale(mup) == doctest::Approx(2 / std::sqrt(32.0)));                 // r_k^1/2
+  CHECK(readout_scale(mup0) == doctest::Approx(1 / std::sqrt(128.0)));
+}
+
+TEST_CASE("mup: which classes have an init std, and which decay") {
+  using namespace mup_tests;
+  const Mup m = model(Parametrization::mup, Family::fixed_heads, 512);
+  for (const TensorClass cls :
+       {TensorClass::gate_scalar, TensorClass::conv, TensorClass::gain, TensorClass::output_gain}) {
+    CHECK_THROWS_AS(init_std(m, cls), std::logic_error);
+    CHECK_FALSE(has_weight_decay(cls));
+  }
+  CHECK_FALSE(has_weight_decay(TensorClass::embedding));
+  for (const TensorClass cls : {TensorClass::unembedding, TensorClass::hidden, TensorClass::gate})
+    CHECK(has_weight_decay(cls));
+}
+
+TEST_CASE("mup: names and parsing") {
+  using namespace mup_tests;
+  for (const Parametrization p : kParametrizations) CHECK(parse_parametrization(name(p)) == p);
+  for (const OptimizerKind optimizer : kOptimizerKinds) CHECK(parse_optimizer(name(optimizer)) == optimizer);
+  CHECK(error_of([] { parse_parametrization("muP"); }) == "parametrization 'muP': expected sp, mup0 or mup");
+  CHECK(error_of([] { parse_parametrization(""); }) == "parametrization '': expected sp, mup0 or mup");
+  CHECK(error_of([] { parse_optimizer("adam"); }) == "optimizer 'adam': expected adamw or sgd");
+}
+
+TEST_CASE("mup: the printed table") {
+  using namespace mup_tests;
+  CHECK(mup_table(model(Parametrization::mup, Family::fixed_heads, 1024), OptimizerKind::sgd) ==
+        "mup, sgd: d = 1024 (base 256), H = 6 (6), dk = 128 (32), dv = 256 (64)\n"
+        "  class          init std         lr  decay\n"
+        "  embedding          0.02          4  no\n"
+        "  unembedding        0.02          4  yes\n"
+        "  hidden             0.01          1  yes\n"
+        "  gate               0.01        0.5  yes\n"
+        "  gate_scalar           -          2  no\n"
+        "  conv                  -          4  no\n"
+        "  gain                  -          4  no\n"
+        "  output_gain           -          4  no\n"
+        "  logits x 0.25 (m_out), readout x 0.35355 (s)\n");
+}

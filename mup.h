@@ -1,0 +1,346 @@
+// The maximal update parametrization (mup) of a Gated Delta Network: how initial values, learning rates and
+// two multipliers change with the model's size, so that a learning rate tuned on a small model is right for a
+// large one. Written to be read from top to bottom; every constant stands beside its derivation.
+//
+//   Sources  [TP5] Yang et al., Tensor Programs V, arXiv 2203.03466: the method, and ordinary weights
+//            [GDN] Liu, Gu, Unlocking Feature Learning in Gated Delta Networks at Scale, arXiv 2606.04048:
+//                  the gates (W_a, W_b, A_log, dt_bias) and the readout scale s
+//
+// Three parametrizations can be chosen:
+//   sp    the standard one: nothing changes with size, s = dk^-1/2
+//   mup0  the rules of [TP5], with the gates taken for ordinary weights
+//   mup   mup0 with the rules of [GDN] for the gates and for s
+// At the base size all three are the same network with the same updates, bit for bit.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+namespace gdn {
+
+enum class Parametrization { sp, mup0, mup };
+enum class OptimizerKind { adamw, sgd };
+
+// What kind of tensor a parameter is. V, L, T, the batch and the number of conv taps (4) never grow.
+enum class TensorClass {
+  embedding,    // W_emb [V,d]; where it is tied it is the unembedding too
+  unembedding,  // an untied head [V,d]
+  hidden,       // every other Linear but the gates': both its sides grow with d
+  gate,         // W_a, W_b [H,d]
+  gate_scalar,  // A_log, dt_bias [H]
+  conv,         // taps of the short convolutions, 4 to a channel
+  gain,         // weights of the RMSNorms over d
+  output_gain,  // w_o [dv], weight of the RMSNorm of a head's output, shared by all heads
+};
+
+// ---- 1. What grows ----------------------------------------------------------------------------------------
+//
+// A family is a line of models, one for each width d. One of them, of width d0, is the base, where the
+// learning rate is tuned. A model is described by four ratios to the base:
+//
+//   r = d/d0    r_H = H/H0    r_k = dk/dk0    r_v = dv/dv0
+//
+// In a family all value channels together keep their share of the width, and so do the keys and the MLP's
+// inner size:
+//
+//   H dv ~ H dk ~ d,  so  r_H r_v = r_H r_k = r
+//
+// (the inner size is rounded up to a multiple of 256; these rules ignore that). Two families are in use:
+//   fixed heads       r_H = 1,  r_k = r_v = r     head sizes grow
+//   fixed head size   r_H = r,  r_k = r_v = 1     the number of heads grows
+// The rules below know only the ratios, so both families, and those between them, come out of the same
+// formulas.
+
+struct ModelShape {
+  double width, heads, head_dim_k, head_dim_v;  // d, H (value heads), dk, dv
+};
+
+struct Mup {
+  Parametrization parametrization;
+  ModelShape shape, base;
+};
+
+inline ModelShape base_with_fixed_heads(const ModelShape& m, double base_width) {
+  const double shrink = base_width / m.width;
+  return {base_width, m.heads, m.head_dim_k * shrink, m.head_dim_v * shrink};
+}
+
+// The base's number of heads need not be whole: only ratios matter.
+inline ModelShape base_with_fixed_head_size(const ModelShape& m, double base_width) {
+  return {base_width, m.heads * (base_width / m.width), m.head_dim_k, m.head_dim_v};
+}
+
+struct Ratios {
+  double r, r_H, r_k, r_v;
+};
+
+inline Ratios ratios(const Mup& m) {
+  return {m.shape.width / m.base.width, m.shape.heads / m.base.heads, m.shape.head_dim_k / m.base.head_dim_k,
+          m.shape.head_dim_v / m.base.head_dim_v};
+}
+
+// ---- 2. What is wanted ------------------------------------------------------------------------------------
+//
+// Coordinate size: a vector v of n coordinates has size Theta(n^a) if its mean square |v|^2 / n is
+// Theta(n^2a). "Theta(1)" below means: of the same size at every width. Wanted at every width:
+//
+//   (i)   every activation has coordinates Theta(1); q and k, normalized to length 1, Theta(dk^-1/2)
+//   (ii)  one update of any one tensor changes that tensor's output by Theta(1)
+//   (iii) logits are O(1), and one update changes them by Theta(1)
+//
+// All estimates use one fact about a sum of n terms of size e:
+//
+//   signs independent: Theta(n^1/2 e)        signs aligned: Theta(n e)
+//
+// Random weights meet activations independently. An update is made from the activations it will meet again:
+// those two are aligned.
+
+// ---- 3. Forward: initial sizes and the two multipliers ----------------------------------------------------
+//
+// Linear, y = W x with x Theta(1) and fan-in n: a sum of n independent terms, y = Theta(n^1/2 std). So (i)
+// asks for
+//
+//   std ~ n^-1/2
+//
+// In a family every fan-in (d, H dv, the MLP's inner size) grows as r. W_a and W_b follow the same rule:
+// their outputs a and b enter alpha = exp(-exp(A_log) softplus(a + dt_bias)) and beta = sigmoid(b), which
+// change with a and b at a rate that depends on the sizes of a and b alone, so these must be Theta(1) like
+// any activation.
+//
+// Embedding, x = W_emb[token]: a one-hot input, fan-in 1, so std is constant. The unembedding has the same
+// std, which it must where the two are one matrix; its size is mended by the multiplier m_out below.
+//
+// Gains (1), conv taps (U(-1/2, 1/2), from 4 taps at any width), A_log and dt_bias (one time scale per head)
+// have no fan-in that grows; their initial values are constants, set where the model is initialized.
+
+constexpr double kBaseStd = 0.02;  // of every Linear and of the embedding, at the base
+
+inline const char* name(TensorClass cls);
+
+inline double init_std(const Mup& m, TensorClass cls) {
+  switch (cls) {
+    case TensorClass::embedding:
+    case TensorClass::unembedding:
+      return kBaseStd;
+    case TensorClass::hidden:
+    case TensorClass::gate: {
+      const double fan_in = m.parametrization == Parametrization::sp ? 1 : ratios(m).r;
+      return kBaseStd / std::sqrt(fan_in);
+    }
+    default:
+      throw std::logic_error(std::string(name(cls)) + " tensors are not drawn from a normal");
+  }
+}
+
+// Logits = m_out W h, with h Theta(1) and the d entries of a row of W Theta(1). The final h and the row of a
+// token align, in training by (ii) and with tied weights from the start (h contains the embedding of the
+// token just read): a sum of d aligned terms, Theta(d). So (iii) asks for m_out ~ 1/d. For rows that h does
+// not align with, logits start at Theta(d^-1/2), which (iii) allows.
+inline double logit_scale(const Mup& m) {
+  return m.parametrization == Parametrization::sp ? 1 : 1 / ratios(m).r;
+}
+
+// The gated delta rule, one head (S is [dk,dv], q and k have length 1, v is Theta(1)):
+//
+//   u_t = beta_t (v_t - alpha_t S_{t-1}^T k_t)     S_t = alpha_t S_{t-1} + k_t u_t^T     o_t = s S_t^T q_t
+//
+// k has coordinates Theta(dk^-1/2), and S_t is applied to k through alpha_t (I - beta_t k_t k_t^T), which
+// never stretches a vector: u is Theta(1), and S, a fading sum of terms k u^T, has entries Theta(dk^-1/2).
+// S^T q is a sum of dk terms Theta(1/dk): Theta(dk^-1/2) if q is independent of the keys. Then (i) asks for
+//
+//   s ~ dk^1/2
+//
+// where sp and mup0 have dk^-1/2. Two remarks on how much this matters.
+//
+// First, o enters nothing but o / sqrt(mean(o^2) + eps), which with eps = 0 does not see s at all: neither
+// the network's output nor the gradient of any parameter depends on it (only dL/do, which nobody uses, does).
+// s acts through eps alone: with s = dk^-1/2, o^2 falls as dk^-2 until eps = 1e-6 rules the norm. Measured at
+// initial values (H = 6, L = 2): the root mean square of the normalized o goes from 0.92 at d = 256 to 0.68
+// at d = 1024 with s = dk^-1/2, and to 0.94 with the s below.
+//
+// Second, q and k are not quite independent: silu has a positive mean, so q . k has one too, small at first
+// but without dk^-1/2, and training may align them further. Then S^T q is Theta(1) and o grows as dk^1/2
+// (measured, d = 256 to 1024: S^T q has slope -0.4 at initial values; after 50 steps of SGD 0.0 in the first
+// layer and -0.4 in the second). The norm undoes a growing o, while eps spoils a falling one: of the two
+// estimates the one to scale for is the smaller.
+inline double readout_scale(const Mup& m) {
+  if (m.parametrization != Parametrization::mup) return 1 / std::sqrt(m.shape.head_dim_k);
+  return 1 / std::sqrt(m.base.head_dim_k) * std::sqrt(ratios(m).r_k);
+}
+
+// ---- 4. Backward: the size of a gradient ------------------------------------------------------------------
+//
+// dX stands for the gradient of the loss with respect to X. The loss is a mean over tokens, whose number is
+// fixed: sums over tokens change no exponent. The gradient of the V logits is Theta(1).
+//
+// The residual stream.  dh = m_out W^T dlogits: a sum over V, which does not grow, so dx = Theta(1/d).
+//   RMSNorms and W^T with std d^-1/2 keep this: a sum of d independent terms Theta(d^-1/2) Theta(1/d) is
+//   Theta(1/d) again. Any coordinate of an activation as wide as d has a gradient Theta(1/d).
+// Hidden.  dW = dy x^T: Theta(1/d).
+// Embedding.  As input dW = dx: Theta(1/d). As output dW = m_out dlogits h^T: Theta(1/d) too. So one learning
+//   rate serves both where they are tied.
+// Gain, conv.  A parameter belongs to one channel c: dw_c = sum over tokens of dy_c x_c: Theta(1/d).
+// Output gain.  w_o[j] serves channel j of every head: dw_o[j] = a sum over H heads of terms Theta(1/d) with
+//   independent signs, Theta(H^1/2 / d).
+// Inside a head (dk ~ dv, and q independent of the keys).  The norm divides by the size dk^-1/2 of S^T q, so
+//   d(S^T q) = Theta(dk^1/2 / d). Then, where every sum has independent signs,
+//     dS = q d(S^T q)^T         = Theta(1/d)
+//     dv = beta dS^T k          = Theta(1/d)             a sum over dk
+//     dq = S d(S^T q)           = Theta(dv^1/2 / d)      a sum over dv
+//     dk = dS u + ...           = Theta(dv^1/2 / d)      a sum over dv
+//   and before the normalization to length 1, which divides by a length Theta(dk^1/2), q and k too have
+//   gradients Theta(1/d): W_q, W_k, W_v and their conv taps are like any other hidden weights and taps.
+// Gates.  The inputs a and b of a head's gates are single numbers that act on all dv channels:
+//     db ~ du . (v - alpha S^T k)   a sum over dv of terms Theta(1/d)
+//     da ~ <dS, S>                  a sum over dk dv of terms Theta(dk^-1/2 / d)
+//   and with independent signs both are
+//     da, db = Theta(dv^1/2 / d)
+//   which is Theta(d^-1/2) for fixed heads and Theta(1/d) for fixed head size. dW_a = da h^T, dA_log and
+//   d(dt_bias) have that size too. This is the step that [TP5] does not have.
+//
+// Open question 2: independent or aligned? With aligned signs da, db = Theta(dv/d), Theta(1) for fixed heads,
+// and section 5 would have SGD exponents -1 for the gates and 0 for their scalars instead of -1/2 and +1/2.
+// Measured with mup and SGD (H = 6, L = 2, d = 256, 512, 1024, slope of log rms against log d): at initial
+// values da -0.5 to -0.7, db -0.45 to -0.6, as for independent signs; after 50 steps da -0.3 in the first
+// layer and -0.9 in the second, db -0.35 and -0.65. That is too short and too small a training to settle it.
+//
+// mup0 takes W_a and W_b for hidden weights, da, db = Theta(1/d), and A_log and dt_bias for a vector of H
+// coordinates, whose gradient in [TP5] is Theta(1/H). For fixed heads these are two different estimates of
+// the same da and db. For fixed head size mup0 and mup agree.
+
+// How a tensor's coordinates grow, as multiples of the base's.
+struct Growth {
+  double fan_in;      // entries of the tensor that one coordinate of its output sums over
+  double multiplier;  // of that output
+  double gradient;    // one entry of the tensor's gradient
+};
+
+inline Growth growth(const Mup& m, TensorClass cls) {
+  const auto [r, r_H, r_k, r_v] = ratios(m);
+  const bool gates_are_special = m.parametrization == Parametrization::mup;
+  // clang-format off
+  switch (cls) {
+    case TensorClass::embedding:   return {1, 1, 1 / r};
+    case TensorClass::unembedding: return {r, logit_scale(m), logit_scale(m)};
+    case TensorClass::hidden:      return {r, 1, 1 / r};
+    case TensorClass::gate:        return {r, 1, gates_are_special ? std::sqrt(r_v) / r : 1 / r};
+    case TensorClass::gate_scalar: return {1, 1, gates_are_special ? std::sqrt(r_v) / r : 1 / r_H};
+    case TensorClass::conv:
+    case TensorClass::gain:        return {1, 1, 1 / r};
+    case TensorClass::output_gain: break;
+  }
+  // clang-format on
+  return {1, 1, std::sqrt(r_H) / r};
+}
+
+// ---- 5. Updates: the learning rate of each tensor ---------------------------------------------------------
+//
+// Let one coordinate of a tensor's output be m times a sum over n entries of the tensor, and let each entry
+// change by e, aligned with the Theta(1) input. The output changes by Theta(m n e), which by (ii) and (iii)
+// shall be Theta(1):
+//
+//   AdamW   e = lr, whatever the gradient's size       lr ~ 1 / (m n)
+//   SGD     e = lr g, g the size of the gradient       lr ~ 1 / (m n g)
+//
+// (Momentum multiplies e by a constant.) With the growth() of each class, as exponents of r:
+//
+//                        m     n     g, fixed heads       AdamW   SGD, fixed heads      SGD, fixed head size
+//                                    mup      mup0                mup       mup0        mup = mup0
+//   embedding            0     0     -1       -1            0     +1        +1          +1
+//   unembedding         -1    +1     -1       -1            0     +1        +1          +1
+//   hidden               0    +1     -1       -1           -1      0         0           0
+//   gate                 0    +1     -1/2     -1           -1     -1/2       0           0
+//   gate scalar          0     0     -1/2      0            0     +1/2       0          +1
+//   conv                 0     0     -1       -1            0     +1        +1          +1
+//   gain                 0     0     -1       -1            0     +1        +1          +1
+//   output gain          0     0     -1       -1            0     +1        +1          +1/2
+//
+// Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
+// every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of [GDN]
+// released instead treats gains and taps like hidden weights (AdamW -1, SGD 0, taps initialized by fan-in).
+// Which of the two transfers better is for measurement to say.
+//
+// Open question 3: decay. AdamW shrinks a weight by lr decay a step with the tensor's own lr, so hidden
+// weights forget over 1 / (lr decay) ~ d steps. The independent form keeps lr decay constant in d: divide the
+// decay by the AdamW scale below. The estimates above do not choose between the two.
+//
+// Open question 4: Adam's eps. e = lr needs gradients well above eps, a constant, but g falls with d.
+//
+// Clipping by the gradient's norm over all parameters is compatible with all of this: d^2 hidden entries
+// Theta(1/d) and H d gate entries Theta(dv^1/2 / d) both have norm Theta(1), all other tensors less, so one
+// threshold has the same meaning at every width.
+inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorClass cls) {
+  if (m.parametrization == Parametrization::sp) return 1;
+  const Growth c = growth(m, cls);
+  const double change_per_entry = c.multiplier * c.fan_in;
+  return optimizer == OptimizerKind::adamw ? 1 / change_per_entry : 1 / (change_per_entry * c.gradient);
+}
+
+// Decay pulls a tensor towards 0, which is a meaningful value for matrices that are summed over, but not for
+// gains (1), taps and time scales; rare tokens' embeddings would fade between their occurrences.
+inline bool has_weight_decay(TensorClass cls) {
+  return cls == TensorClass::hidden || cls == TensorClass::gate || cls == TensorClass::unembedding;
+}
+
+// ---- Names, and all constants of one model as text --------------------------------------------------------
+
+constexpr Parametrization kParametrizations[] = {Parametrization::sp, Parametrization::mup0,
+                                                 Parametrization::mup};
+constexpr OptimizerKind kOptimizerKinds[] = {OptimizerKind::adamw, OptimizerKind::sgd};
+constexpr TensorClass kTensorClasses[] = {
+    TensorClass::embedding,   TensorClass::unembedding, TensorClass::hidden, TensorClass::gate,
+    TensorClass::gate_scalar, TensorClass::conv,        TensorClass::gain,   TensorClass::output_gain};
+
+inline const char* name(Parametrization p) {
+  constexpr const char* names[] = {"sp", "mup0", "mup"};
+  return names[int(p)];
+}
+
+inline const char* name(OptimizerKind optimizer) {
+  constexpr const char* names[] = {"adamw", "sgd"};
+  return names[int(optimizer)];
+}
+
+inline const char* name(TensorClass cls) {
+  constexpr const char* names[] = {"embedding",   "unembedding", "hidden", "gate",
+                                   "gate_scalar", "conv",        "gain",   "output_gain"};
+  return names[int(cls)];
+}
+
+inline Parametrization parse_parametrization(const std::string& text) {
+  for (const Parametrization p : kParametrizations)
+    if (text == name(p)) return p;
+  throw std::runtime_error("parametrization '" + text + "': expected sp, mup0 or mup");
+}
+
+inline OptimizerKind parse_optimizer(const std::string& text) {
+  for (const OptimizerKind optimizer : kOptimizerKinds)
+    if (text == name(optimizer)) return optimizer;
+  throw std::runtime_error("optimizer '" + text + "': expected adamw or sgd");
+}
+
+inline std::string mup_table(const Mup& m, OptimizerKind optimizer) {
+  char line[160];
+  const ModelShape &a = m.shape, &b = m.base;
+  std::snprintf(line, sizeof line, "%s, %s: d = %g (base %g), H = %g (%g), dk = %g (%g), dv = %g (%g)\n",
+                name(m.parametrization), name(optimizer), a.width, b.width, a.heads, b.heads, a.head_dim_k,
+                b.head_dim_k, a.head_dim_v, b.head_dim_v);
+  std::string table = line;
+  std::snprintf(line, sizeof line, "  %-12s %10s %10s  %s\n", "class", "init std", "lr", "decay");
+  table += line;
+  for (const TensorClass cls : kTensorClasses) {
+    const bool drawn_from_normal = cls <= TensorClass::gate;
+    char std_text[16] = "-";
+    if (drawn_from_normal) std::snprintf(std_text, sizeof std_text, "%.5g", init_std(m, cls));
+    std::snprintf(line, sizeof line, "  %-12s %10s %10.5g  %s\n", name(cls), std_text,
+                  learning_rate_scale(m, optimizer, cls), has_weight_decay(cls) ? "yes" : "no");
+    table += line;
+  }
+  std::snprintf(line, sizeof line, "  logits x %.5g (m_out), readout x %.5g (s)\n", logit_scale(m),
+                readout_scale(m));
+  return table + line;
+}
+
+}  // namespace gdn
