@@ -304,9 +304,17 @@ inline const char* name(OptimizerKind optimizer) {
 }
 
 inline const char* name(TensorClass cls) {
-  constexpr const char* names[] = {"embedding",   "unembedding", "hidden", "gate",
-                                   "gate_scalar", "conv",        "gain",   "output_gain"};
-  return names[int(cls)];
+  switch (cls) {
+    case TensorClass::embedding: return "embedding";
+    case TensorClass::unembedding: return "unembedding";
+    case TensorClass::hidden: return "hidden";
+    case TensorClass::gate: return "gate";
+    case TensorClass::gate_scalar: return "gate_scalar";
+    case TensorClass::conv: return "conv";
+    case TensorClass::gain: return "gain";
+    case TensorClass::output_gain: return "output_gain";
+  }
+  return "";
 }
 
 inline Parametrization parse_parametrization(const std::string& text) {

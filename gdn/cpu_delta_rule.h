@@ -174,11 +174,12 @@ void gated_delta_rule_recurrent_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real*
 // The matrices of one chunk of one head, C = kChunk rows (a shorter last chunk fills the first n).
 template <class Real>
 struct DeltaRuleChunk {
-  int n, dk, dv;                       // tokens in this chunk, head sizes
-  std::vector<Real> q, k, v, G, beta;  // inputs; G the running sum of g
-  std::vector<Real> eG, D;             // e^G_i, and D_ij = e^(G_i - G_j) for i >= j, else 0
-  std::vector<Real> kk, qk, A, P;      // as in the file's comment; kk, qk the bare products k.k, q.k
-  std::vector<Real> KS, Vn, Kd;        // KS = K S_0
+  int n, dk, dv;                    // tokens in this chunk, head sizes
+  std::vector<Real> q, k, v, beta;  // inputs
+  std::vector<double> G;            // running sum of g, in double: differences of large sums are taken
+  std::vector<Real> eG, D;          // e^G_i, and D_ij = e^(G_i - G_j) for i >= j, else 0
+  std::vector<Real> kk, qk, A, P;   // as in the file's comment; kk, qk the bare products k.k, q.k
+  std::vector<Real> KS, Vn, Kd;     // KS = K S_0
 
   DeltaRuleChunk(int head_dim_k, int head_dim_v)
       : n(0),
@@ -187,8 +188,8 @@ struct DeltaRuleChunk {
         q(kChunk * dk),
         k(kChunk * dk),
         v(kChunk * dv),
-        G(kChunk),
         beta(kChunk),
+        G(kChunk),
         eG(kChunk),
         D(kChunk * kChunk),
         kk(kChunk * kChunk),
@@ -212,7 +213,7 @@ void load_chunk(DeltaRuleChunk<Real>& c, const Real* qkv, const Real* g, const R
     std::copy_n(row + hk * c.dk, c.dk, &c.q[i * c.dk]);
     std::copy_n(row + shape.key_dim() + hk * c.dk, c.dk, &c.k[i * c.dk]);
     std::copy_n(row + 2 * shape.key_dim() + h * c.dv, c.dv, &c.v[i * c.dv]);
-    c.G[i] = g[m * H + h] + (i ? c.G[i - 1] : Real(0));
+    c.G[i] = g[m * H + h] + (i ? c.G[i - 1] : 0);
     c.beta[i] = beta[m * H + h];
   }
 }
@@ -226,11 +227,11 @@ void prepare_chunk(DeltaRuleChunk<Real>& c, const Real* S0) {
   small::add_abt(c.kk.data(), c.k.data(), c.k.data(), n, dk, n);
   small::add_abt(c.qk.data(), c.q.data(), c.k.data(), n, dk, n);
   for (int i = 0; i < n; i++) {
-    c.eG[i] = std::exp(c.G[i]);
+    c.eG[i] = std::exp(Real(c.G[i]));
 #pragma omp simd
     for (int j = 0; j < n; j++) {
       const Real decay =
-          std::exp(std::min(c.G[i] - c.G[j], Real(0)));  // no overflow above the diagonal either
+          std::exp(std::min(Real(c.G[i] - c.G[j]), Real(0)));  // no overflow above the diagonal either
       c.D[i * n + j] = i >= j ? decay : Real(0);
       c.A[i * n + j] = i > j ? c.beta[i] * decay * c.kk[i * n + j] : Real(0);
       c.P[i * n + j] = c.D[i * n + j] * c.qk[i * n + j];

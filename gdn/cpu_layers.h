@@ -23,7 +23,7 @@
 #include "device.h"
 #include "shapes.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
 // glibc has vector forms of exp (libmvec, within 4 units in the last place), which its headers offer only
 // under -ffast-math; loops over silu and softmax are several times faster with them.
 extern "C" {

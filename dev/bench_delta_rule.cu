@@ -1,0 +1,199 @@
+// Times the gated delta rule on the GPU: forward, backward, and each of their kernels, with CUDA events, the
+// median of many runs after a warm-up. Random data, gates as a model at initialisation has them.
+//
+//   dev/bench_delta_rule [runs, 30]
+//
+// The floor of a row is the larger of its bytes (each input read once, each output written once) at 3 TB/s
+// and its products, each counted once however often split operands repeat it, at 600 TFLOP/s.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../gdn_kernels.cuh"
+
+namespace {
+
+using namespace gdn;
+
+constexpr double kBandwidth = 3.0e12, kRate = 600e12;
+
+MixerShape make_shape(int batch, int tokens, int heads_k, int heads_v, int dk, int dv) {
+  MixerShape shape;
+  shape.batch = batch, shape.tokens = tokens;
+  shape.heads_k = heads_k, shape.heads_v = heads_v;
+  shape.head_dim_k = dk, shape.head_dim_v = dv;
+  return shape;
+}
+
+template <class T>
+Buffer<Cuda, T> upload(Cuda& device, const std::vector<T>& x) {
+  Buffer<Cuda, T> buffer(device, x.size(), "a benchmark");
+  device.upload(buffer.get(), x.data(), buffer.bytes());
+  device.synchronize();
+  return buffer;
+}
+
+// qkv with q and k of length 1 per head.
+std::vector<act> random_qkv(const MixerShape& shape) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const int C = shape.conv_channels(), dk = shape.head_dim_k;
+  std::vector<float> row(C);
+  std::vector<act> qkv(size_t(shape.rows()) * C);
+  for (int m = 0; m < shape.rows(); m++) {
+    for (float& x : row) x = normal(random);
+    for (int head = 0; head < 2 * shape.heads_k; head++) {
+      float length = 0;
+      for (int i = 0; i < dk; i++) length += row[head * dk + i] * row[head * dk + i];
+      for (int i = 0; i < dk; i++) row[head * dk + i] /= std::sqrt(length);
+    }
+    for (int i = 0; i < C; i++) qkv[size_t(m) * C + i] = __float2bfloat16_rn(row[i]);
+  }
+  return qkv;
+}
+
+std::vector<act> random_act(size_t size) {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::vector<act> x(size);
+  for (act& value : x) value = __float2bfloat16_rn(normal(random));
+  return x;
+}
+
+struct Gates {
+  std::vector<float> g, beta;
+};
+
+Gates random_gates(const MixerShape& shape) {
+  std::mt19937 random(3);
+  std::uniform_real_distribution<float> uniform(0, 1);
+  std::normal_distribution<float> normal;
+  Gates gates;
+  std::vector<float> A, dt;
+  for (int h = 0; h < shape.heads_v; h++) {
+    A.push_back(16 * uniform(random));
+    dt.push_back(std::exp(uniform(random) * (std::log(0.1f) - std::log(0.001f)) + std::log(0.001f)));
+  }
+  for (int m = 0; m < shape.rows(); m++)
+    for (int h = 0; h < shape.heads_v; h++) {
+      gates.g.push_back(-A[h] * dt[h] * std::exp(0.3f * normal(random)));
+      gates.beta.push_back(1 / (1 + std::exp(-normal(random))));
+    }
+  return gates;
+}
+
+double median_ms(Cuda& device, int runs, const std::function<void()>& work) {
+  cudaEvent_t start, stop;
+  cuda_check(cudaEventCreate(&start));
+  cuda_check(cudaEventCreate(&stop));
+  for (int i = 0; i < 3; i++) work();
+  std::vector<float> times(runs);
+  for (float& ms : times) {
+    cuda_check(cudaEventRecord(start, device.stream));
+    work();
+    cuda_check(cudaEventRecord(stop, device.stream));
+    cuda_check(cudaEventSynchronize(stop));
+    cuda_check(cudaEventElapsedTime(&ms, start, stop));
+  }
+  cuda_check(cudaEventDestroy(start));
+  cuda_check(cudaEventDestroy(stop));
+  std::sort(times.begin(), times.end());
+  return times[runs / 2];
+}
+
+struct Cost {
+  double bytes, flops;
+};
+
+void report(const char* name, double ms, const Cost& cost) {
+  const double floor_ms = 1e3 * std::max(cost.bytes / kBandwidth, cost.flops / kRate);
+  std::printf("  %-22s %8.3f ms  %7.1f TFLOP/s  %7.0f GB/s  floor %6.3f ms  %5.1f%%\n", name, ms,
+              cost.flops / ms * 1e-9, cost.bytes / ms * 1e-6, floor_ms, 100 * floor_ms / ms);
+}
+
+void bench(Cuda& device, const MixerShape& shape, int runs) {
+  const auto qkv = upload(device, random_qkv(shape));
+  const size_t values = size_t(shape.rows()) * shape.value_dim(),
+               gate_count = size_t(shape.rows()) * shape.heads_v;
+  const auto d_o = upload(device, random_act(values));
+  const Gates gates = random_gates(shape);
+  const auto g = upload(device, gates.g), beta = upload(device, gates.beta);
+  const Buffer<Cuda, act> o(device, values, "a benchmark"), dqkv(device, qkv.size(), "a benchmark");
+  const Buffer<Cuda, float> dg(device, gate_count, "a benchmark"), dbeta(device, gate_count, "a benchmark");
+  const Buffer<Cuda, char> saved(device, gated_delta_rule_saved_bytes(device, shape), "a benchmark");
+  const Buffer<Cuda, char> scratch(device, gated_delta_rule_scratch_bytes(device, shape), "a benchmark");
+  const float s = 1 / std::sqrt(float(shape.head_dim_k));
+
+  // Bytes and products by kind, of all chunks and value heads.
+  const double chunks = double(shape.batch) * shape.heads_v * shape.chunks();
+  const double dk = shape.head_dim_k, dv = shape.head_dim_v, C = kChunk;
+  const double square = 2 * C * C * dk, to_state = 2 * C * dk * dv, in_chunk = 2 * C * C * dv;
+  const double keys = 2.0 * sizeof(act) * shape.rows() * shape.key_dim(),
+               value = double(sizeof(act)) * values;
+  const double states = chunks * dk * dv * sizeof(act), matrices = chunks * 4 * C * C * sizeof(act);
+  const double input = keys + value;
+  const Cost prepare = {keys + matrices, chunks * 2 * square};
+  const Cost forward_pass = {input + matrices + value + states + 2 * value,
+                             chunks * (3 * to_state + 2 * in_chunk)};
+  const Cost backward_pass = {input + matrices + value + 2 * states + 2 * value,
+                              chunks * (3 * to_state + 2 * in_chunk)};
+  const Cost gradients = {2 * keys + 5 * value + 3 * states,
+                          chunks * (3 * to_state + 2 * in_chunk + 6 * square)};
+  const Cost forward = {input + value, prepare.flops + forward_pass.flops};
+  const Cost backward = {2 * input + value, backward_pass.flops + gradients.flops};
+
+  std::printf("B=%d T=%d Hk=%d Hv=%d dk=%d dv=%d   saved %zu MiB, scratch %zu MiB\n", shape.batch,
+              shape.tokens, shape.heads_k, shape.heads_v, shape.head_dim_k, shape.head_dim_v,
+              saved.bytes() >> 20, scratch.bytes() >> 20);
+  const auto kept = delta_rule::saved_at(saved.get(), shape);
+  const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
+    report(name, median_ms(device, runs, work), cost);
+  };
+  time("forward", forward, [&] {
+    gated_delta_rule_forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, s,
+                             scratch.get());
+  });
+  time("backward", backward, [&] {
+    gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
+                              g.get(), beta.get(), shape, s, scratch.get());
+  });
+  time("prepare_kernel", prepare,
+       [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, scratch.get()); });
+  time("forward_pass_kernel", forward_pass,
+       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, scratch.get()); });
+  time("  nothing saved", forward_pass,
+       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, scratch.get()); });
+  time("backward_pass_kernel", backward_pass,
+       [&] { delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, scratch.get()); });
+  time("gradients_kernel", gradients, [&] {
+    delta_rule::gradients(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), kept, qkv.get(), shape, s,
+                          scratch.get());
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int runs = argc > 1 ? std::atoi(argv[1]) : 30;
+  if (runs < 1) {
+    std::fprintf(stderr, "runs: %s given, 1 or more expected\n", argv[1]);
+    return 1;
+  }
+  try {
+    Cuda device;
+    std::printf("%s, median of %d runs\n", device.name.c_str(), runs);
+    bench(device, make_shape(32, 1024, 6, 6, 32, 64), runs);
+    bench(device, make_shape(32, 1024, 6, 6, 64, 128), runs);
+    bench(device, make_shape(32, 1024, 6, 6, 128, 256), runs);
+    bench(device, make_shape(8, 4096, 16, 32, 128, 128), runs);
+    bench(device, make_shape(8, 1024, 6, 6, 256, 512), runs);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}

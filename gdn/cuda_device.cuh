@@ -1,0 +1,167 @@
+// One NVIDIA GPU as a device (device.h): bf16 activations, fp32 statistics, state and gradients. Everything
+// runs in order on one stream. Every CUDA and cuBLASLt call is checked; a failure throws one line.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "device.h"
+
+namespace gdn {
+
+inline void throw_if_failed(cudaError_t status, const char* expression, const char* file, int line) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + expression + ": " +
+                           cudaGetErrorString(status));
+}
+
+inline void throw_if_failed(cublasStatus_t status, const char* expression, const char* file, int line) {
+  if (status == CUBLAS_STATUS_SUCCESS) return;
+  throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + expression + ": " +
+                           cublasLtGetStatusString(status));
+}
+
+#define cuda_check(expression) ::gdn::throw_if_failed((expression), #expression, __FILE__, __LINE__)
+
+// To be called after every kernel launch.
+inline void launched(const char* kernel) {
+  const cudaError_t status = cudaGetLastError();
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("launch of ") + kernel + ": " + cudaGetErrorString(status));
+}
+
+// Runs nowhere; asking for its attributes tells whether this build holds machine code for the GPU.
+static __global__ void probe_kernel() {}
+
+// A matrix product of one shape as cuBLASLt wants it described, with the algorithm chosen for it
+// (linear.cuh).
+struct MatmulPlan {
+  cublasLtMatmulDesc_t product = nullptr;
+  cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
+  cublasLtMatmulAlgo_t algorithm = {};
+};
+
+struct Cuda {
+  using real = float;
+  using act = __nv_bfloat16;
+  static constexpr bool is_gpu = true;
+  static constexpr size_t kWorkspaceBytes = size_t(32) << 20;
+
+  cudaStream_t stream = nullptr;
+  cublasLtHandle_t cublaslt = nullptr;
+  void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
+  std::string name;
+  int multiprocessors = 0;
+  size_t memory_bytes = 0;
+  std::map<std::tuple<int, int, int, int>, MatmulPlan>
+      matmul_plans;  // by kind of product and its three sizes
+
+  Cuda() {
+    const std::string reason = unavailable();
+    if (!reason.empty()) throw std::runtime_error("no usable GPU: " + reason);
+    cuda_check(cudaSetDevice(0));
+    cudaDeviceProp properties;
+    cuda_check(cudaGetDeviceProperties(&properties, 0));
+    name = properties.name;
+    multiprocessors = properties.multiProcessorCount;
+    memory_bytes = properties.totalGlobalMem;
+    try {
+      cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      cuda_check(cublasLtCreate(&cublaslt));
+      workspace = allocate(kWorkspaceBytes, "the workspace of matrix products", "free memory on the GPU");
+    } catch (...) {
+      destroy();
+      throw;
+    }
+  }
+  ~Cuda() { destroy(); }
+  Cuda(const Cuda&) = delete;
+  Cuda& operator=(const Cuda&) = delete;
+
+  // Whether a Cuda can be constructed here; never throws.
+  static bool available() noexcept { return unavailable_reason() == cudaSuccess; }
+
+  // `bytes` of uninitialised GPU memory, aligned to 256 bytes; `what` and `remedy` go into the error.
+  void* allocate(size_t bytes, const char* what, const char* remedy) {
+    void* p = nullptr;
+    const cudaError_t status = cudaMalloc(&p, bytes ? bytes : 256);
+    if (status == cudaSuccess) return p;
+    if (status != cudaErrorMemoryAllocation) cuda_check(status);
+    cudaGetLastError();  // running out of memory is not sticky; do not blame the next launch for it
+    size_t free_bytes = 0, total_bytes = 0;
+    cuda_check(cudaMemGetInfo(&free_bytes, &total_bytes));
+    throw std::runtime_error("out of GPU memory: " + mebibytes(bytes) + " asked for " + what + ", " +
+                             mebibytes(free_bytes) + " of " + mebibytes(total_bytes) + " free; " + remedy);
+  }
+  // Unchecked: it runs in destructors, often because an exception with the real error is on its way up.
+  void release(void* p) noexcept { cudaFree(p); }
+
+  // Ordered on the stream. Pageable host memory may be reused on return, pinned memory after synchronize().
+  void upload(void* device, const void* host, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
+  }
+  // Returns when the bytes have arrived.
+  void download(void* host, const void* device, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
+    synchronize();
+  }
+  void zero(void* p, size_t bytes) { cuda_check(cudaMemsetAsync(p, 0, bytes, stream)); }
+  void synchronize() { cuda_check(cudaStreamSynchronize(stream)); }
+  void range_push(const char* range) { nvtxRangePushA(range); }
+  void range_pop() { nvtxRangePop(); }
+
+ private:
+  static std::string mebibytes(size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
+
+  static cudaError_t unavailable_reason() noexcept {
+    int devices = 0;
+    cudaError_t status = cudaGetDeviceCount(&devices);
+    if (status == cudaSuccess && devices == 0) status = cudaErrorNoDevice;
+    cudaFuncAttributes attributes;
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, probe_kernel);
+    cudaGetLastError();  // asking is not an error
+    return status;
+  }
+
+  // Empty when a GPU can be used.
+  static std::string unavailable() {
+    const cudaError_t status = unavailable_reason();
+    if (status == cudaSuccess) return "";
+    if (status == cudaErrorInsufficientDriver) {
+      int driver = 0, runtime = 0;
+      cudaDriverGetVersion(&driver);
+      cudaRuntimeGetVersion(&runtime);
+      if (driver == 0) return "there is no NVIDIA driver here";
+      return "the driver supports CUDA " + version(driver) + ", this build needs " + version(runtime);
+    }
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+      return "GPU 0 is not of the architecture this program was compiled for";
+    return cudaGetErrorString(status);
+  }
+  static std::string version(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
+
+  void destroy() noexcept {
+    for (auto& [key, plan] : matmul_plans) {
+      cublasLtMatrixLayoutDestroy(plan.a);
+      cublasLtMatrixLayoutDestroy(plan.b);
+      cublasLtMatrixLayoutDestroy(plan.d);
+      cublasLtMatmulDescDestroy(plan.product);
+    }
+    if (workspace) release(workspace);
+    if (cublaslt) cublasLtDestroy(cublaslt);
+    if (stream) cudaStreamDestroy(stream);
+  }
+};
+
+using act = Cuda::act;  // in the signatures of the GPU's layers
+
+}  // namespace gdn

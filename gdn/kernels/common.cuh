@@ -1,0 +1,147 @@
+// What the GPU layers share: 16-byte accesses, sums over lanes and blocks, fast exponentials, and the second
+// stage of every gradient that is summed over rows.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../cuda_device.cuh"
+#include "../shapes.h"
+
+namespace gdn {
+
+// Throws one line when a width does not fill whole 16-byte accesses.
+inline void require_multiple_of_8(int width, const char* what) {
+  if (width <= 0 || width % 8 != 0)
+    throw std::runtime_error(std::string(what) + " is " + std::to_string(width) +
+                             "; on the GPU it must be a multiple of 8");
+}
+
+inline void require_head_dims(const MixerShape& shape) {
+  const int dk = shape.head_dim_k, dv = shape.head_dim_v;
+  if (dk <= 0 || dv <= 0 || dk % 16 != 0 || dv % 16 != 0 || dk > 256 || dv > 512)
+    throw std::runtime_error("head dims dk = " + std::to_string(dk) + ", dv = " + std::to_string(dv) +
+                             "; on the GPU they must be multiples of 16, dk <= 256, dv <= 512");
+}
+
+template <class Int>
+__host__ __device__ constexpr Int divide_up(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+// The fewest lanes, a power of two, that hold `vectors` of them, one each; at most a warp.
+inline int lanes_for(int vectors) {
+  int lanes = 1;
+  while (lanes < vectors && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+// ---- eight numbers at a time ------------------------------------------------------------------------------
+
+__device__ inline uint4 load16(const act* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ inline void store16(act* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
+
+// A bf16 is the upper half of a float.
+__device__ inline void unpack8(float (&x)[8], uint4 v) {
+  const uint32_t pair[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    x[2 * i] = __uint_as_float(pair[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pair[i] & 0xffff0000u);
+  }
+}
+
+__device__ inline uint32_t pack2(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return uint32_t(__bfloat16_as_ushort(pair.x)) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
+}
+
+// Rounds to nearest even.
+__device__ inline uint4 pack8(const float (&x)[8]) {
+  return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
+}
+
+__device__ inline void load8(float (&x)[8], const float* p) {
+  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+  x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+  x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+__device__ inline void store8(float* p, const float (&x)[8]) {
+  reinterpret_cast<float4*>(p)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(p)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
+
+// ---- functions --------------------------------------------------------------------------------------------
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// 2^x to 2 units in the last place; 0 for -infinity.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / (1 + e^-x); where e^-x overflows, the reciprocal of infinity is the right answer, 0.
+__device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1 + fast_exp2(-kLog2e * x)); }
+
+// ---- sums -------------------------------------------------------------------------------------------------
+
+// Sum over an aligned group of `lanes` lanes (a power of two); each of them gets it. The whole warp must take
+// part.
+template <class T>
+__device__ inline T lane_sum(T x, int lanes = 32) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+  return x;
+}
+
+// Sum over a block of kWarps warps; each thread gets it. `shared` [kWarps].
+template <int kWarps, class T>
+__device__ inline T block_sum(T x, T* shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  x = lane_sum(x);
+  __syncthreads();  // an earlier sum may still be read
+  if (lane == 0) shared[warp] = x;
+  __syncthreads();
+  return lane_sum(lane < kWarps ? shared[lane] : T(0));
+}
+
+constexpr int kPartialGroups = 16;
+
+// gradient [columns] += sum of the `count` rows of partials [count,stride], whose order depends on `count`
+// alone: group i of 16 sums rows i, i + 16, ..., then the groups are added in order. A block does 32 columns.
+static __global__ void __launch_bounds__(32 * kPartialGroups)
+    add_partials_kernel(float* gradient, const float* __restrict__ partials, int count, int columns,
+                        int stride) {
+  __shared__ float sums[kPartialGroups][32];
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+  float sum = 0;
+  if (column < columns) {
+#pragma unroll 8
+    for (int p = group; p < count; p += kPartialGroups) sum += partials[int64_t(p) * stride + column];
+  }
+  sums[group][lane] = sum;
+  __syncthreads();
+  if (group != 0 || column >= columns) return;
+  for (int i = 1; i < kPartialGroups; i++) sum += sums[i][lane];
+  gradient[column] += sum;
+}
+
+inline void add_partials(Cuda& dev, float* gradient, const float* partials, int count, int columns,
+                         int stride) {
+  add_partials_kernel<<<divide_up(columns, 32), 32 * kPartialGroups, 0, dev.stream>>>(gradient, partials,
+                                                                                      count, columns, stride);
+  launched("add_partials");
+}
+
+}  // namespace gdn

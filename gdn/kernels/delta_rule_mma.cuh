@@ -1,0 +1,157 @@
+// Tensor-core pieces of the gated delta rule: warp-level products of 16-row tiles, bf16 operands, fp32
+// accumulators.
+//
+// mma.m16n8k16, lane = 4 g + c:
+//   A [16,16]  a0 = (row g, k 2c, 2c+1)       a1 = (row g+8, the same k)    a2, a3 = a0, a1 at k + 8
+//   B [16,8]   b0 = (k 2c, 2c+1, column g)    b1 = b0 at k + 8
+//   C [16,8]   c0, c1 = (row g, columns 2c, 2c+1)       c2, c3 = (row g+8, the same columns)
+// so two neighbouring C tiles, packed to bf16, are an A operand: chains of products stay in registers.
+#pragma once
+
+#include <cstdint>
+
+#include "../cuda_device.cuh"
+
+namespace gdn {
+namespace delta_rule {
+
+__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// Shared address of this lane's row for ldmatrix.x4 on a 16x16 block at `block` (row stride ld): the four 8x8
+// parts are taken down the rows first (walk_rows), or along the columns first (walk_columns).
+__device__ inline uint32_t walk_rows(const act* block, int ld) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(block + (lane & 15) * ld + 8 * (lane >> 4));
+}
+__device__ inline uint32_t walk_columns(const act* block, int ld) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(block + ((lane & 7) + 8 * (lane >> 4)) * ld + 8 * ((lane >> 3) & 1));
+}
+
+// Which address and which load make which operand (B: 16 columns, two operands (r0,r1) and (r2,r3)):
+//   A from rows [m][k]: walk_rows, ldmatrix          A from rows [k][m]: walk_columns, ldmatrix_transposed
+//   B from rows [n][k]: walk_columns, ldmatrix       B from rows [k][n]: walk_rows, ldmatrix_transposed
+__device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address));
+}
+
+// c += a b
+__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two accumulator tiles side by side += a * (the 16 columns of b)
+__device__ inline void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                const uint32_t (&b)[4]) {
+  mma(left, a, b[0], b[1]);
+  mma(right, a, b[2], b[3]);
+}
+
+__device__ inline float2 unpack(uint32_t x) {
+  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
+}
+__device__ inline uint32_t pack(float x, float y) {  // x in the low half
+  __nv_bfloat162 word = __floats2bfloat162_rn(x, y);
+  return *reinterpret_cast<uint32_t*>(&word);
+}
+
+// What bf16 lost: x = high + low to 16 bits or more.
+__device__ inline uint32_t pack_low(float x, float y, uint32_t high) {
+  const float2 h = unpack(high);
+  return pack(x - h.x, y - h.y);
+}
+__device__ inline void split(uint32_t& high, uint32_t& low, float x, float y) {
+  high = pack(x, y);
+  low = pack_low(x, y, high);
+}
+
+// The A operand of two neighbouring accumulator tiles.
+__device__ inline void split(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
+                             const float (&right)[4]) {
+  split(high[0], low[0], left[0], left[1]);
+  split(high[1], low[1], left[2], left[3]);
+  split(high[2], low[2], right[0], right[1]);
+  split(high[3], low[3], right[2], right[3]);
+}
+
+// An 8x8 block of bf16 held as (row g, columns 2c, 2c+1) -> its transpose, held the same way.
+__device__ inline uint32_t transpose_8x8(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// w[j] of lane c of four <-> w[c] of lane j: four words apart become 16 neighbouring bytes.
+__device__ inline void transpose_quad(uint32_t (&w)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? w[i] : w[i + 1], 1);
+    if (odd)
+      w[i] = other;
+    else
+      w[i + 1] = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? w[i] : w[i + 2], 2);
+    if (upper)
+      w[i] = other;
+    else
+      w[i + 2] = other;
+  }
+}
+
+// Writes 8 rows of four accumulator tiles' packed words to row-major memory: row g at `row`, this lane 8
+// columns.
+__device__ inline void store_32_columns(act* row, uint32_t (&w)[4], int valid_columns) {
+  transpose_quad(w);
+  const int column = 8 * (threadIdx.x & 3);
+  if (column < valid_columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// 16 bytes from global to shared memory, or 16 zero bytes.
+__device__ inline void copy_16_bytes(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The block starts copying a [rows, columns] bf16 tile to shared memory (row strides ld and stride, in
+// elements); zeros from row valid_rows and column valid_columns on. Columns in multiples of 8.
+__device__ inline void copy_tile(act* to, int ld, const act* from, int64_t stride, int rows, int columns,
+                                 int valid_rows, int valid_columns) {
+  const int vectors = columns / 8, step_rows = blockDim.x / vectors, step_vectors = blockDim.x % vectors;
+  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+  while (row < rows) {
+    const bool valid = row < valid_rows && 8 * vector < valid_columns;
+    copy_16_bytes(to + row * ld + 8 * vector, valid ? from + row * stride + 8 * vector : from, valid);
+    row += step_rows;
+    vector += step_vectors;
+    if (vector >= vectors) {
+      vector -= vectors;
+      row++;
+    }
+  }
+}
+
+// The block writes zeros to `bytes` (a multiple of 16) of shared memory.
+__device__ inline void clear_shared(void* p, int bytes) {
+  for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x)
+    static_cast<uint4*>(p)[i] = make_uint4(0, 0, 0, 0);
+}
+
+}  // namespace delta_rule
+}  // namespace gdn

@@ -1,0 +1,220 @@
+// RMSNorm, alone and with the residual addition before it. A row stays in registers between the sum of its
+// squares and its output, so that every array is read once and written once.
+#pragma once
+
+#include <algorithm>
+
+#include "common.cuh"
+
+namespace gdn {
+
+constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
+
+// A row belongs to kWarpsPerRow warps (1, or all 8 of the block), a thread to kVectors of its vectors of
+// eight columns.
+template <int kVectorsOfThread, int kWarps>
+struct RowTeam {
+  static constexpr int kVectors = kVectorsOfThread, kWarpsPerRow = kWarps;
+  static constexpr int kRows = kRowWarps / kWarpsPerRow;  // a block handles at a time
+  static constexpr int kMaxWidth = kVectors * kWarpsPerRow * 32 * 8;
+
+  __device__ static int row_in_block() { return threadIdx.x / 32 / kWarpsPerRow; }
+  __device__ static int column(int vector) {
+    return ((vector * kWarpsPerRow + threadIdx.x / 32 % kWarpsPerRow) * 32 + threadIdx.x % 32) * 8;
+  }
+  __device__ static bool leads() { return threadIdx.x % (32 * kWarpsPerRow) == 0; }
+  // Sum over the row's threads; `shared` [kRowWarps].
+  __device__ static float sum(float x, [[maybe_unused]] float* shared) {
+    if constexpr (kWarpsPerRow == 1)
+      return lane_sum(x);
+    else
+      return block_sum<kWarpsPerRow>(x, shared);
+  }
+};
+
+// Calls run(RowTeam<...>()) with the smallest team that holds a row.
+template <class Run>
+void with_row_team(int width, Run run) {
+  require_multiple_of_8(width, "the width of an RMSNorm");
+  if (width <= RowTeam<2, 1>::kMaxWidth)
+    run(RowTeam<2, 1>());
+  else if (width <= RowTeam<4, 1>::kMaxWidth)
+    run(RowTeam<4, 1>());
+  else if (width <= RowTeam<8, 1>::kMaxWidth)
+    run(RowTeam<8, 1>());
+  else if (width <= RowTeam<4, 8>::kMaxWidth)
+    run(RowTeam<4, 8>());
+  else
+    throw std::runtime_error("the width of an RMSNorm is " + std::to_string(width) +
+                             "; on the GPU it is at most " + std::to_string(RowTeam<4, 8>::kMaxWidth));
+}
+
+// h = w * x * rstd; with kResidual first x_out = x + branch, and the norm is of x_out as rounded.
+// Floor at M = 32768, d = 1024: 134 MB (x in, h out); with the residual 268 MB (x, branch in, x_out, h out).
+template <class Team, bool kResidual>
+__global__ void __launch_bounds__(kRowThreads)
+    rmsnorm_forward_kernel(act* x_out, act* __restrict__ h, float* __restrict__ rstd, const act* x,
+                           const act* branch, const float* __restrict__ w, int rows, int width) {
+  constexpr int kVectors = Team::kVectors;
+  __shared__ float shared[kRowWarps];
+  const int row = blockIdx.x * Team::kRows + Team::row_in_block();
+  if (row >= rows) return;  // all of a row's warps together
+  const int64_t start = int64_t(row) * width;
+
+  uint4 packed[kVectors], added[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; v++)
+    if (Team::column(v) < width) {
+      packed[v] = load16(x + start + Team::column(v));
+      if constexpr (kResidual) added[v] = load16(branch + start + Team::column(v));
+    }
+  float squares = 0;
+#pragma unroll
+  for (int v = 0; v < kVectors; v++)
+    if (Team::column(v) < width) {
+      float value[8];
+      unpack8(value, packed[v]);
+      if constexpr (kResidual) {
+        float other[8];
+        unpack8(other, added[v]);
+        for (int i = 0; i < 8; i++) value[i] += other[i];
+        packed[v] = pack8(value);
+        store16(x_out + start + Team::column(v), packed[v]);
+        unpack8(value, packed[v]);
+      }
+      for (int i = 0; i < 8; i++) squares += value[i] * value[i];
+    }
+  const float r = rsqrtf(Team::sum(squares, shared) / width + float(kNormEps));
+  if (Team::leads()) rstd[row] = r;
+#pragma unroll
+  for (int v = 0; v < kVectors; v++)
+    if (Team::column(v) < width) {
+      float value[8], gain[8];
+      unpack8(value, packed[v]);
+      load8(gain, w + Team::column(v));
+      for (int i = 0; i < 8; i++) value[i] *= gain[i] * r;
+      store16(h + start + Team::column(v), pack8(value));
+    }
+}
+
+template <bool kResidual>
+void launch_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x, const act* branch,
+                            const float* w, int rows, int width) {
+  if (rows == 0) return;
+  with_row_team(width, [&](auto team) {
+    using Team = decltype(team);
+    rmsnorm_forward_kernel<Team, kResidual>
+        <<<divide_up(rows, int(Team::kRows)), kRowThreads, 0, dev.stream>>>(x_out, h, rstd, x, branch, w,
+                                                                            rows, width);
+  });
+  launched("rmsnorm_forward");
+}
+
+inline void rmsnorm_forward(Cuda& dev, act* h, float* rstd, const act* x, const float* w, int rows,
+                            int width) {
+  launch_rmsnorm_forward<false>(dev, nullptr, h, rstd, x, nullptr, w, rows, width);
+}
+
+inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x,
+                                     const act* branch, const float* w, int rows, int width) {
+  launch_rmsnorm_forward<true>(dev, x_out, h, rstd, x, branch, w, rows, width);
+}
+
+// dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh. A block walks over rows and keeps its sum of dw in
+// registers; partials [blocks,d] gets it.
+// Floor at M = 32768, d = 1024: 268 MB (dh, x, dx in, dx out).
+template <class Team>
+__global__ void __launch_bounds__(kRowThreads)
+    rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, const act* __restrict__ dh,
+                            const act* __restrict__ x, const float* __restrict__ rstd,
+                            const float* __restrict__ w, int rows, int width) {
+  constexpr int kVectors = Team::kVectors;
+  __shared__ float shared[kRowWarps];
+  __shared__ __align__(16) float block_dw[Team::kWarpsPerRow == 1 ? Team::kMaxWidth : 8];
+  float dw[kVectors][8] = {};
+
+  for (int row = blockIdx.x * Team::kRows + Team::row_in_block(); row < rows;
+       row += gridDim.x * Team::kRows) {
+    const int64_t start = int64_t(row) * width;
+    uint4 packed_dh[kVectors], packed_x[kVectors], packed_dx[kVectors];
+#pragma unroll
+    for (int v = 0; v < kVectors; v++)
+      if (Team::column(v) < width) {
+        packed_dh[v] = load16(dh + start + Team::column(v));
+        packed_x[v] = load16(x + start + Team::column(v));
+        packed_dx[v] = load16(dx + start + Team::column(v));
+      }
+    const float r = rstd[row];
+    float along = 0;
+#pragma unroll
+    for (int v = 0; v < kVectors; v++)
+      if (Team::column(v) < width) {
+        float dh8[8], x8[8], gain[8];
+        unpack8(dh8, packed_dh[v]);
+        unpack8(x8, packed_x[v]);
+        load8(gain, w + Team::column(v));
+        for (int i = 0; i < 8; i++) {
+          along += gain[i] * dh8[i] * x8[i];
+          dw[v][i] += dh8[i] * x8[i] * r;
+        }
+      }
+    const float mean = Team::sum(along, shared) * r / width;
+#pragma unroll
+    for (int v = 0; v < kVectors; v++)
+      if (Team::column(v) < width) {
+        float dh8[8], x8[8], dx8[8], gain[8];
+        unpack8(dh8, packed_dh[v]);
+        unpack8(x8, packed_x[v]);
+        unpack8(dx8, packed_dx[v]);
+        load8(gain, w + Team::column(v));
+        for (int i = 0; i < 8; i++) dx8[i] += r * (gain[i] * dh8[i] - x8[i] * r * mean);
+        store16(dx + start + Team::column(v), pack8(dx8));
+      }
+  }
+
+  float* partial = partials + int64_t(blockIdx.x) * width;
+  if constexpr (Team::kWarpsPerRow == 1) {
+    for (int team = 0; team < Team::kRows; team++) {  // one after the other: a fixed order
+      if (team == Team::row_in_block())
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) {
+          float* to = block_dw + Team::column(v);
+          float sum[8] = {};
+          if (team > 0) load8(sum, to);
+          for (int i = 0; i < 8; i++) sum[i] += dw[v][i];
+          store8(to, sum);
+        }
+      __syncthreads();
+    }
+    for (int c = threadIdx.x; c < width; c += kRowThreads) partial[c] = block_dw[c];
+  } else {
+#pragma unroll
+    for (int v = 0; v < kVectors; v++)
+      if (Team::column(v) < width) store8(partial + Team::column(v), dw[v]);
+  }
+}
+
+// How many blocks share the rows, and so how many partial sums of dw there are.
+inline int rmsnorm_backward_blocks(const Cuda& dev, int rows) {
+  return std::min(divide_up(rows, kRowWarps), 4 * dev.multiprocessors);
+}
+
+inline size_t rmsnorm_backward_scratch_bytes(Cuda& dev, int rows, int width) {
+  return size_t(rmsnorm_backward_blocks(dev, rows)) * width * sizeof(float);
+}
+
+inline void rmsnorm_backward(Cuda& dev, act* dx, float* dw, const act* dh, const act* x, const float* rstd,
+                             const float* w, int rows, int width, void* scratch) {
+  if (rows == 0) return;
+  const int blocks = rmsnorm_backward_blocks(dev, rows);
+  float* partials = static_cast<float*>(scratch);
+  with_row_team(width, [&](auto team) {
+    using Team = decltype(team);
+    rmsnorm_backward_kernel<Team>
+        <<<blocks, kRowThreads, 0, dev.stream>>>(dx, partials, dh, x, rstd, w, rows, width);
+  });
+  launched("rmsnorm_backward");
+  add_partials(dev, dw, partials, blocks, width, width);
+}
+
+}  // namespace gdn

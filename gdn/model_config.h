@@ -1,0 +1,80 @@
+// What a model is: its sizes, checked, and the parametrization that scales it.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "../mup.h"
+#include "shapes.h"
+
+namespace gdn {
+
+struct ModelConfig {
+  int width = 256;       // d
+  int base_width = 256;  // d0, where the learning rate was tuned
+  int layers = 8;        // L
+  int heads_k = 6, heads_v = 6;
+  int head_dim_k = 32, head_dim_v = 64;
+  bool fixed_head_size = false;  // how the family grows with d: heads (true) or head sizes (false)
+  int mlp_size = 768;            // I
+  int vocab = 256, padded_vocab = 256;
+  bool tied = true;         // one matrix for embedding and unembedding
+  bool neg_eigval = false;  // beta in (0,2)
+  Parametrization parametrization = Parametrization::mup;
+
+  MixerShape mixer_shape(int batch, int tokens) const {
+    return {batch, tokens, heads_k, heads_v, head_dim_k, head_dim_v};
+  }
+  Mup mup() const {
+    const ModelShape shape{double(width), double(heads_v), double(head_dim_k), double(head_dim_v)};
+    return {parametrization, shape,
+            fixed_head_size ? base_with_fixed_head_size(shape, base_width)
+                            : base_with_fixed_heads(shape, base_width)};
+  }
+  float beta_max() const { return neg_eigval ? 2.0f : 1.0f; }
+};
+
+// The sizes that follow from the width (model.md): keys take 3d/4 columns in all, values `value_expansion`
+// times that, the MLP 8d/3 rounded up to a multiple of 256.
+//   heads > 0, head_dim = 0   fixed heads: dk = 3d / (4 heads)
+//   heads = 0, head_dim > 0   fixed head size: H = 3d / (4 head_dim)
+//   both                      as given; scaled as a member of the fixed-head-size family
+// Throws one line when the width does not divide.
+inline ModelConfig make_config(int width, int base_width, int layers, int heads, int head_dim,
+                               double value_expansion, int vocab, Parametrization parametrization) {
+  const auto fail = [](const std::string& message) { throw std::runtime_error(message); };
+  ModelConfig c;
+  c.width = width;
+  c.base_width = base_width;
+  c.layers = layers;
+  c.parametrization = parametrization;
+  c.fixed_head_size = head_dim > 0;
+  if (head_dim > 0 && heads > 0) {
+    c.heads_k = heads;
+    c.head_dim_k = head_dim;
+  } else {
+    const int by = head_dim > 0 ? head_dim : heads;
+    const char* option = head_dim > 0 ? "-head_dim " : "-heads ";
+    if (3 * int64_t(width) % (4 * int64_t(by)) != 0)
+      fail("-w " + std::to_string(width) + ": 3/4 of the width (" + std::to_string(0.75 * width) +
+           ") must be a multiple of " + option + std::to_string(by) +
+           "; choose another width, or give both -heads and -head_dim");
+    const int other = int(3 * int64_t(width) / (4 * int64_t(by)));
+    c.heads_k = head_dim > 0 ? other : heads;
+    c.head_dim_k = head_dim > 0 ? head_dim : other;
+  }
+  c.heads_v = c.heads_k;
+  const double dv = value_expansion * c.head_dim_k;
+  c.head_dim_v = int(dv);
+  if (c.head_dim_v < 1 || c.head_dim_v != dv)
+    fail("-ev " + std::to_string(value_expansion) + ": the value head size " + std::to_string(dv) +
+         " (key head size " + std::to_string(c.head_dim_k) +
+         " times -ev) must be a whole number, at least 1");
+  c.mlp_size = (8 * width + 3 * 256 - 1) / (3 * 256) * 256;
+  c.vocab = vocab;
+  c.padded_vocab = (vocab + 63) / 64 * 64;
+  return c;
+}
+
+}  // namespace gdn

@@ -1,0 +1,92 @@
+// AdamW or SGD over all parameters, with each tensor's own learning rate and decay (mup.h), and the schedule.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "parameters.h"
+
+namespace gdn {
+
+struct OptimizerConfig {
+  OptimizerKind kind = OptimizerKind::adamw;
+  float weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
+        epsilon = 1e-8f;   // AdamW; SGD uses weight_decay too
+  float momentum = 0.98f;  // SGD, Nesterov
+  float clip = 1.0f;       // of the global gradient norm; 0: off
+};
+
+// Linear warm-up over `warmup` steps to `peak`, then a half cosine that reaches `floor` at step `steps`.
+// step counts from 1.
+struct Schedule {
+  double peak = 0, floor = 0;
+  int64_t warmup = 0, steps = 1;
+
+  double learning_rate(int64_t step) const {
+    if (step <= warmup) return peak * double(step) / double(warmup);
+    const double progress =
+        std::min(1.0, double(step - warmup) / double(std::max<int64_t>(1, steps - warmup)));
+    return floor + 0.5 * (peak - floor) * (1 + std::cos(3.14159265358979323846 * progress));
+  }
+};
+
+template <class Device>
+class Optimizer {
+ public:
+  using real = typename Device::real;
+
+  Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config)
+      : config_(config), p_(parameters), dev_(parameters.dev) {
+    const char* remedy = Parameters<Device>::kRemedy;
+    const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay);
+    spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
+    dev_.upload(spans_.get(), spans.data(), spans_.bytes());
+    moment1_ = Buffer<Device, real>(dev_, p_.table.size, "first moments", remedy);
+    moment1_.zero();
+    if (config.kind == OptimizerKind::adamw) {
+      moment2_ = Buffer<Device, real>(dev_, p_.table.size, "second moments", remedy);
+      moment2_.zero();
+    }
+    norm_ = Buffer<Device, real>(dev_, 1, "gradient norm", remedy);
+    scratch_ = Buffer<Device, unsigned char>(dev_, global_norm_scratch_bytes(dev_, p_.table.size),
+                                             "work space", remedy);
+  }
+
+  // Applies the accumulated gradients as step `step` (from 1) and returns their global norm before clipping.
+  // When the norm is not finite nothing is changed. Waits for the device.
+  double step(int64_t step, double learning_rate) {
+    Range<Device> range(dev_, "optimizer");
+    const int count = int(spans_.size());
+    global_norm(dev_, norm_.get(), p_.gradients(), p_.table.size, scratch_.get());
+    if (config_.kind == OptimizerKind::adamw) {
+      const AdamwStep s{float(learning_rate), config_.beta1, config_.beta2,
+                        config_.epsilon,      config_.clip,  step};
+      adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(),
+                   spans_.get(), count, norm_.get(), s);
+    } else {
+      const SgdStep s{float(learning_rate), config_.momentum, config_.clip};
+      sgd_update(dev_, p_.master(), p_.weights(), moment1_.get(), p_.gradients(), spans_.get(), count,
+                 norm_.get(), s);
+    }
+    real norm = 0;
+    dev_.download(&norm, norm_.get(), sizeof(norm));
+    return double(norm);
+  }
+
+  const OptimizerConfig& config() const { return config_; }
+  real* moment1(size_t offset = 0) const { return moment1_.get() + offset; }
+  real* moment2(size_t offset = 0) const { return moment2_.get() + offset; }  // AdamW only
+
+ private:
+  const OptimizerConfig config_;
+  Parameters<Device>& p_;
+  Device& dev_;
+  Buffer<Device, ParameterSpan> spans_;
+  Buffer<Device, real> moment1_, moment2_, norm_;
+  Buffer<Device, unsigned char> scratch_;
+};
+
+}  // namespace gdn

@@ -1,0 +1,183 @@
+// All parameters of a model in one arena: every tensor's name (flash-linear-attention's), class (mup.h),
+// place and initial values; the arenas of master weights, gradients and of the rounded weights that enter
+// matrix products.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "device.h"
+#include "model_config.h"
+#include "random.h"
+
+namespace gdn {
+
+struct Tensor {
+  std::string name;
+  TensorClass cls;
+  std::vector<int64_t> shape;
+  size_t offset = 0, size = 0;
+};
+
+// Where each layer's tensors start. Tensors that enter one matrix product stand behind each other as rows of
+// one matrix: in_proj = [W_q; W_k; W_v; W_g; W_a; W_b; zero rows up to MixerShape::columns()], gate_up =
+// [W_gate; W_up], taps = [q; k; v].
+struct LayerOffsets {
+  size_t attn_norm, in_proj, taps, A_log, dt_bias, o_norm, o_proj, mlp_norm, gate_up, down;
+};
+
+struct ParameterTable {
+  std::vector<Tensor> tensors;
+  std::vector<LayerOffsets> layers;
+  size_t embedding = 0, final_norm = 0, lm_head = 0;  // lm_head = embedding where they are tied
+  size_t size = 0;                                    // elements of the arena, zero padding included
+  size_t count = 0;                                   // parameters
+
+  const Tensor* find(const std::string& name) const {
+    for (const Tensor& t : tensors)
+      if (t.name == name) return &t;
+    return nullptr;
+  }
+};
+
+inline ParameterTable make_parameter_table(const ModelConfig& c) {
+  ParameterTable table;
+  // Appends a tensor; `aligned` ones start at a multiple of 64 elements, the others right behind the last.
+  const auto add = [&](const std::string& name, TensorClass cls, std::vector<int64_t> shape,
+                       bool aligned = true) {
+    if (aligned) table.size = (table.size + 63) / 64 * 64;
+    Tensor t{name, cls, std::move(shape), table.size, 1};
+    for (int64_t n : t.shape) t.size *= size_t(n);
+    table.size += t.size;
+    table.count += t.size;
+    table.tensors.push_back(t);
+    return t.offset;
+  };
+  const MixerShape mixer = c.mixer_shape(1, 1);
+  const int64_t d = c.width, keys = mixer.key_dim(), values = mixer.value_dim(), heads = c.heads_v;
+  table.embedding = add("model.embeddings.weight", TensorClass::embedding, {c.padded_vocab, d});
+  for (int l = 0; l < c.layers; l++) {
+    const std::string layer = "model.layers." + std::to_string(l) + ".", attn = layer + "attn.";
+    LayerOffsets at;
+    at.attn_norm = add(layer + "attn_norm.weight", TensorClass::gain, {d});
+    at.in_proj = add(attn + "q_proj.weight", TensorClass::hidden, {keys, d});
+    add(attn + "k_proj.weight", TensorClass::hidden, {keys, d}, false);
+    add(attn + "v_proj.weight", TensorClass::hidden, {values, d}, false);
+    add(attn + "g_proj.weight", TensorClass::hidden, {values, d}, false);
+    add(attn + "a_proj.weight", TensorClass::gate, {heads, d}, false);
+    add(attn + "b_proj.weight", TensorClass::gate, {heads, d}, false);
+    table.size = at.in_proj + size_t(mixer.columns()) * size_t(d);
+    at.taps = add(attn + "q_conv1d.weight", TensorClass::conv, {keys, 1, kConvTaps});
+    add(attn + "k_conv1d.weight", TensorClass::conv, {keys, 1, kConvTaps}, false);
+    add(attn + "v_conv1d.weight", TensorClass::conv, {values, 1, kConvTaps}, false);
+    at.A_log = add(attn + "A_log", TensorClass::gate_scalar, {heads});
+    at.dt_bias = add(attn + "dt_bias", TensorClass::gate_scalar, {heads});
+    at.o_norm = add(attn + "o_norm.weight", TensorClass::output_gain, {c.head_dim_v});
+    at.o_proj = add(attn + "o_proj.weight", TensorClass::hidden, {d, values});
+    at.mlp_norm = add(layer + "mlp_norm.weight", TensorClass::gain, {d});
+    at.gate_up = add(layer + "mlp.gate_proj.weight", TensorClass::hidden, {c.mlp_size, d});
+    add(layer + "mlp.up_proj.weight", TensorClass::hidden, {c.mlp_size, d}, false);
+    at.down = add(layer + "mlp.down_proj.weight", TensorClass::hidden, {d, c.mlp_size});
+    table.layers.push_back(at);
+  }
+  table.final_norm = add("model.norm.weight", TensorClass::gain, {d});
+  table.lm_head =
+      c.tied ? table.embedding : add("lm_head.weight", TensorClass::unembedding, {c.padded_vocab, d});
+  table.size = (table.size + 63) / 64 * 64;
+  return table;
+}
+
+// Initial value number `index` of a tensor (model.md, "Initial values"): a function of seed, name and index
+// alone.
+inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64_t index) {
+  switch (t.cls) {
+    case TensorClass::gain:
+    case TensorClass::output_gain:
+      return 1.0f;
+    case TensorClass::conv:
+      return float(random_uniform(key, index) - 0.5);  // U(-1/2, 1/2) = 1/sqrt(4 taps)
+    case TensorClass::gate_scalar: {
+      const double u = random_uniform(key, index);
+      if (t.name.find("A_log") != std::string::npos) return float(std::log(1e-4 + u * (16 - 1e-4)));
+      const double dt = std::max(std::exp(u * (std::log(0.1) - std::log(0.001)) + std::log(0.001)), 1e-4);
+      return float(dt + std::log(-std::expm1(-dt)));  // softplus^-1(dt)
+    }
+    default:
+      return float(init_std(mup, t.cls) * random_normal(key, index));
+  }
+}
+
+template <class Device>
+class Parameters {
+ public:
+  using real = typename Device::real;
+  using act = typename Device::act;
+  static constexpr bool kRounded =
+      !std::is_same<real, act>::value;  // are the working weights a rounded copy?
+  static constexpr const char* kRemedy = "choose a smaller -w or -L";
+
+  Parameters(Device& device, const ModelConfig& model_config)
+      : dev(device),
+        config(model_config),
+        table(make_parameter_table(model_config)),
+        master_(device, table.size, "master weights", kRemedy),
+        weights_(device, kRounded ? table.size : 0, "bf16 weights", kRemedy) {
+    master_.zero();
+  }
+
+  real* master(size_t offset = 0) const { return master_.get() + offset; }
+  act* weights(size_t offset = 0) const {
+    if constexpr (kRounded)
+      return weights_.get() + offset;
+    else
+      return master_.get() + offset;
+  }
+  // Gradients take memory only in training.
+  void allocate_gradients() {
+    gradients_ = Buffer<Device, real>(dev, table.size, "gradients", kRemedy);
+    gradients_.zero();
+  }
+  real* gradients(size_t offset = 0) const { return gradients_.get() + offset; }
+  void zero_gradients() { gradients_.zero(); }
+
+  // Initial values from the seed.
+  void initialize(uint64_t seed) {
+    const Mup mup = config.mup();
+    for (const Tensor& t : table.tensors) {
+      const uint64_t key = stream_key(seed, t.name);
+      std::vector<real> values(t.size);
+#pragma omp parallel for schedule(static)
+      for (size_t i = 0; i < t.size; i++) values[i] = initial_value(t, mup, key, i);
+      dev.upload(master(t.offset), values.data(), t.size * sizeof(real));
+    }
+    round();
+  }
+
+  // The rounded weights from the master weights.
+  void round() { round_weights(dev, weights(), master(), table.size); }
+
+  // The optimizer's view: each tensor's learning rate and decay under the parametrization.
+  std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay) const {
+    const Mup mup = config.mup();
+    std::vector<ParameterSpan> spans;
+    for (const Tensor& t : table.tensors)
+      spans.push_back({t.offset, t.size, float(learning_rate_scale(mup, optimizer, t.cls)),
+                       has_weight_decay(t.cls) ? weight_decay : 0.0f});
+    return spans;
+  }
+
+  Device& dev;
+  const ModelConfig config;
+  const ParameterTable table;
+
+ private:
+  Buffer<Device, real> master_;
+  Buffer<Device, act> weights_;
+  Buffer<Device, real> gradients_;
+};
+
+}  // namespace gdn

@@ -1,0 +1,340 @@
+// Tests of the gated delta rule on the GPU (gdn/kernels/delta_rule.cuh) against the recurrence on the CPU in
+// double, over head sizes, lengths, grouped heads and regimes of decay and write strength. The yardstick of
+// every output is an oracle: the recurrence in float with its results rounded to bf16. Ours may err twice as
+// much as that.
+#pragma once
+
+#ifdef __CUDACC__
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../cpu_layers.h"
+#include "skip.h"
+
+namespace {
+namespace cuda_delta_rule_tests {
+
+using namespace gdn;
+
+enum Regime {
+  kInitial,
+  kWeakDecay,
+  kStrongDecay,
+  kBetaNearZero,
+  kBetaNearOne,
+  kBetaToTwo,
+  kWeakDecayBetaToTwo
+};
+constexpr int kRegimes = 7;
+const char* const kRegimeNames[kRegimes] = {"initial values",       "weak decay",  "strong decay",
+                                            "beta near 0",          "beta near 1", "beta to 2",
+                                            "weak decay, beta to 2"};
+
+using Doubles = std::vector<double>;
+
+double round_to_bf16(double x) { return __bfloat162float(__float2bfloat16_rn(float(x))); }
+
+struct Inputs {
+  Doubles qkv, d_o;  // bf16 values
+  Doubles g, beta;   // float values
+  float s;
+};
+
+MixerShape make_shape(int batch, int tokens, int heads_k, int heads_v, int dk, int dv) {
+  MixerShape shape;
+  shape.batch = batch, shape.tokens = tokens;
+  shape.heads_k = heads_k, shape.heads_v = heads_v;
+  shape.head_dim_k = dk, shape.head_dim_v = dv;
+  return shape;
+}
+
+std::string describe(const MixerShape& shape) {
+  const auto text = [](int x) { return std::to_string(x); };
+  return "B=" + text(shape.batch) + " T=" + text(shape.tokens) + " Hk=" + text(shape.heads_k) +
+         " Hv=" + text(shape.heads_v) + " dk=" + text(shape.head_dim_k) + " dv=" + text(shape.head_dim_v);
+}
+
+double draw_g(std::mt19937_64& random, Regime regime, double decay_scale) {
+  std::uniform_real_distribution<double> uniform(0, 1);
+  const double u = uniform(random);
+  if (regime == kWeakDecay || regime == kWeakDecayBetaToTwo) return -0.002 * u;
+  if (regime == kStrongDecay)
+    return u < 0.2 ? -50 * uniform(random) : u < 0.5 ? -2 * uniform(random) : -0.01 * u;
+  return -decay_scale * 0.1 * std::pow(0.01, u);
+}
+
+double draw_beta(std::mt19937_64& random, Regime regime) {
+  const double u = std::uniform_real_distribution<double>(0, 1)(random);
+  if (regime == kBetaNearZero) return 1e-3 * u;
+  if (regime == kBetaNearOne) return 1 - 1e-3 * u;
+  if (regime == kBetaToTwo || regime == kWeakDecayBetaToTwo) return 2 * u;
+  return 1 / (1 + std::exp(-3 * (u - 0.5)));
+}
+
+Inputs make_inputs(const MixerShape& shape, Regime regime, int seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal;
+  const int C = shape.conv_channels(), dk = shape.head_dim_k;
+  Inputs in;
+  in.s = 1 / std::sqrt(float(dk));
+  in.qkv.resize(size_t(shape.rows()) * C);
+  in.d_o.resize(size_t(shape.rows()) * shape.value_dim());
+  for (double& x : in.qkv) x = normal(random);
+  for (double& x : in.d_o) x = round_to_bf16(normal(random));
+  for (int m = 0; m < shape.rows(); m++)
+    for (int head = 0; head < 2 * shape.heads_k; head++) {
+      double* row = &in.qkv[size_t(m) * C + head * dk];
+      const double length = std::sqrt(std::inner_product(row, row + dk, row, 0.0));
+      for (int i = 0; i < dk; i++) row[i] /= length;
+    }
+  for (double& x : in.qkv) x = round_to_bf16(x);
+  for (int m = 0; m < shape.rows(); m++)
+    for (int h = 0; h < shape.heads_v; h++) {
+      in.g.push_back(float(draw_g(random, regime, 1 + 5 * h)));
+      in.beta.push_back(float(draw_beta(random, regime)));
+    }
+  return in;
+}
+
+enum Output { kO, kDq, kDk, kDv, kDg, kDbeta };
+constexpr int kOutputs = 6;
+const char* const kOutputNames[kOutputs] = {"o", "dq", "dk", "dv", "dg", "dbeta"};
+
+struct Results {
+  Doubles of[kOutputs];
+};
+
+// Columns [first, first + width) of rows of C.
+Doubles columns(const Doubles& x, int C, int first, int width) {
+  Doubles out;
+  for (size_t row = 0; row < x.size(); row += C)
+    out.insert(out.end(), &x[row + first], &x[row + first] + width);
+  return out;
+}
+
+Results split_results(const MixerShape& shape, const Doubles& o, const Doubles& dqkv, const Doubles& dg,
+                      const Doubles& dbeta) {
+  const int C = shape.conv_channels(), key_dim = shape.key_dim();
+  return {{o, columns(dqkv, C, 0, key_dim), columns(dqkv, C, key_dim, key_dim),
+           columns(dqkv, C, 2 * key_dim, shape.value_dim()), dg, dbeta}};
+}
+
+template <class Real>
+Results recurrence(const MixerShape& shape, const Inputs& in) {
+  using Reals = std::vector<Real>;
+  const auto reals = [](const Doubles& x) { return Reals(x.begin(), x.end()); };
+  const Reals qkv = reals(in.qkv), g = reals(in.g), beta = reals(in.beta), d_o = reals(in.d_o);
+  Reals o(d_o.size()), dqkv(qkv.size()), dg(g.size()), dbeta(g.size());
+  Reals state(size_t(shape.batch) * shape.heads_v * shape.head_dim_k * shape.head_dim_v, Real(0));
+  Cpu<Real> cpu;
+  gated_delta_rule_recurrent(cpu, o.data(), state.data(), qkv.data(), g.data(), beta.data(), shape,
+                             Real(in.s));
+  gated_delta_rule_recurrent_backward(cpu, dqkv.data(), dg.data(), dbeta.data(), d_o.data(), qkv.data(),
+                                      g.data(), beta.data(), shape, Real(in.s));
+  const auto doubles = [](const Reals& x) { return Doubles(x.begin(), x.end()); };
+  return split_results(shape, doubles(o), doubles(dqkv), doubles(dg), doubles(dbeta));
+}
+
+// ---- on the GPU
+// ---------------------------------------------------------------------------------------------------
+
+template <class T>
+Buffer<Cuda, T> upload(Cuda& device, const std::vector<T>& x) {
+  Buffer<Cuda, T> buffer(device, x.size(), "a test");
+  device.upload(buffer.get(), x.data(), buffer.bytes());
+  device.synchronize();
+  return buffer;
+}
+
+std::vector<act> to_act(const Doubles& x) {
+  std::vector<act> out;
+  for (double value : x) out.push_back(__float2bfloat16_rn(float(value)));
+  return out;
+}
+std::vector<float> to_float(const Doubles& x) { return std::vector<float>(x.begin(), x.end()); }
+
+Doubles to_double(const std::vector<float>& x) { return Doubles(x.begin(), x.end()); }
+Doubles to_double(const std::vector<act>& x) {
+  Doubles out;
+  for (act value : x) out.push_back(__bfloat162float(value));
+  return out;
+}
+
+// Every byte 0xff: a NaN in bf16 and in float.
+template <class T>
+Buffer<Cuda, T> poisoned(Cuda& device, size_t size) {
+  std::vector<T> x(size);
+  std::memset(static_cast<void*>(x.data()), 0xff, size * sizeof(T));
+  return upload(device, x);
+}
+
+template <class T>
+std::vector<T> download(Cuda& device, const Buffer<Cuda, T>& buffer) {
+  std::vector<T> x(buffer.size());
+  device.download(x.data(), buffer.get(), buffer.bytes());
+  return x;
+}
+
+struct GpuResults {
+  std::vector<act> o, dqkv;
+  std::vector<float> dg, dbeta;
+};
+
+GpuResults run_on_gpu(Cuda& device, const MixerShape& shape, const Inputs& in) {
+  const auto qkv = upload(device, to_act(in.qkv)), d_o = upload(device, to_act(in.d_o));
+  const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
+  const auto o = poisoned<act>(device, in.d_o.size()), dqkv = poisoned<act>(device, in.qkv.size());
+  const auto dg = poisoned<float>(device, in.g.size()), dbeta = poisoned<float>(device, in.g.size());
+  const auto saved = poisoned<uint8_t>(device, gated_delta_rule_saved_bytes(device, shape));
+  const size_t scratch_bytes = gated_delta_rule_scratch_bytes(device, shape);
+  const auto scratch = poisoned<uint8_t>(device, scratch_bytes),
+             scratch2 = poisoned<uint8_t>(device, scratch_bytes);
+  gated_delta_rule_forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, in.s,
+                           scratch.get());
+  gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
+                            g.get(), beta.get(), shape, in.s, scratch2.get());
+  device.synchronize();
+  return {download(device, o), download(device, dqkv), download(device, dg), download(device, dbeta)};
+}
+
+// ||x - reference|| / ||reference||, infinite if x has anything but numbers; ||x|| where the reference is
+// zero.
+double relative_error(const Doubles& x, const Doubles& reference) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < x.size(); i++) {
+    if (!std::isfinite(x[i])) return std::numeric_limits<double>::infinity();
+    error += (x[i] - reference[i]) * (x[i] - reference[i]);
+    size += reference[i] * reference[i];
+  }
+  return std::sqrt(size > 0 ? error / size : error);
+}
+
+// What rounding to bf16 alone costs. Of a few numbers an oracle's error is luck, and may be far less.
+constexpr double kBf16Error = 1.66e-3;
+
+double allowed_error(const Doubles& oracle, const Doubles& reference) {
+  const double error = relative_error(oracle, reference);
+  return 2 * (reference.size() < 256 ? std::max(error, kBf16Error) : error);
+}
+
+void check_against_recurrence(Cuda& device, const MixerShape& shape, Regime regime, int seed) {
+  const Inputs in = make_inputs(shape, regime, seed);
+  const Results reference = recurrence<double>(shape, in);
+  Results oracle = recurrence<float>(shape, in);
+  for (Doubles& output : oracle.of)
+    for (double& x : output) x = round_to_bf16(x);
+  const GpuResults gpu = run_on_gpu(device, shape, in);
+  const Results ours =
+      split_results(shape, to_double(gpu.o), to_double(gpu.dqkv), to_double(gpu.dg), to_double(gpu.dbeta));
+  for (int i = 0; i < kOutputs; i++) {
+    const double error = relative_error(ours.of[i], reference.of[i]);
+    const double oracle_error = relative_error(oracle.of[i], reference.of[i]);
+    INFO(describe(shape), ", ", kRegimeNames[regime], ", ", kOutputNames[i], ": error ", error, ", oracle's ",
+         oracle_error);
+    CHECK(error <= allowed_error(oracle.of[i], reference.of[i]));
+  }
+}
+
+TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: forward and backward against the recurrence")) return;
+  Cuda device;
+  const MixerShape shapes[] = {
+      make_shape(2, 130, 2, 2, 32, 64),   make_shape(1, 200, 2, 2, 64, 128),
+      make_shape(1, 65, 2, 2, 96, 192),   make_shape(1, 130, 1, 1, 128, 256),
+      make_shape(1, 64, 1, 1, 192, 384),  make_shape(1, 65, 1, 1, 256, 512),
+      make_shape(3, 63, 2, 2, 16, 16),    make_shape(2, 65, 1, 3, 48, 80),
+      make_shape(1, 130, 1, 2, 128, 128), make_shape(2, 5, 2, 4, 32, 48),
+      make_shape(3, 1, 1, 1, 64, 64),     make_shape(1, 70, 1, 2, 256, 32),
+  };
+  int seed = 1;
+  for (const MixerShape& shape : shapes) {
+    const bool large = shape.head_dim_k * shape.head_dim_v > 128 * 128;
+    for (int regime = 0; regime < kRegimes; regime++)
+      if (!large || (regime + seed) % 2 == 0) check_against_recurrence(device, shape, Regime(regime), seed++);
+  }
+}
+
+// Many chunks: errors of the state and its gradient have time to add up.
+TEST_CASE("cuda delta rule: long sequences") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: long sequences")) return;
+  Cuda device;
+  const MixerShape shape = make_shape(1, 777, 1, 1, 64, 48);
+  for (int regime = 0; regime < kRegimes; regime++)
+    check_against_recurrence(device, shape, Regime(regime), 100 + regime);
+}
+
+TEST_CASE("cuda delta rule: the same bits in two runs") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: the same bits in two runs")) return;
+  Cuda device;
+  const MixerShape shape = make_shape(2, 200, 1, 2, 64, 128);
+  const Inputs in = make_inputs(shape, kInitial, 1);
+  const GpuResults a = run_on_gpu(device, shape, in), b = run_on_gpu(device, shape, in);
+  CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);
+  CHECK(std::memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.size() * sizeof(act)) == 0);
+  CHECK(std::memcmp(a.dg.data(), b.dg.data(), a.dg.size() * sizeof(float)) == 0);
+  CHECK(std::memcmp(a.dbeta.data(), b.dbeta.data(), a.dbeta.size() * sizeof(float)) == 0);
+}
+
+void check_recurrent(Cuda& device, const MixerShape& shape) {
+  const Inputs in = make_inputs(shape, kBetaToTwo, 5);
+  std::mt19937_64 random(6);
+  std::normal_distribution<double> normal;
+  Doubles state(size_t(shape.batch) * shape.heads_v * shape.head_dim_k * shape.head_dim_v), o(in.d_o.size());
+  for (double& x : state) x = float(normal(random));
+
+  const auto qkv = upload(device, to_act(in.qkv));
+  const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
+  const auto gpu_state = upload(device, to_float(state));
+  const auto gpu_o = poisoned<act>(device, o.size());
+  gated_delta_rule_recurrent(device, gpu_o.get(), gpu_state.get(), qkv.get(), g.get(), beta.get(), shape,
+                             in.s);
+  device.synchronize();
+
+  Cpu<double> cpu;
+  gated_delta_rule_recurrent(cpu, o.data(), state.data(), in.qkv.data(), in.g.data(), in.beta.data(), shape,
+                             double(in.s));
+  INFO(describe(shape));
+  CHECK(relative_error(to_double(download(device, gpu_state)), state) < 1e-5);
+  CHECK(relative_error(to_double(download(device, gpu_o)), o) < 1.2 * kBf16Error);
+}
+
+TEST_CASE("cuda delta rule: token by token") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: token by token")) return;
+  Cuda device;
+  check_recurrent(device, make_shape(2, 7, 2, 2, 32, 64));
+  check_recurrent(device, make_shape(2, 3, 1, 3, 48, 80));
+  check_recurrent(device, make_shape(1, 5, 1, 1, 256, 512));
+  check_recurrent(device, make_shape(3, 1, 1, 2, 128, 16));
+}
+
+TEST_CASE("cuda delta rule: other head sizes are refused") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: other head sizes are refused")) return;
+  Cuda device;
+  const auto message = [&](int dk, int dv) {
+    try {
+      gated_delta_rule_forward(device, nullptr, nullptr, nullptr, nullptr, nullptr,
+                               make_shape(1, 1, 1, 1, dk, dv), 1.f, nullptr);
+    } catch (const std::exception& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  const std::string rule = "on the GPU head sizes must be multiples of 16, dk <= 256, dv <= 512; got ";
+  CHECK(message(24, 64) == rule + "dk = 24, dv = 64");
+  CHECK(message(64, 40) == rule + "dk = 64, dv = 40");
+  CHECK(message(272, 64) == rule + "dk = 272, dv = 64");
+  CHECK(message(64, 528) == rule + "dk = 64, dv = 528");
+}
+
+}  // namespace cuda_delta_rule_tests
+}  // namespace
+
+#endif  // __CUDACC__

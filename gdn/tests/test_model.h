@@ -1,0 +1,337 @@
+// The whole model: its gradient against finite differences, its recurrent form against the chunked one, the
+// GPU against the CPU, the optimizer's view of the parametrizations, and a small run against the entropy
+// floor.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../../dataloader.h"
+#include "../model.h"
+#include "../optimizer.h"
+#include "skip.h"
+
+namespace model_tests {
+
+using namespace gdn;
+
+struct TestBatch {
+  int batch, length;
+  std::vector<int32_t> tokens, targets;
+};
+
+inline TestBatch random_batch(int batch, int length, int vocab, uint64_t seed) {
+  TestBatch b{batch, length, {}, {}};
+  for (int i = 0; i < batch * length; i++) {
+    b.tokens.push_back(int32_t(random_bits(seed, 2 * i) % vocab));
+    b.targets.push_back(int32_t(random_bits(seed, 2 * i + 1) % vocab));
+  }
+  return b;
+}
+
+// A small model of the family the arguments name; the base width is half the width, so that mup's scales are
+// not 1.
+inline ModelConfig small_config(int heads, int head_dim,
+                                Parametrization parametrization = Parametrization::mup) {
+  ModelConfig c = make_config(32, 16, 2, heads, head_dim, 2, 50, parametrization);
+  c.mlp_size = 40;
+  return c;
+}
+
+// Initial values far from symmetric points: gains and gates scattered.
+template <class Device>
+void scatter(Parameters<Device>& p, uint64_t seed) {
+  p.initialize(seed);
+  for (const Tensor& t : p.table.tensors) {
+    std::vector<typename Device::real> values(t.size);
+    p.dev.download(values.data(), p.master(t.offset), t.size * sizeof(values[0]));
+    const double scale = t.cls == TensorClass::conv || t.shape.size() == 1 ? 0.2 : 0.1;
+    for (size_t i = 0; i < t.size; i++)
+      values[i] += float(scale * random_normal(stream_key(seed + 1, t.name), i));
+    p.dev.upload(p.master(t.offset), values.data(), t.size * sizeof(values[0]));
+  }
+  p.round();
+}
+
+template <class Device>
+double loss_of(Model<Device>& model, const TestBatch& b) {
+  model.forward_loss(b.tokens.data(), b.targets.data(), b.batch, b.length);
+  return model.loss_sum() / (b.batch * b.length);
+}
+
+template <class Device>
+void add_gradient(Model<Device>& model, const TestBatch& b) {
+  model.forward_backward(b.tokens.data(), b.targets.data(), b.batch, b.length,
+                         1.0f / float(b.batch * b.length));
+}
+
+template <class A, class B>
+double relative_error(const A* x, const B* reference, size_t n) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < n; i++) {
+    error += (double(x[i]) - double(reference[i])) * (double(x[i]) - double(reference[i]));
+    norm += double(reference[i]) * double(reference[i]);
+  }
+  return std::sqrt(error / norm);
+}
+
+TEST_CASE("model: gradient of every tensor against central differences (double)") {
+  std::vector<ModelConfig> configs = {small_config(2, 0), small_config(0, 8),
+                                      small_config(3, 0, Parametrization::sp)};
+  configs[1].tied = false;
+  configs[2].heads_v = 2 * configs[2].heads_k;  // grouped values, negative eigenvalues
+  configs[2].neg_eigval = true;
+  for (const ModelConfig& config : configs) {
+    CAPTURE(config.heads_k);
+    Cpu<double> dev;
+    Parameters<Cpu<double>> p(dev, config);
+    p.allocate_gradients();
+    scatter(p, 1);
+    const TestBatch b = random_batch(2, 70, config.vocab, 3);  // one whole chunk and a ragged one
+    Model<Cpu<double>> model(p, b.batch, b.length, Use::training);
+    const float weight = 1.0f / 128;  // a power of two: exact
+    model.forward_backward(b.tokens.data(), b.targets.data(), b.batch, b.length, weight);
+    for (const Tensor& t : p.table.tensors) {
+      CAPTURE(t.name);
+      std::vector<double> direction(t.size), before(p.master(t.offset), p.master(t.offset) + t.size);
+      double analytic = 0, norm = 0;
+      for (size_t i = 0; i < t.size; i++) {  // along the gradient itself and a random direction
+        direction[i] = p.gradients(t.offset)[i];
+        norm += direction[i] * direction[i];
+      }
+      norm = std::sqrt(norm);
+      REQUIRE(norm > 0);
+      double direction_norm = 0;
+      for (size_t i = 0; i < t.size; i++) {
+        direction[i] = direction[i] / norm + 0.5 * random_normal(7, i) / std::sqrt(double(t.size));
+        analytic += direction[i] * p.gradients(t.offset)[i];
+        direction_norm += direction[i] * direction[i];
+      }
+      const double step = 1e-4 / std::sqrt(direction_norm);
+      const auto loss_at = [&](double h) {
+        for (size_t i = 0; i < t.size; i++) p.master(t.offset)[i] = before[i] + h * direction[i];
+        return loss_of(model, b) * b.batch * b.length * weight;
+      };
+      // fourth-order central difference
+      const double numeric =
+          (8 * (loss_at(step) - loss_at(-step)) - (loss_at(2 * step) - loss_at(-2 * step))) / (12 * step);
+      std::copy(before.begin(), before.end(), p.master(t.offset));
+      CHECK(std::fabs(numeric - analytic) <= 1e-6 * std::fabs(analytic));
+    }
+  }
+}
+
+TEST_CASE("model: micro-batches accumulate to the gradient of the whole batch (double)") {
+  Cpu<double> dev;
+  Parameters<Cpu<double>> p(dev, small_config(2, 0));
+  p.allocate_gradients();
+  scatter(p, 5);
+  const TestBatch b = random_batch(4, 33, p.config.vocab, 6);
+  Model<Cpu<double>> model(p, 4, 33, Use::training);
+  model.forward_backward(b.tokens.data(), b.targets.data(), 4, 33, 1.0f / 128);
+  const std::vector<double> whole(p.gradients(), p.gradients() + p.table.size);
+  p.zero_gradients();
+  for (int row : {0, 1}) model.forward_backward(&b.tokens[row * 33], &b.targets[row * 33], 1, 33, 1.0f / 128);
+  model.forward_backward(&b.tokens[2 * 33], &b.targets[2 * 33], 2, 33, 1.0f / 128);
+  CHECK(relative_error(p.gradients(), whole.data(), p.table.size) <= 1e-12);
+}
+
+// Sum of -ln p(target) from the logits of the recurrent form, fed in pieces of `piece` tokens.
+template <class Device>
+double decoded_loss(Parameters<Device>& p, const TestBatch& b, int piece) {
+  Model<Device> model(p, b.batch, piece, Use::inference);
+  RecurrentState<Device> state(p.dev, p.config, b.batch);
+  std::vector<typename Device::real> logits;
+  double loss = 0;
+  for (int t = 0; t < b.length; t += piece) {  // the loss of the last token of each piece
+    std::vector<int32_t> tokens;
+    for (int row = 0; row < b.batch; row++)
+      for (int i = 0; i < piece; i++) tokens.push_back(b.tokens[row * b.length + t + i]);
+    model.decode(tokens.data(), b.batch, piece, state, logits);
+    for (int row = 0; row < b.batch; row++) {
+      const auto* z = &logits[size_t(row) * p.config.padded_vocab];
+      double sum = 0;
+      for (int v = 0; v < p.config.vocab; v++) sum += std::exp(double(z[v]));
+      const int target = b.targets[row * b.length + t + piece - 1];
+      if (target >= 0) loss += std::log(sum) - double(z[target]);
+    }
+  }
+  return loss;
+}
+
+// Only every piece-th target counts, as in decoded_loss.
+inline TestBatch every(TestBatch b, int piece) {
+  for (int i = 0; i < b.batch * b.length; i++)
+    if (i % b.length % piece != piece - 1) b.targets[i] = -1;
+  return b;
+}
+
+TEST_CASE("model: the recurrent form gives the chunked form's losses, in pieces of any length (double)") {
+  Cpu<double> dev;
+  Parameters<Cpu<double>> p(dev, small_config(2, 0));
+  scatter(p, 8);
+  const TestBatch b = random_batch(2, 90, p.config.vocab, 9);
+  Model<Cpu<double>> model(p, b.batch, b.length, Use::inference);
+  for (int piece : {1, 3, 90}) {
+    const TestBatch counted = every(b, piece);
+    model.forward_loss(counted.tokens.data(), counted.targets.data(), b.batch, b.length);
+    CHECK(decoded_loss(p, counted, piece) == doctest::Approx(model.loss_sum()).epsilon(1e-11));
+  }
+}
+
+TEST_CASE("model: padded vocabulary gets no probability and no gradient") {
+  Cpu<double> dev;
+  Parameters<Cpu<double>> p(dev, small_config(2, 0));  // 50 of 64
+  REQUIRE(p.config.padded_vocab == 64);
+  p.allocate_gradients();
+  scatter(p, 10);
+  const TestBatch b = random_batch(2, 9, p.config.vocab, 11);
+  Model<Cpu<double>> model(p, b.batch, b.length, Use::training);
+  const double before = loss_of(model, b);
+  add_gradient(model, b);
+  for (size_t i = size_t(50) * 32; i < size_t(64) * 32; i++) REQUIRE(p.gradients(p.table.embedding)[i] == 0);
+  for (size_t i = size_t(50) * 32; i < size_t(64) * 32; i++) p.master(p.table.embedding)[i] = 100;
+  CHECK(loss_of(model, b) == before);
+}
+
+TEST_CASE("model: at the base width all parametrizations have the same bits, initial values and updates") {
+  for (int head_dim : {0, 8})
+    for (OptimizerKind optimizer : {OptimizerKind::adamw, OptimizerKind::sgd}) {
+      std::vector<std::vector<float>> results;
+      for (Parametrization parametrization :
+           {Parametrization::sp, Parametrization::mup0, Parametrization::mup}) {
+        ModelConfig config = make_config(32, 32, 1, head_dim ? 0 : 2, head_dim, 2, 50, parametrization);
+        Cpu<float> dev;
+        Parameters<Cpu<float>> p(dev, config);
+        p.allocate_gradients();
+        p.initialize(12);
+        OptimizerConfig settings;
+        settings.kind = optimizer;
+        Optimizer<Cpu<float>> update(p, settings);
+        const TestBatch b = random_batch(2, 20, config.vocab, 13);
+        Model<Cpu<float>> model(p, b.batch, b.length, Use::training);
+        for (int step = 1; step <= 3; step++) {
+          p.zero_gradients();
+          add_gradient(model, b);
+          update.step(step, 0.01);
+        }
+        results.emplace_back(p.master(), p.master() + p.table.size);
+      }
+      CHECK(results[0] == results[1]);
+      CHECK(results[0] == results[2]);
+    }
+}
+
+// Trains on the built-in stories and returns the mean of (loss - floor) in nats per token over the last
+// `tail` steps.
+template <class Device>
+double excess_over_floor(Device& dev, int width, int layers, int batch, int length, int steps, int tail,
+                         double lr) {
+  Parameters<Device> p(dev, make_config(width, 256, layers, 3, 0, 2, 256, Parametrization::mup));
+  p.allocate_gradients();
+  p.initialize(1);
+  Optimizer<Device> optimizer(p, OptimizerConfig{});
+  Model<Device> model(p, batch, length, Use::training);
+  DataLoader loader("", length, batch, 1);
+  const Schedule schedule{lr, lr / 20, steps / 10, steps};
+  std::vector<int32_t> inputs(batch * length), targets(batch * length);
+  double excess = 0;
+  for (int step = 1; step <= steps; step++) {
+    const double floor = loader.next(inputs.data(), targets.data());
+    p.zero_gradients();
+    model.forward_backward(inputs.data(), targets.data(), batch, length, 1.0f / float(batch * length));
+    if (step > steps - tail) excess += (model.loss_sum() / (batch * length) - floor) / tail;
+    optimizer.step(step, schedule.learning_rate(step));
+  }
+  return excess;
+}
+
+#ifdef __CUDACC__
+
+// One model on both devices with the same weights, which are bf16 numbers so that neither rounds them.
+struct BothDevices {
+  explicit BothDevices(const ModelConfig& config) : on_cpu(cpu, config), on_gpu(gpu, config) {
+    on_cpu.allocate_gradients();
+    on_gpu.allocate_gradients();
+    on_cpu.initialize(21);
+    for (size_t i = 0; i < on_cpu.table.size; i++)
+      on_cpu.master()[i] = __bfloat162float(__float2bfloat16(on_cpu.master()[i]));
+    gpu.upload(on_gpu.master(), on_cpu.master(), on_cpu.table.size * sizeof(float));
+    on_gpu.round();
+  }
+  Cpu<float> cpu;
+  Cuda gpu;
+  Parameters<Cpu<float>> on_cpu;
+  Parameters<Cuda> on_gpu;
+};
+
+TEST_CASE("CUDA model: loss and gradients against the CPU's") {
+  if (gdn_tests::skip_without_gpu("CUDA model: loss and gradients against the CPU's")) return;
+  struct Size {
+    int width, heads, head_dim, batch, length;
+  };
+  for (const Size& size :
+       {Size{256, 6, 0, 2, 100}, Size{512, 6, 0, 1, 130}, Size{256, 0, 64, 3, 65}, Size{768, 6, 0, 1, 64}}) {
+    CAPTURE(size.width);
+    CAPTURE(size.head_dim);
+    BothDevices both(
+        make_config(size.width, 256, 2, size.heads, size.head_dim, 2, 50257, Parametrization::mup));
+    const TestBatch b = random_batch(size.batch, size.length, 50257, 22);
+    Model<Cpu<float>> cpu_model(both.on_cpu, b.batch, b.length, Use::training);
+    Model<Cuda> gpu_model(both.on_gpu, b.batch, b.length, Use::training);
+    add_gradient(cpu_model, b);
+    add_gradient(gpu_model, b);
+    CHECK(gpu_model.loss_sum() == doctest::Approx(cpu_model.loss_sum()).epsilon(1e-3));
+    std::vector<float> gradients(both.on_gpu.table.size);
+    both.gpu.download(gradients.data(), both.on_gpu.gradients(), gradients.size() * sizeof(float));
+    CHECK(relative_error(gradients.data(), both.on_cpu.gradients(), gradients.size()) <= 1e-2);
+    for (const Tensor& t : both.on_gpu.table.tensors) {
+      CAPTURE(t.name);
+      CHECK(relative_error(&gradients[t.offset], both.on_cpu.gradients(t.offset), t.size) <= 3e-2);
+    }
+  }
+}
+
+TEST_CASE("CUDA model: the same seed gives the same bits") {
+  if (gdn_tests::skip_without_gpu("CUDA model: the same seed gives the same bits")) return;
+  std::vector<std::vector<float>> results;
+  for (int run = 0; run < 2; run++) {
+    Cuda dev;
+    Parameters<Cuda> p(dev, make_config(256, 256, 2, 6, 0, 2, 256, Parametrization::mup));
+    p.allocate_gradients();
+    p.initialize(23);
+    Optimizer<Cuda> optimizer(p, OptimizerConfig{});
+    Model<Cuda> model(p, 4, 200, Use::training);
+    for (int step = 1; step <= 5; step++) {
+      const TestBatch b = random_batch(4, 200, 256, 24 + step);
+      p.zero_gradients();
+      add_gradient(model, b);
+      optimizer.step(step, 0.004);
+    }
+    results.emplace_back(p.table.size);
+    dev.download(results.back().data(), p.master(), p.table.size * sizeof(float));
+  }
+  CHECK(results[0] == results[1]);
+}
+
+TEST_CASE("CUDA model: the recurrent form gives the chunked form's losses") {
+  if (gdn_tests::skip_without_gpu("CUDA model: the recurrent form gives the chunked form's losses")) return;
+  Cuda dev;
+  Parameters<Cuda> p(dev, make_config(256, 256, 2, 6, 0, 2, 256, Parametrization::mup));
+  p.initialize(25);
+  const TestBatch b = random_batch(2, 90, 256, 26);
+  Model<Cuda> model(p, b.batch, b.length, Use::inference);
+  for (int piece : {1, 30}) {
+    const TestBatch counted = every(b, piece);
+    model.forward_loss(counted.tokens.data(), counted.targets.data(), b.batch, b.length);
+    CHECK(decoded_loss(p, counted, piece) == doctest::Approx(model.loss_sum()).epsilon(2e-3));
+  }
+}
+
+#endif
+
+}  // namespace model_tests

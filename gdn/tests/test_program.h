@@ -1,0 +1,280 @@
+// The program itself: ./train_gdn as a user runs it, in a folder of its own. Bad input must give one clear line and
+// exit code 1; a resumed run must end with the same bits as one that was never stopped; a signal must save and leave.
+#pragma once
+
+#include <doctest/doctest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "skip.h"
+
+namespace program_tests {
+
+namespace fs = std::filesystem;
+
+// A folder that goes with the test.
+struct Folder {
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "train_gdn_test_XXXXXX").string();
+    REQUIRE(mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  ~Folder() { fs::remove_all(path); }
+  fs::path path;
+};
+
+inline std::string program() { return (fs::current_path() / "train_gdn").string(); }
+
+struct Outcome {
+  int code;
+  std::string out, err;
+};
+
+inline std::string read_file(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline void write_file(const fs::path& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+// Runs train_gdn with `arguments` inside `folder`, after `before` (shell).
+inline Outcome run(const Folder& folder, const std::string& arguments, const std::string& before = "true") {
+  const std::string command = "cd '" + folder.path.string() + "' && " + before + " && '" + program() + "' " + arguments +
+                              " >.out 2>.err </dev/null";
+  const int status = std::system(command.c_str());
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder.path / ".out"), read_file(folder.path / ".err")};
+}
+
+// A shard with these tokens; `header` overrides the first header words.
+inline std::string shard(const std::vector<uint16_t>& tokens, std::vector<int32_t> header = {}) {
+  std::vector<int32_t> words(256);
+  words[0] = 20240520;
+  words[1] = 1;
+  words[2] = int32_t(tokens.size());
+  std::copy(header.begin(), header.end(), words.begin());
+  std::string bytes(reinterpret_cast<const char*>(words.data()), 1024);
+  return bytes.append(reinterpret_cast<const char*>(tokens.data()), 2 * tokens.size());
+}
+
+constexpr const char* kTiny = "-d cpu -w 32 -heads 3 -L 1 -T 32 -B 2 -b 1 -s 0 -v 0 ";
+
+TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
+  Folder folder;
+  write_file(folder.path / "text.txt", "some text, long enough for a few sequences of thirty-two tokens and their targets");
+  write_file(folder.path / "empty.bin", "");
+  write_file(folder.path / "magic.bin", shard(std::vector<uint16_t>(100), {7}));
+  write_file(folder.path / "none.bin", shard({}));
+  write_file(folder.path / "short.bin", shard(std::vector<uint16_t>(100), {20240520, 1, 200}));
+  write_file(folder.path / "vocabulary.bin", shard(std::vector<uint16_t>(100, 60000)));
+  write_file(folder.path / "good.bin", shard(std::vector<uint16_t>(100, 50256)));
+  struct Case { std::string arguments, part; };
+  for (const Case& c : {Case{"-frobnicate 3", "-frobnicate"},
+                        Case{"-w", "-w"},
+                        Case{"-w abc", "-w 'abc'"},
+                        Case{"-w 12x", "-w '12x'"},
+                        Case{"-w -5", "-w '-5'"},
+                        Case{"-lr fast", "-lr 'fast'"},
+                        Case{"-lr nan", "-lr 'nan'"},
+                        Case{"-n 1e3", "-n '1e3'"},
+                        Case{"-b1 1.5", "-b1 '1.5'"},
+                        Case{"stray", "stray"},
+                        Case{"-opt adam", "adam"},
+                        Case{"-param up", "up"},
+                        Case{"-d tpu", "tpu"},
+                        Case{"-w 100 -heads 6", "-w 100"},
+                        Case{"-w 100 -head_dim 64", "-w 100"},
+                        Case{"-ev 0.3", "-ev"},
+                        Case{"-B 10 -b 4", "-B 10"},
+                        Case{"-n 5 -warmup 6", "-warmup 6"},
+                        Case{"-i nowhere.bin", "nowhere.bin"},
+                        Case{"-i empty.bin", "empty.bin"},
+                        Case{"-i magic.bin", "magic.bin"},
+                        Case{"-i none.bin", "none.bin"},
+                        Case{"-i short.bin", "short.bin"},
+                        Case{"-i vocabulary.bin", "vocabulary.bin"},
+                        Case{"-i good.bin,text.txt", "text.txt"},
+                        Case{"-i text.txt -j good.bin", "good.bin"},
+                        Case{"-i text.txt -T 4096", "text.txt"},
+                        Case{"-gen 5", "-load"},
+                        Case{"-gen 5 -load nowhere", "nowhere"},
+                        Case{"-load nowhere", "nowhere"},
+                        Case{"-resume -load nowhere", "-resume"},
+                        Case{"-o good.bin", "good.bin"}}) {
+    CAPTURE(c.arguments);
+    const Outcome o = run(folder, kTiny + std::string("-n 2 ") + c.arguments);
+    CAPTURE(o.err);
+    CHECK(o.code == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK(o.err.rfind("train_gdn: ", 0) == 0);
+    CHECK(o.err.find(c.part) != std::string::npos);
+  }
+}
+
+TEST_CASE("program: -h lists every option with its default") {
+  Folder folder;
+  const Outcome o = run(folder, "-h");
+  CHECK(o.code == 0);
+  for (const char* option :
+       {"-i ", "-j ", "-w ", "-w0 ", "-L ", "-heads ", "-head_dim ", "-ev ", "-T ", "-b ", "-B ", "-n ", "-opt ", "-lr ",
+        "-wd ", "-b1 ", "-b2 ", "-mom ", "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ", "-seed ", "-o ", "-v ",
+        "-save ", "-keep ", "-resume ", "-s ", "-load ", "-gen ", "-prompt "}) {
+    CAPTURE(option);
+    CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
+  }
+}
+
+TEST_CASE("program: log.csv has its header, a row a step, and validations") {
+  Folder folder;
+  REQUIRE(run(folder, kTiny + std::string("-n 6 -v 3 -vn 2 -o out")).code == 0);
+  const std::string log = read_file(folder.path / "out" / "log.csv");
+  CHECK(log.rfind("step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n", 0) == 0);
+  for (const char* start : {"\n1,train,", "\n6,train,", "\n3,val,", "\n6,val,"}) {
+    CAPTURE(start);
+    CHECK(log.find(start) != std::string::npos);
+  }
+  CHECK(std::count(log.begin(), log.end(), '\n') == 1 + 6 + 2);
+}
+
+// The arrays of a checkpoint, without the counters' file that holds the options.
+inline std::vector<std::string> arrays(const fs::path& checkpoint) {
+  return {read_file(checkpoint / "model.safetensors"), read_file(checkpoint / "training_state.safetensors")};
+}
+
+inline void check_resume(const std::string& device) {
+  Folder folder;
+  write_file(folder.path / "text.txt", read_file(fs::current_path() / "train_gdn.cu"));
+  const std::string options = "-d " + device + " -w 64 -heads 2 -head_dim 32 -L 2 -T 70 -B 4 -b 2 -s 0 -v 2 -vn 2 ";
+  for (const std::string& data : {std::string(""), std::string("-i text.txt -j text.txt ")})
+    for (const std::string& optimizer : {std::string("-opt adamw "), std::string("-opt sgd ")}) {
+      CAPTURE(data + optimizer);
+      const std::string all = options + data + optimizer;
+      fs::remove_all(folder.path / "whole");
+      fs::remove_all(folder.path / "parts");
+      REQUIRE(run(folder, all + "-n 8 -o whole").code == 0);
+      REQUIRE(run(folder, all + "-n 8 -save 3 -keep 0 -o parts").code == 0);
+      // as after a kill between steps 5 and 6: only step 3 is saved, the log has later rows
+      fs::remove_all(folder.path / "parts" / "step_00000006");
+      fs::remove_all(folder.path / "parts" / "step_00000008");
+      const Outcome resumed = run(folder, "-d " + device + " -resume -o parts");  // options come from the checkpoint
+      CAPTURE(resumed.err);
+      REQUIRE(resumed.code == 0);
+      CHECK(arrays(folder.path / "whole" / "step_00000008") == arrays(folder.path / "parts" / "step_00000008"));
+      const auto losses = [&](const char* name) {
+        std::ifstream log(folder.path / name / "log.csv");
+        std::vector<std::string> rows;
+        for (std::string row; std::getline(log, row);) {
+          size_t end = 0;  // step, split, loss, lr, grad_norm: what does not depend on the clock
+          for (int comma = 0; comma < 5 && end != std::string::npos; comma++) end = row.find(',', end + 1);
+          rows.push_back(row.substr(0, end));
+        }
+        return rows;
+      };
+      CHECK(losses("whole") == losses("parts"));
+    }
+}
+
+TEST_CASE("program: a resumed run has the bits of one never stopped (CPU)") { check_resume("cpu"); }
+
+TEST_CASE("program: a resumed run has the bits of one never stopped (CUDA)") {
+  if (gdn_tests::skip_without_gpu("program: a resumed run has the bits of one never stopped (CUDA)")) return;
+  check_resume("cuda");
+}
+
+TEST_CASE("program: the newest whole checkpoint is found, damaged ones are named; other shapes and reuse refused") {
+  Folder folder;
+  REQUIRE(run(folder, kTiny + std::string("-n 4 -save 2 -o out")).code == 0);
+  const Outcome again = run(folder, kTiny + std::string("-n 4 -o out"));
+  CHECK(again.code == 1);
+  CHECK(again.err.find("-resume") != std::string::npos);
+  const Outcome wider = run(folder, kTiny + std::string("-n 6 -w 64 -resume -o out"));
+  CHECK(wider.code == 1);
+  CHECK(wider.err.find("width") != std::string::npos);
+  const fs::path newest = folder.path / "out" / "step_00000004" / "training_state.safetensors";
+  std::string bytes = read_file(newest);
+  bytes[bytes.size() / 2] ^= 1;
+  write_file(newest, bytes);
+  const Outcome resumed = run(folder, kTiny + std::string("-n 6 -resume -o out"));
+  CHECK(resumed.code == 0);
+  CHECK(resumed.err.find("step_00000004") != std::string::npos);
+  CHECK(resumed.out.find("resuming out/step_00000002") != std::string::npos);
+}
+
+TEST_CASE("program: SIGINT and SIGTERM save and leave") {
+  for (const int signal : {SIGINT, SIGTERM}) {
+    Folder folder;
+    const std::string binary = program();
+    const pid_t child = fork();
+    if (child == 0) {
+      if (chdir(folder.path.c_str()) != 0 || !freopen(".out", "w", stdout) || !freopen(".err", "w", stderr)) _exit(99);
+      execl(binary.c_str(), "train_gdn", "-d", "cpu", "-w", "32", "-heads", "3", "-L", "1", "-T", "32", "-n", "1000000",
+            "-save", "0", "-s", "0", "-v", "0", "-o", "out", nullptr);
+      _exit(99);
+    }
+    for (int tries = 0; tries < 600 && read_file(folder.path / ".out").find("step 2/") == std::string::npos; tries++)
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    kill(child, signal);
+    int status = 0;
+    waitpid(child, &status, 0);
+    CHECK(WIFEXITED(status));
+    CHECK(WEXITSTATUS(status) == 0);
+    const std::string out = read_file(folder.path / ".out");
+    CHECK(out.find("stopped after step") != std::string::npos);
+    CHECK(out.find("saved out/step_") != std::string::npos);
+    CHECK(run(folder, "-d cpu -gen 5 -load out").code == 0);
+  }
+}
+
+TEST_CASE("program: a full disk while saving is said, the run goes on, the old checkpoint stays") {
+  Folder folder;
+  REQUIRE(run(folder, kTiny + std::string("-n 2 -o out")).code == 0);
+  const Outcome full = run(folder, kTiny + std::string("-n 6 -save 2 -resume -o out"), "trap '' XFSZ; ulimit -f 40");
+  CHECK(full.code == 1);  // the last checkpoint is missing, and that is said
+  CHECK(full.out.find("step 6/6") != std::string::npos);
+  CHECK(full.err.find("not saved") != std::string::npos);
+  CHECK(run(folder, "-d cpu -gen 5 -load out/step_00000002").code == 0);
+  CHECK(run(folder, kTiny + std::string("-n 6 -resume -o out")).code == 0);
+}
+
+TEST_CASE("program: a loss that is not finite stops the run and keeps the last good checkpoint") {
+  Folder folder;
+  const Outcome o = run(folder, kTiny + std::string("-n 400 -opt sgd -lr 1e6 -clip 0 -warmup 20 -save 1 -keep 1 -o out"));
+  CHECK(o.code == 1);
+  CHECK(o.err.find("not finite") != std::string::npos);
+  CHECK(o.err.find("step ") != std::string::npos);
+  CHECK(run(folder, "-d cpu -gen 5 -load out").code == 0);
+}
+
+TEST_CASE("program: samples depend on seed and prompt alone; token ids where the data are shards") {
+  Folder folder;
+  REQUIRE(run(folder, kTiny + std::string("-n 2 -o bytes")).code == 0);
+  const auto text = [&](const std::string& o) { return run(folder, "-d cpu -load bytes -gen 40 " + o).out; };
+  CHECK(text("-prompt 'Once'") == text("-prompt 'Once'"));
+  CHECK(text("-prompt 'Once'").rfind("Once", 0) == 0);
+  CHECK(text("-prompt 'Once'") != text("-prompt 'Once' -seed 7"));
+  std::vector<uint16_t> tokens(200);
+  for (size_t i = 0; i < tokens.size(); i++) tokens[i] = uint16_t(i * 250);
+  write_file(folder.path / "s.bin", shard(tokens));
+  REQUIRE(run(folder, kTiny + std::string("-n 1 -i s.bin -o ids")).code == 0);
+  const std::string ids = run(folder, "-d cpu -load ids -gen 5 -prompt '50256 11'").out;
+  CHECK(ids.rfind("50256 11 ", 0) == 0);
+  CHECK(ids.find_first_not_of("0123456789 \n") == std::string::npos);
+  CHECK(run(folder, "-d cpu -load ids -gen 5 -prompt 'Once'").code == 1);
+}
+
+}  // namespace program_tests

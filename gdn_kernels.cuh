@@ -1,0 +1,166 @@
+// The face of the GPU layers: what gdn/cpu_layers.h has for the CPU, under the same names with the same
+// arguments. The equations are written there; here stand shapes and types, and in gdn/kernels/*.cuh each
+// kernel with its floor.
+//
+// Conventions
+//   act (bf16): activations, their gradients, the weights of Linear and embedding. float: everything else.
+//   Arithmetic is fp32. Arrays lie in GPU memory, begin on 16 bytes, and are row-major and dense.
+//   Activation gradients are overwritten unless the comment says "+="; gradients of parameters are always
+//   added to. `scratch` is work space of as many bytes as NAME_scratch_bytes says, free again when the layer
+//   has run. Widths d, inner, padded vocabularies and out, in of a Linear are multiples of 8; dk and dv
+//   multiples of 16, dk <= 256, dv <= 512. Others throw one line. Every result is the same bits from run to
+//   run: sums that cross blocks go through scratch in a fixed order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "gdn/cuda_device.cuh"
+#include "gdn/shapes.h"
+
+namespace gdn {
+
+// ---- embedding --------------------------------------------------------------------------------------------
+
+// x [M,d] = rows `tokens` [M] of w_emb [V,d]
+void embedding_forward(Cuda&, act* x, const act* w_emb, const int32_t* tokens, int rows, int width);
+
+// dw_emb [V,d] float += rows of dx [M,d] act at their tokens; `order` [M] lists the rows sorted by token,
+// ties in ascending order.
+void embedding_backward(Cuda&, float* dw_emb, const act* dx, const int32_t* tokens, const int32_t* order,
+                        int rows, int width, void* scratch);
+size_t embedding_backward_scratch_bytes(Cuda&, int rows, int width);
+
+// ---- RMSNorm ----------------------------------------------------------------------------------------------
+
+// h [M,d] act = w * x * rstd,  rstd [M] float = 1 / sqrt(mean(x^2) + eps),  w [d] float; d <= 8192
+void rmsnorm_forward(Cuda&, act* h, float* rstd, const act* x, const float* w, int rows, int width);
+
+// x_out [M,d] = x + branch, then h and rstd as rmsnorm_forward of the rounded x_out. x_out may be x or
+// branch.
+void residual_rmsnorm_forward(Cuda&, act* x_out, act* h, float* rstd, const act* x, const act* branch,
+                              const float* w, int rows, int width);
+
+// dx [M,d] act += gradient through the norm, dw [d] float += sum over rows
+void rmsnorm_backward(Cuda&, act* dx, float* dw, const act* dh, const act* x, const float* rstd,
+                      const float* w, int rows, int width, void* scratch);
+size_t rmsnorm_backward_scratch_bytes(Cuda&, int rows, int width);
+
+// ---- Linear -----------------------------------------------------------------------------------------------
+
+// y [M,out] act = scale * x [M,in] w^T,  w [out,in] act
+void linear_forward(Cuda&, act* y, const act* x, const act* w, int rows, int out, int in, float scale = 1);
+
+// dx [M,in] act = scale * dy [M,out] w
+void linear_backward_input(Cuda&, act* dx, const act* dy, const act* w, int rows, int out, int in,
+                           float scale = 1);
+
+// dw [out,in] float += scale * dy^T x
+void linear_backward_weight(Cuda&, float* dw, const act* dy, const act* x, int rows, int out, int in,
+                            float scale = 1);
+
+// ---- short convolution, silu, L2 norm of q and k ----------------------------------------------------------
+
+// qkv [M,C] act from the first C = conv_channels columns of proj [M,P] act; rnorm [M,2 Hk] float; taps [C,4]
+// float; history [B,3,C] act: inputs before t = 0 and, on return, the last three inputs (nullptr: zeros,
+// nothing kept).
+void short_conv_forward(Cuda&, act* qkv, float* rnorm, const act* proj, const float* taps, act* history,
+                        const MixerShape&);
+
+// Columns [0,C) of dproj [M,P] act, dtaps [C,4] float +=. dqkv [M,C] act is work space: do not read it
+// afterwards.
+void short_conv_backward(Cuda&, act* dproj, float* dtaps, act* dqkv, const act* qkv, const float* rnorm,
+                         const act* proj, const float* taps, const MixerShape&, void* scratch);
+size_t short_conv_backward_scratch_bytes(Cuda&, const MixerShape&);
+
+// ---- gates ------------------------------------------------------------------------------------------------
+
+// g, beta [M,Hv] float from the a and b columns of proj [M,P] act; A_log, dt_bias [Hv] float
+void gates_forward(Cuda&, float* g, float* beta, const act* proj, const float* A_log, const float* dt_bias,
+                   const MixerShape&, float beta_max);
+
+// Columns a, b and the padding (zeros) of dproj [M,P] act; dA_log, ddt_bias [Hv] float +=
+void gates_backward(Cuda&, act* dproj, float* dA_log, float* ddt_bias, const float* dg, const float* dbeta,
+                    const float* g, const float* beta, const act* proj, const float* A_log,
+                    const float* dt_bias, const MixerShape&, float beta_max, void* scratch);
+size_t gates_backward_scratch_bytes(Cuda&, const MixerShape&);
+
+// ---- gated delta rule -------------------------------------------------------------------------------------
+
+// o [M,Hv*dv] act from qkv [M,C] act and g, beta [M,Hv] float; s scales the readout. What the backward pass
+// needs is left in `saved` [gated_delta_rule_saved_bytes].
+void gated_delta_rule_forward(Cuda&, act* o, void* saved, const act* qkv, const float* g, const float* beta,
+                              const MixerShape&, float s, void* scratch);
+size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape&);
+size_t gated_delta_rule_scratch_bytes(Cuda&, const MixerShape&);
+
+// dqkv [M,C] act, dg, dbeta [M,Hv] float from d_o [M,Hv*dv] act
+void gated_delta_rule_backward(Cuda&, act* dqkv, float* dg, float* dbeta, const act* d_o, const void* saved,
+                               const act* qkv, const float* g, const float* beta, const MixerShape&, float s,
+                               void* scratch);
+
+// The same o token by token; state [B,Hv,dk,dv] float is read and updated, so that a sequence can be fed in
+// pieces.
+void gated_delta_rule_recurrent(Cuda&, act* o, float* state, const act* qkv, const float* g,
+                                const float* beta, const MixerShape&, float s);
+
+// ---- output norm and gate ---------------------------------------------------------------------------------
+
+// y [M,Hv*dv] act = w_o * o * rstd * silu(z); rstd [M,Hv] float, o [M,Hv*dv] act, w_o [dv] float, z columns
+// of proj
+void output_norm_forward(Cuda&, act* y, float* rstd, const act* o, const act* proj, const float* w_o,
+                         const MixerShape&);
+
+// d_o [M,Hv*dv] act, the z columns of dproj [M,P] act, dw_o [dv] float +=
+void output_norm_backward(Cuda&, act* d_o, act* dproj, float* dw_o, const act* dy, const act* o,
+                          const float* rstd, const act* proj, const float* w_o, const MixerShape&,
+                          void* scratch);
+size_t output_norm_backward_scratch_bytes(Cuda&, const MixerShape&);
+
+// ---- SwiGLU -----------------------------------------------------------------------------------------------
+
+// out [M,I] act = silu(gate) * up, gate_up [M,2I] act
+void swiglu_forward(Cuda&, act* out, const act* gate_up, int rows, int inner);
+
+// dgate_up [M,2I] act from dout [M,I] act
+void swiglu_backward(Cuda&, act* dgate_up, const act* dout, const act* gate_up, int rows, int inner);
+
+// ---- classifier -------------------------------------------------------------------------------------------
+
+// losses [n] float in nats; logits [n,padded] act become their gradient times dlogits_scale unless that is 0;
+// targets [n], < 0: ignored.
+void softmax_cross_entropy(Cuda&, act* logits, float* losses, const int32_t* targets, int rows, int vocab,
+                           int padded, float dlogits_scale);
+
+// *total (GPU memory) = sum of losses [n]
+void sum_losses(Cuda&, float* total, const float* losses, int rows);
+
+// ---- optimizer --------------------------------------------------------------------------------------------
+
+// *norm (GPU memory) = sqrt(sum of squares of gradients [n] float)
+void global_norm(Cuda&, float* norm, const float* gradients, size_t n, void* scratch);
+size_t global_norm_scratch_bytes(Cuda&, size_t n);
+
+// master, moments, gradients: float arenas; weights: act arena, rounded to nearest even. `spans` [count] lies
+// in GPU memory like the arenas, ascending in offset and disjoint, each offset a multiple of 8. *norm in GPU
+// memory; nothing changes when it is not finite.
+void adamw_update(Cuda&, float* master, act* weights, float* moment1, float* moment2, const float* gradients,
+                  const ParameterSpan* spans, int count, const float* norm, const AdamwStep&);
+void sgd_update(Cuda&, float* master, act* weights, float* moment, const float* gradients,
+                const ParameterSpan* spans, int count, const float* norm, const SgdStep&);
+
+// weights [n] act = master [n] float, rounded to nearest even
+void round_weights(Cuda&, act* weights, const float* master, size_t n);
+
+}  // namespace gdn
+
+#include "gdn/kernels/classifier.cuh"
+#include "gdn/kernels/delta_rule.cuh"
+#include "gdn/kernels/embedding.cuh"
+#include "gdn/kernels/gates.cuh"
+#include "gdn/kernels/linear.cuh"
+#include "gdn/kernels/optimizer.cuh"
+#include "gdn/kernels/output_norm.cuh"
+#include "gdn/kernels/rmsnorm.cuh"
+#include "gdn/kernels/short_conv.cuh"
+#include "gdn/kernels/swiglu.cuh"

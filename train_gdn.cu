@@ -1,0 +1,389 @@
+// train_gdn: trains a Gated Delta Network language model under muP, on one NVIDIA GPU or on the CPU.
+//
+// This file holds what a run does: options, the training loop, validation, samples, checkpoints. The model is
+// in gdn/model.h, its layers in gdn/cpu_layers.h and gdn_kernels.cuh, the scaling constants in mup.h, data in
+// dataloader.h.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dataloader.h"
+#include "mup.h"
+#include "gdn/cpu_layers.h"
+#ifdef __CUDACC__
+#include "gdn_kernels.cuh"
+#endif
+#include "gdn/generate.h"
+#include "gdn/model.h"
+#include "gdn/model_checkpoint.h"
+#include "gdn/optimizer.h"
+#include "gdn/options.h"
+#include "gdn/report.h"
+#include "gdn/speed_of_light.h"
+
+namespace gdn {
+namespace {
+
+volatile std::sig_atomic_t signal_received = 0;
+
+// The first SIGINT or SIGTERM lets the step finish, saves and leaves; a second one kills.
+void install_signal_handlers() {
+  struct sigaction action = {};
+  action.sa_handler = [](int signal) { signal_received = signal; };
+  action.sa_flags = SA_RESETHAND | SA_RESTART;
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+}
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+std::string numbered(const char* format, double x) {
+  char text[64];
+  std::snprintf(text, sizeof text, format, x);
+  return text;
+}
+
+// Fills in what the command line left open; throws one line where values contradict each other.
+void resolve_defaults(Options& o, bool gpu) {
+  const bool adamw = parse_optimizer(o.optimizer) == OptimizerKind::adamw;
+  if (o.heads == 0 && o.head_dim == 0) o.heads = 6;
+  if (o.seq_len == 0) o.seq_len = gpu ? 1024 : 128;
+  if (o.global_batch == 0) o.global_batch = o.micro_batch ? o.micro_batch : gpu ? 64 : 16;
+  if (o.micro_batch == 0)
+    for (int b = 1; b <= std::min(o.global_batch, 32); b++)
+      if (o.global_batch % b == 0) o.micro_batch = b;
+  if (o.global_batch % o.micro_batch != 0)
+    throw std::runtime_error("-B " + std::to_string(o.global_batch) + ": must be a multiple of -b " +
+                             std::to_string(o.micro_batch));
+  if (o.steps == 0) o.steps = gpu ? 2000 : 500;
+  if (o.learning_rate < 0) o.learning_rate = adamw ? 0.004 : 0.3;
+  if (o.weight_decay < 0) o.weight_decay = adamw ? 0.1 : 0;
+  if (o.warmup < 0) o.warmup = o.steps / 10;
+  if (o.warmup > o.steps)
+    throw std::runtime_error("-warmup " + std::to_string(o.warmup) + ": must not exceed -n " +
+                             std::to_string(o.steps));
+  o.min_learning_rate = std::min(o.min_learning_rate, o.learning_rate);
+  const int64_t tenth = std::max<int64_t>(1, o.steps / 10);
+  for (int64_t* every : {&o.validate_every, &o.save_every, &o.sample_every})
+    if (*every < 0) *every = tenth;
+  if (o.validation_sequences < 0) o.validation_sequences = gpu ? 256 : 32;
+}
+
+// The first of run_001, run_002, ... that does not exist, or to resume the last one that does.
+std::string run_folder(bool resume) {
+  std::string last;
+  for (int n = 1;; n++) {
+    char name[16];
+    std::snprintf(name, sizeof name, "run_%03d", n);
+    if (!std::filesystem::exists(name)) return resume && !last.empty() ? last : name;
+    last = name;
+  }
+}
+
+void warn(const std::string& line) { std::fprintf(stderr, "train_gdn: %s\n", line.c_str()); }
+
+template <class Device>
+class Run {
+ public:
+  Run(Device& dev, const Options& options, const OptionTable& table, const ModelConfig& config)
+      : o_(options),
+        table_(table),
+        dev_(dev),
+        loader_(o_.train, o_.seq_len, o_.global_batch, o_.seed),
+        parameters_(dev, config),
+        schedule_{o_.learning_rate, o_.min_learning_rate, o_.warmup, o_.steps} {
+    if (!o_.validation.empty() || loader_.source().is_builtin()) {
+      constexpr uint64_t kValidationSeed = 0;  // the same built-in stories whatever -seed is
+      validation_ = std::make_unique<DataLoader>(o_.validation, o_.seq_len, o_.micro_batch, kValidationSeed,
+                                                 0, 1, Split::validation);
+      if (validation_->source().vocab_size() != loader_.source().vocab_size())
+        throw std::runtime_error("-j '" + o_.validation + "': has a vocabulary of " +
+                                 std::to_string(validation_->source().vocab_size()) + ", -i one of " +
+                                 std::to_string(loader_.source().vocab_size()));
+    }
+    parameters_.allocate_gradients();
+    const OptimizerConfig optimizer{parse_optimizer(o_.optimizer),
+                                    float(o_.weight_decay),
+                                    float(o_.beta1),
+                                    float(o_.beta2),
+                                    1e-8f,
+                                    float(o_.momentum),
+                                    float(o_.clip)};
+    optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer);
+    model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training);
+    inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
+    targets_.resize(inputs_.size());
+  }
+
+  // Weights from the seed or, with -load, from a checkpoint.
+  void start_fresh() {
+    if (o_.load.empty())
+      parameters_.initialize(o_.seed);
+    else
+      load_parameters(parameters_, open_any_checkpoint(o_.load));
+  }
+
+  // Weights, moments, step and place in the data as they were.
+  void start_from(const Checkpoint& checkpoint) {
+    load_parameters(parameters_, checkpoint);
+    load_optimizer(*optimizer_, parameters_, checkpoint);
+    const TrainingCounters counters = read_counters(checkpoint);
+    step_ = counters.step;
+    loader_.seek(counters.position);
+    newest_checkpoint_ = checkpoint.path;
+  }
+
+  // Trains to the last step, or to a signal.
+  void train() {
+    log_ = std::make_unique<CsvLog>(o_.output + "/log.csv", step_);
+    describe();
+    const double peak = measure_peak_flops(dev_);
+    report_.say("peak matrix product: " + numbered("%.2f TFLOP/s", peak / 1e12) + ", output in " + o_.output);
+    const double tokens = double(o_.global_batch) * o_.seq_len;
+    while (step_ < o_.steps && !signal_received) {
+      StepReport r;
+      const double start = seconds_now();
+      train_step(r);
+      const double seconds = seconds_now() - start;
+      r.milliseconds = 1000 * seconds;
+      r.tokens_per_second = tokens / seconds;
+      r.speed_of_light = flops_per_token(parameters_.config) * tokens / (seconds * peak);
+      report_.step(r);
+      log_->train(r);
+      const auto due = [&](int64_t every) { return every > 0 && step_ % every == 0 && step_ < o_.steps; };
+      if (due(o_.validate_every)) validate(o_.validation_sequences);
+      if (due(o_.sample_every)) sample();
+      if (due(o_.save_every)) save();
+    }
+    if (signal_received)
+      report_.say("signal " + std::to_string(int(signal_received)) + ": stopped after step " +
+                  std::to_string(step_));
+    else {
+      validate(validation_ && validation_->source().is_builtin() ? o_.validation_sequences : 0);
+      if (o_.sample_every) sample();
+    }
+    if (!save())
+      throw std::runtime_error("the last checkpoint could not be saved; the newest is " + newest_text());
+    if (log_->failed()) throw std::runtime_error(o_.output + "/log.csv is incomplete; is the disk full?");
+  }
+
+ private:
+  void describe() {
+    const ModelConfig& c = parameters_.config;
+    report_.say(std::to_string(parameters_.table.count) + " parameters: d " + std::to_string(c.width) +
+                ", L " + std::to_string(c.layers) + ", H " + std::to_string(c.heads_k) + ", dk " +
+                std::to_string(c.head_dim_k) + ", dv " + std::to_string(c.head_dim_v) + ", mlp " +
+                std::to_string(c.mlp_size) + ", vocabulary " + std::to_string(c.vocab));
+    report_.say(std::to_string(o_.global_batch) + " sequences of " + std::to_string(o_.seq_len) +
+                " tokens a step in micro-batches of " + std::to_string(o_.micro_batch) + "; " +
+                std::to_string(loader_.sequences()) + " sequences an epoch" +
+                (loader_.source().is_builtin() ? " (built-in stories)" : ""));
+    report_.say(mup_table(c.mup(), optimizer_->config().kind));
+    if (!validation_) report_.say("no validation data (-j)");
+  }
+
+  // One step over a global batch. Throws when the loss or the gradient is not finite; the weights are then
+  // still those of the step before.
+  void train_step(StepReport& r) {
+    const int64_t rows = o_.global_batch, length = o_.seq_len;
+    r.step = step_ + 1;
+    r.steps = o_.steps;
+    r.floor = loader_.next(inputs_.data(), targets_.data());
+    r.learning_rate = schedule_.learning_rate(r.step);
+    parameters_.zero_gradients();
+    for (int64_t row = 0; row < rows; row += o_.micro_batch) {
+      model_->forward_backward(&inputs_[row * length], &targets_[row * length], o_.micro_batch, o_.seq_len,
+                               float(1.0 / double(rows * length)));
+      r.loss += model_->loss_sum() / double(rows * length);
+    }
+    if (!std::isfinite(r.loss)) fail_not_finite("loss", r);
+    r.norm = optimizer_->step(r.step, r.learning_rate);
+    if (!std::isfinite(r.norm)) fail_not_finite("gradient", r);
+    step_ = r.step;
+  }
+
+  [[noreturn]] void fail_not_finite(const char* what, const StepReport& r) {
+    throw std::runtime_error("step " + std::to_string(r.step) + ": the " + what + " is not finite (loss " +
+                             shortest(r.loss) + "); lower -lr; the last good checkpoint is " + newest_text());
+  }
+
+  std::string newest_text() const { return newest_checkpoint_.empty() ? "none" : newest_checkpoint_; }
+
+  // Mean loss over the first `limit` validation sequences (0: all), in file order.
+  void validate(int64_t limit) {
+    if (!validation_) return;
+    const int64_t count = limit ? std::min(limit, validation_->sequences()) : validation_->sequences();
+    double loss = 0, floor = 0;
+    for (int64_t first = 0; first < count; first += o_.micro_batch) {
+      const int rows = int(std::min<int64_t>(o_.micro_batch, count - first));
+      for (int r = 0; r < rows; r++)
+        floor += validation_->read(first + r, &inputs_[int64_t(r) * o_.seq_len],
+                                   &targets_[int64_t(r) * o_.seq_len]);
+      model_->forward_loss(inputs_.data(), targets_.data(), rows, o_.seq_len);
+      loss += model_->loss_sum();
+    }
+    loss /= double(count * o_.seq_len);
+    floor /= double(count);
+    report_.say("validation after step " + std::to_string(step_) + ": loss " + numbered("%.4f", loss) +
+                (std::isfinite(floor) ? " (floor " + numbered("%.4f", floor) + ")" : "") + " over " +
+                std::to_string(count) + " sequences");
+    log_->validation(step_, loss);
+  }
+
+  void sample() {
+    const int vocab = parameters_.config.vocab;
+    std::string text;
+    generate<Device>(
+        parameters_, prompt_tokens(o_.prompt, vocab), vocab == 256 ? 400 : 64, o_.seed,
+        [&](int token) { text += token_text(token, vocab); }, [] { return signal_received != 0; });
+    report_.say("sample after step " + std::to_string(step_) + ":\n" + o_.prompt + text + "\n");
+  }
+
+  // Saves a checkpoint; a failure (a full disk) is said and the run goes on.
+  bool save() {
+    try {
+      newest_checkpoint_ = save_run(o_.output, parameters_, *optimizer_,
+                                    {step_, loader_.position(), table_.values()}, o_.keep);
+      report_.say("saved " + newest_checkpoint_);
+      return true;
+    } catch (const std::exception& e) {
+      warn(std::string("checkpoint not saved: ") + e.what() + "; the newest is " + newest_text());
+      return false;
+    }
+  }
+
+  const Options o_;
+  const OptionTable& table_;
+  Device& dev_;
+  DataLoader loader_;
+  std::unique_ptr<DataLoader> validation_;
+  Parameters<Device> parameters_;
+  const Schedule schedule_;
+  std::unique_ptr<Optimizer<Device>> optimizer_;
+  std::unique_ptr<Model<Device>> model_;
+  std::unique_ptr<CsvLog> log_;
+  Reporter report_;
+  std::vector<int32_t> inputs_, targets_;  // [B,T]
+  int64_t step_ = 0;                       // steps done
+  std::string newest_checkpoint_;
+};
+
+// The model the options describe. With a checkpoint it must be the checkpoint's; options not given follow it.
+ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const Checkpoint* checkpoint) {
+  if (checkpoint) {
+    const ModelConfig saved = read_config(*checkpoint);
+    bool given = false;
+    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param"})
+      given = given || table.given(name);
+    if (!given) {
+      if (vocab && vocab != saved.vocab)
+        throw std::runtime_error(checkpoint->path + ": has a vocabulary of " + std::to_string(saved.vocab) +
+                                 ", the data one of " + std::to_string(vocab));
+      return saved;
+    }
+  }
+  const ModelConfig config = make_config(o.width, o.base_width, o.layers, o.heads, o.head_dim,
+                                         o.value_expansion, vocab, parse_parametrization(o.parametrization));
+  if (checkpoint) require_same_shape(config, read_config(*checkpoint), checkpoint->path);
+  return config;
+}
+
+template <class Device>
+void generate_and_print(Device& dev, const Options& o) {
+  const Checkpoint checkpoint = open_any_checkpoint(o.load);
+  Parameters<Device> parameters(dev, read_config(checkpoint));
+  load_parameters(parameters, checkpoint);
+  const int vocab = parameters.config.vocab;
+  const std::vector<int32_t> prompt = prompt_tokens(o.prompt, vocab);
+  if (!o.prompt.empty()) std::printf("%s%s", o.prompt.c_str(), vocab == 256 ? "" : " ");
+  const auto emit = [&](int token) {
+    std::printf("%s", token_text(token, vocab).c_str());
+    std::fflush(stdout);
+  };
+  generate<Device>(parameters, prompt, o.generate, o.seed, emit, [] { return signal_received != 0; });
+  std::printf("\n");
+}
+
+template <class Device>
+void run_on(Device& dev, Options& o, OptionTable& table) {
+  if (o.generate) return generate_and_print(dev, o);
+  if (o.output.empty()) o.output = run_folder(o.resume);
+  std::unique_ptr<Checkpoint> resumed;
+  const std::string newest = find_newest_checkpoint(o.output, warn);
+  if (o.resume && !newest.empty()) {
+    resumed = std::make_unique<Checkpoint>(open_checkpoint(newest));
+    for (const auto& [name, value] : read_counters(*resumed).options) table.restore(name, value);
+    std::printf("resuming %s\n", newest.c_str());
+  } else if (o.resume) {
+    std::printf("no complete checkpoint in %s: starting at step 1\n", o.output.c_str());
+  } else if (!newest.empty()) {
+    throw std::runtime_error("-o " + o.output + ": already holds " + newest +
+                             "; add -resume to go on from it, or choose another folder");
+  }
+  resolve_defaults(o, Device::is_gpu);
+  const int vocab = TokenSource(o.train).vocab_size();
+  std::unique_ptr<Checkpoint> loaded;
+  if (!resumed && !o.load.empty()) loaded = std::make_unique<Checkpoint>(open_any_checkpoint(o.load));
+  const ModelConfig config = choose_config(o, table, vocab, resumed ? resumed.get() : loaded.get());
+  std::filesystem::create_directories(o.output);
+  Run<Device> run(dev, o, table, config);
+  if (resumed)
+    run.start_from(*resumed);
+  else
+    run.start_fresh();
+  run.train();
+}
+
+int run(int argc, char** argv) {
+  Options o;
+  OptionTable table(o);
+  table.parse(argc, argv);
+  if (o.help) {
+    table.print_help();
+    return 0;
+  }
+  parse_parametrization(o.parametrization);
+  parse_optimizer(o.optimizer);
+  if (o.device != "auto" && o.device != "cuda" && o.device != "cpu")
+    throw std::runtime_error("-d '" + o.device + "': expected auto, cuda or cpu");
+  if (o.generate && o.load.empty()) throw std::runtime_error("-gen needs a checkpoint: -load FOLDER");
+  if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
+  install_signal_handlers();
+#ifdef __CUDACC__
+  if (o.device == "cuda" || (o.device == "auto" && Cuda::available())) {
+    Cuda dev;
+    if (!o.generate) std::printf("device: %s\n", dev.name.c_str());
+    run_on(dev, o, table);
+    return 0;
+  }
+#else
+  if (o.device == "cuda")
+    throw std::runtime_error(
+        "-d cuda: this train_gdn was built without nvcc; install the CUDA Toolkit and run make");
+#endif
+  Cpu<float> dev;
+  if (!o.generate) std::printf("device: CPU\n");
+  run_on(dev, o, table);
+  return 0;
+}
+
+}  // namespace
+}  // namespace gdn
+
+int main(int argc, char** argv) {
+  try {
+    return gdn::run(argc, argv);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "train_gdn: %s\n", e.what());
+    return 1;
+  }
+}
