@@ -11,9 +11,10 @@
 CXX ?= g++
 MARCH ?= native
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
-OPENBLAS ?= $(shell printf '\#include <cblas.h>\nint main() { return cblas_sdot(0, 0, 1, 0, 1); }\n' | \
+HASH := \#
+OPENBLAS ?= $(shell printf '$(HASH)include <cblas.h>\nint main() { openblas_set_num_threads(1); }\n' | \
   $(CXX) -x c++ - -o /dev/null -lopenblas 2>/dev/null && echo yes || echo no)
-DOCTEST := $(shell printf '\#include <doctest/doctest.h>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo yes || echo no)
+DOCTEST := $(shell printf '$(HASH)include <doctest/doctest.h>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo yes || echo no)
 
 WARNINGS := -Wall -Wextra
 CXXFLAGS := -std=c++17 -O3 -march=$(MARCH) -fno-math-errno -fno-trapping-math -fopenmp
@@ -33,10 +34,11 @@ GENCODE := -gencode=arch=compute_$(GPU_ARCH),code=sm_$(GPU_ARCH)
 ifeq ($(GPU_ARCH),80)
 GENCODE += -gencode=arch=compute_80,code=compute_80
 endif
+# 1675: nvcc does not know a pragma that it passes on to the host's compiler
 comma := ,
 empty :=
 space := $(empty) $(empty)
-COMPILE = $(NVCC) -std=c++17 -O3 $(GENCODE) -ccbin $(CXX) -x cu \
+COMPILE = $(NVCC) -std=c++17 -O3 -diag-suppress 1675 $(GENCODE) -ccbin $(CXX) -x cu \
   -Xcompiler $(subst $(space),$(comma),$(strip $(filter-out -std=c++17 -O3 -DGDN_OPENBLAS,$(CXXFLAGS)) $(WARNINGS))) \
   $(filter -DGDN_OPENBLAS,$(CXXFLAGS))
 LINK_LIBS = $(LIBS) -lcublasLt
@@ -62,9 +64,12 @@ endif
 test: train_gdn test_gdn
 	./test_gdn
 
+# The layers' tests and one of the whole model; the test that runs out of memory means to. racecheck takes the barriers
+# inside cuBLASLt's own kernels (nvjet...) for races, so it looks at ours alone.
+SANITIZED := --test-case='cuda:*,cuda delta rule*,*the same seed gives the same bits' --test-case-exclude='*out of memory*'
 sanitize: test_gdn
-	compute-sanitizer --tool memcheck --error-exitcode 1 ./test_gdn --test-case='*CUDA*'
-	compute-sanitizer --tool racecheck --error-exitcode 1 ./test_gdn --test-case='*CUDA*'
+	compute-sanitizer --tool memcheck --error-exitcode 1 ./test_gdn $(SANITIZED)
+	compute-sanitizer --tool racecheck --kernel-name-exclude kernel_substring=nvjet --error-exitcode 1 ./test_gdn $(SANITIZED)
 
 bench: dev/bench_layers dev/bench_delta_rule
 	./dev/bench_layers

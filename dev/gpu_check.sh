@@ -3,7 +3,7 @@
 #   tests      ./test_gdn (FILTER: only the cases that match)
 #   sanitize   compute-sanitizer memcheck and racecheck over the CUDA tests
 #   bench      dev/bench_layers and dev/bench_delta_rule
-#   speed      tokens/s of the training step at several widths
+#   speed      tokens/s of the training step at several widths, on the books shards
 #   books      the reference run on the books shards at d = 256 and 512 (BOOKS names their folder, .bin or .bin.xz)
 # Binaries are taken as they are (make builds them). Logs go to $OUT (default: a new folder under dev/results).
 set -uo pipefail
@@ -30,12 +30,8 @@ tests() {
 }
 
 sanitize() {
-  part memcheck compute-sanitizer --tool memcheck --error-exitcode 1 ./test_gdn --test-case='CUDA*'
-  part racecheck compute-sanitizer --tool racecheck --error-exitcode 1 ./test_gdn --test-case='CUDA*'
-  for log in memcheck racecheck; do
-    grep -E "^=========" "$OUT/$log.log" | head -n 30
-    tail -n 1 "$OUT/$log.log"
-  done
+  part sanitize make -o test_gdn sanitize
+  grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed" "$OUT/sanitize.log"
 }
 
 bench() {
@@ -44,35 +40,45 @@ bench() {
   cat "$OUT/bench_layers.log" "$OUT/bench_delta_rule.log"
 }
 
+# The unpacked books shards' folder.
+books_folder() {
+  local data=${BOOKS:?BOOKS names the folder with the books shards (.bin or .bin.xz)} unpacked=/tmp/train_gdn_books
+  mkdir -p "$unpacked"
+  for packed in "$data"/*.bin.xz; do
+    [ -e "$packed" ] && [ ! -e "$unpacked/$(basename "$packed" .xz)" ] && python3 -c "import lzma, shutil, sys
+shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], 'wb'))" "$packed" "$unpacked/$(basename "$packed" .xz)"
+  done
+  compgen -G "$unpacked/*.bin" >/dev/null || ln -s "$(realpath "$data")"/*.bin "$unpacked/"
+  echo "$unpacked"
+}
+
 speed() {
-  local work
+  local data work
+  data=$(books_folder)
   work=$(mktemp -d)
-  for size in "256 32" "512 16" "512 32" "1024 32" "1536 16"; do
-    set -- $size
-    part "speed_d$1_b$2" ./train_gdn -w "$1" -T 1024 -b "$2" -B "$2" -n 25 -v 0 -vn 1 -s 0 -save 0 -o "$work/d$1_b$2"
-    # median of the last 20 steps
-    awk -F, '$2 == "train" && $1 > 5 { print $7, $6, $8 }' "$work/d$1_b$2/log.csv" | sort -n |
-      awk -v d="$1" -v b="$2" '{ row[NR] = $0 } END { print "d", d, "B", b, "tokens/s, ms, sol:", row[int((NR + 1) / 2)] }' |
+  for size in ${SIZES:-256,32,8 512,16,8 512,32,8 1024,32,8 1536,32,8 2048,8,21}; do
+    IFS=, read -r width batch layers <<<"$size"
+    local name=d${width}_b${batch}_L${layers}
+    part "speed_$name" ./train_gdn -i "$data/books_train_*.bin" -w "$width" -L "$layers" -heads 6 -T 1024 -b "$batch" \
+      -B "$batch" -n 25 -v 0 -s 0 -save 0 -o "$work/$name"
+    # the median of the last 20 steps
+    awk -F, '$2 == "train" && $1 > 5 { print $7, $6, $8 }' "$work/$name/log.csv" | sort -n |
+      awk -v name="$name" '{ row[NR] = $0 } END { print name ": tokens/s, ms, share of speed-of-light:", row[int((NR + 1) / 2)] }' |
       tee -a "$OUT/speed.txt"
-    rm -rf "$work/d$1_b$2"
+    rm -rf "${work:?}/$name"
   done
 }
 
 books() {
-  local data=${BOOKS:?BOOKS names the folder with the books shards} work
+  local data work
+  data=$(books_folder)
   work=$(mktemp -d)
-  for packed in "$data"/*.bin.xz; do
-    [ -e "$packed" ] && python3 -c "import lzma, shutil, sys
-shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], 'wb'))" "$packed" "$work/$(basename "$packed" .xz)"
-  done
-  compgen -G "$work/*.bin" >/dev/null || ln -s "$(realpath "$data")"/*.bin "$work/"
   for width in ${WIDTHS:-256 512}; do
-    part "books_d$width" ./train_gdn -i "$work/books_train_*.bin" -j "$work/books_val_*.bin" -w "$width" -L 8 -heads 6 \
+    part "books_d$width" ./train_gdn -i "$data/books_train_*.bin" -j "$data/books_val_*.bin" -w "$width" -L 8 -heads 6 \
       -T 512 -b 64 -B 64 -n 1000 -opt adamw -b1 0.9 -b2 0.95 -wd 0.1 -clip 1 -warmup 100 -lr 4e-3 -min_lr 2e-4 \
       -param mup -v 250 -s 0 -save 0 -o "$work/d$width"
     cp "$work/d$width/log.csv" "$OUT/books_d$width.csv"
     grep -E "validation|train_gdn:" "$OUT/books_d$width.log"
-    tail -n 4 "$OUT/books_d$width.log"
   done
 }
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <vector>
 #ifdef GDN_OPENBLAS
 #include <cblas.h>
@@ -14,16 +13,34 @@ namespace gdn {
 
 namespace blocked {
 
-constexpr int kRows = 32, kCols = 256,
-              kDepth = 128;  // a block of C, and how much of the inner dimension at a time
+constexpr int kTileRows = 8, kTileCols = 32;          // what is summed in registers
+constexpr int kRows = 64, kCols = 256, kDepth = 128;  // a block of C and of the inner dimension
 
 // Copies block [rows, cols] at (row, col) of op(A) into `out` with row stride `stride`.
 template <class Real>
 void pack(Real* out, int stride, const Real* a, bool transpose, int64_t lda, int row, int col, int rows,
           int cols) {
-  for (int i = 0; i < rows; i++)
+  if (transpose)
     for (int j = 0; j < cols; j++)
-      out[i * stride + j] = transpose ? a[(col + j) * lda + row + i] : a[(row + i) * lda + col + j];
+      for (int i = 0; i < rows; i++) out[i * stride + j] = a[(col + j) * lda + row + i];
+  else
+    for (int i = 0; i < rows; i++)
+      for (int j = 0; j < cols; j++) out[i * stride + j] = a[(row + i) * lda + col + j];
+}
+
+// sum [kTileRows,kTileCols] += a [kTileRows,depth] b [depth,kTileCols], in registers
+template <class Real>
+void add_tile(Real* sum, const Real* a, const Real* b, int depth) {
+  Real tile[kTileRows][kTileCols];
+  for (int i = 0; i < kTileRows; i++)
+    for (int j = 0; j < kTileCols; j++) tile[i][j] = sum[i * kCols + j];
+  for (int l = 0; l < depth; l++)
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; i++)
+#pragma omp simd simdlen(16)
+      for (int j = 0; j < kTileCols; j++) tile[i][j] += a[i * kDepth + l] * b[l * kCols + j];
+  for (int i = 0; i < kTileRows; i++)
+    for (int j = 0; j < kTileCols; j++) sum[i * kCols + j] = tile[i][j];
 }
 
 // C = alpha op(A) op(B) + beta C. Each element is summed in the same order whatever the number of threads.
@@ -44,14 +61,9 @@ void gemm(bool ta, bool tb, int m, int n, int k, Real alpha, const Real* a, int6
           const int depth = std::min(kDepth, k - l0);
           pack(a_block.data(), kDepth, a, ta, lda, row, l0, rows, depth);
           pack(b_block.data(), kCols, b, tb, ldb, l0, col, depth, cols);
-          for (int i = 0; i < rows; i++)
-            for (int l = 0; l < depth; l++) {
-              const Real x = a_block[i * kDepth + l];
-              Real* to = &sum[i * kCols];
-              const Real* from = &b_block[l * kCols];
-#pragma omp simd
-              for (int j = 0; j < kCols; j++) to[j] += x * from[j];
-            }
+          for (int i = 0; i < rows; i += kTileRows)
+            for (int j = 0; j < cols; j += kTileCols)
+              add_tile(&sum[i * kCols + j], &a_block[i * kDepth], &b_block[j], depth);
         }
         for (int i = 0; i < rows; i++)
           for (int j = 0; j < cols; j++) {
@@ -64,16 +76,48 @@ void gemm(bool ta, bool tb, int m, int n, int k, Real alpha, const Real* a, int6
 
 }  // namespace blocked
 
+#ifdef GDN_OPENBLAS
+inline void blas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int m, int n, int k, float alpha,
+                      const float* a, int64_t lda, const float* b, int64_t ldb, float beta, float* c,
+                      int64_t ldc) {
+  cblas_sgemm(CblasRowMajor, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+inline void blas_gemm(CBLAS_TRANSPOSE ta, CBLAS_TRANSPOSE tb, int m, int n, int k, double alpha,
+                      const double* a, int64_t lda, const double* b, int64_t ldb, double beta, double* c,
+                      int64_t ldc) {
+  cblas_dgemm(CblasRowMajor, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+// OpenBLAS's own threads and OpenMP's wait for each other busily on the same cores (58 instead of 180 GFLOP/s
+// on two cores), so the longer side of C is cut into pieces that OpenMP's threads hand to a single-threaded
+// OpenBLAS. The pieces depend on the sizes alone: the same bits with any number of threads.
+template <class Real>
+void piecewise_blas_gemm(bool ta, bool tb, int m, int n, int k, Real alpha, const Real* a, int64_t lda,
+                         const Real* b, int64_t ldb, Real beta, Real* c, int64_t ldc) {
+  static const bool single_threaded = (openblas_set_num_threads(1), true);
+  (void)single_threaded;
+  const CBLAS_TRANSPOSE opa = ta ? CblasTrans : CblasNoTrans, opb = tb ? CblasTrans : CblasNoTrans;
+  const bool by_rows = m >= n;
+  const int size = by_rows ? m : n, piece = std::min(256, std::max(64, size / 8 / 64 * 64));
+#pragma omp parallel for schedule(static)
+  for (int first = 0; first < size; first += piece) {
+    const int count = std::min(piece, size - first);
+    if (by_rows)
+      blas_gemm(opa, opb, count, n, k, alpha, a + (ta ? first : first * lda), lda, b, ldb, beta,
+                c + first * ldc, ldc);
+    else
+      blas_gemm(opa, opb, m, count, k, alpha, a, lda, b + (tb ? first * ldb : first), ldb, beta, c + first,
+                ldc);
+  }
+}
+#endif
+
 // C [m,n] = alpha op(A) [m,k] op(B) [k,n] + beta C, all row-major; beta = 0 never reads C.
 template <class Real>
 void cpu_gemm(bool ta, bool tb, int m, int n, int k, Real alpha, const Real* a, int64_t lda, const Real* b,
               int64_t ldb, Real beta, Real* c, int64_t ldc) {
 #ifdef GDN_OPENBLAS
-  const CBLAS_TRANSPOSE opa = ta ? CblasTrans : CblasNoTrans, opb = tb ? CblasTrans : CblasNoTrans;
-  if constexpr (std::is_same<Real, float>::value)
-    cblas_sgemm(CblasRowMajor, opa, opb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-  else
-    cblas_dgemm(CblasRowMajor, opa, opb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  piecewise_blas_gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #else
   blocked::gemm(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 #endif

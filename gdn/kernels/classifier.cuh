@@ -11,7 +11,8 @@ namespace gdn {
 
 constexpr int kClassifierThreads = 512;
 constexpr int kSmallVocab = 2048;           // up to here a warp does a row, beyond a block
-constexpr int kStagedColumns = 110 * 1024;  // of a row in shared memory at a time: 220 KB
+constexpr int kStagedColumns = 110 * 1024;  // at most, of a row in shared memory at a time: 220 KB
+constexpr int kSumBytes = 2 * kClassifierThreads / 32 * sizeof(float);  // shared_max, shared_sum
 
 template <int kThreads>
 __device__ float row_max(float x, float* shared) {
@@ -47,7 +48,9 @@ __device__ inline void unpack_logits(float (&x)[8], uint4 packed, int column, in
 // it copied itself, so that nothing but the two sums over the row synchronises and logits are read and
 // written once. A row longer than `staged` columns is done in pieces, and each piece but the last is read a
 // second time.
-// Floor at n = 32768, V = 50304: 6.6 GB (logits in, gradient out).
+// Floor at n = 32768, V = 50304: 6.6 GB (logits in, gradient out), 1.5568 ms at the copy rate; the loss alone
+// 3.3 GB, 0.7784 ms. Reached on an H200: 1.7205 ms, 90% of the copy rate; the loss alone 0.9044 ms, 86%. At
+// V = 256, where a warp does a row: 0.0255 ms, 31%; the loss alone 0.0206 ms, 19%.
 template <int kThreads>
 __global__ void __launch_bounds__(kClassifierThreads)
     softmax_cross_entropy_kernel(act* logits, float* __restrict__ losses, const int32_t* __restrict__ targets,
@@ -120,9 +123,10 @@ template <int kThreads>
 void launch_softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
                                   int vocab, int padded, float dlogits_scale) {
   constexpr int kRows = kClassifierThreads / kThreads;
-  const int staged = std::min(padded, kStagedColumns), shared_bytes = kRows * staged * int(sizeof(act));
-  cuda_check(cudaFuncSetAttribute(softmax_cross_entropy_kernel<kThreads>,
-                                  cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  const int room = (shared_bytes_limit() - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
+  const int staged = std::min({padded, kStagedColumns, room});
+  const int shared_bytes = kRows * staged * int(sizeof(act));
+  allow_shared_bytes(softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
   softmax_cross_entropy_kernel<kThreads>
       <<<divide_up(rows, kRows), kClassifierThreads, shared_bytes, dev.stream>>>(
           logits, losses, targets, rows, vocab, padded, staged, dlogits_scale);
@@ -131,6 +135,7 @@ void launch_softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const i
 
 inline void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
                                   int vocab, int padded, float dlogits_scale) {
+  Range<Cuda> range(dev, __func__);
   require_multiple_of_8(padded, "the padded vocabulary");
   if (rows == 0) return;
   if (padded <= kSmallVocab)
@@ -141,7 +146,7 @@ inline void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const i
 }
 
 // One block; each thread adds every 1024th loss in double.
-// Floor at n = 32768: 131 KB, so the latency of one launch.
+// Floor at n = 32768: 131 KB, so the latency of one launch. Reached on an H200: 0.0083 ms.
 static __global__ void __launch_bounds__(1024)
     sum_losses_kernel(float* __restrict__ total, const float* __restrict__ losses, int rows) {
   __shared__ double shared[32];
@@ -153,6 +158,7 @@ static __global__ void __launch_bounds__(1024)
 }
 
 inline void sum_losses(Cuda& dev, float* total, const float* losses, int rows) {
+  Range<Cuda> range(dev, __func__);
   sum_losses_kernel<<<1, 1024, 0, dev.stream>>>(total, losses, rows);
   launched("sum_losses");
 }

@@ -39,6 +39,27 @@ inline int lanes_for(int vectors) {
   return lanes;
 }
 
+// ---- shared memory ----------------------------------------------------------------------------------------
+
+// Bytes a block may have on this GPU.
+inline int shared_bytes_limit() {
+  int device = 0, bytes = 0;
+  cuda_check(cudaGetDevice(&device));
+  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
+// Before a launch with so many dynamic bytes. Throws one line when this GPU has fewer.
+template <class Kernel>
+void allow_shared_bytes(Kernel* kernel, int bytes, const char* what) {
+  const int limit = shared_bytes_limit();
+  if (bytes > limit)
+    throw std::runtime_error(std::string(what) + " needs " + std::to_string(bytes) +
+                             " bytes of shared memory a block at these sizes; this GPU has " +
+                             std::to_string(limit));
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // ---- eight numbers at a time ------------------------------------------------------------------------------
 
 __device__ inline uint4 load16(const act* p) { return *reinterpret_cast<const uint4*>(p); }

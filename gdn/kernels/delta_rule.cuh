@@ -19,6 +19,14 @@
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
+// Reached on an H200 (dev/bench_delta_rule.cu), in ms; the backward runs prepare_kernel again:
+//    B     T  Hk  Hv   dk   dv   prepare  forward pass  backward pass  gradients   forward  backward
+//   32  1024   6   6   32   64     0.098         0.109          0.108      0.206     0.201     0.405
+//   32  1024   6   6   64  128     0.100         0.226          0.262      0.325     0.324     0.680
+//   32  1024   6   6  128  256     0.114         0.425          0.500      0.662     0.534     1.269
+//    8  4096  16  32  128  128     0.545         1.113          1.373      2.165     1.633     4.025
+//    8  1024   6   6  256  512     0.055         0.545          0.572      0.565     0.604     1.189
+//
 // Where bf16 suffices was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
 // 128, T to 1024. Error over that of an oracle, the float recurrence rounded to bf16, in the worst regime:
@@ -37,6 +45,7 @@
 #include <string>
 #include <type_traits>
 
+#include "common.cuh"
 #include "delta_rule_gradients.cuh"
 
 namespace gdn {
@@ -55,8 +64,8 @@ __device__ inline float sum_of_parts(float x) {
 // columns of dv of a value head. Eight lanes share a column of the state, each with every eighth row in
 // registers.
 //
-// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.017 ms. Reached: to
-// be measured.
+// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.0119 ms at the copy
+// rate. No benchmark times it.
 static __global__ void __launch_bounds__(kRecurrentThreads)
     recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
                      float s) {
@@ -145,18 +154,6 @@ inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
           reinterpret_cast<act*>(x), reinterpret_cast<act*>(x + values_bytes(shape))};
 }
 
-inline int shared_bytes_limit() {
-  int device = 0, bytes = 0;
-  cuda_check(cudaGetDevice(&device));
-  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-}
-
-template <class Kernel>
-void allow_shared_bytes(Kernel* kernel, int bytes) {
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-}
-
 // Calls launch with the smallest compiled size that holds dk.
 template <class Launch>
 void with_head_dim_k(int dk, const Launch& launch) {
@@ -183,7 +180,7 @@ inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK) {
 inline void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
                     float s, void* scratch) {
   const int bytes = prepare_shared_bytes(shape.head_dim_k);
-  allow_shared_bytes(prepare_kernel, bytes);
+  allow_shared_bytes(prepare_kernel, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
   prepare_kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(
       matrices_at(scratch), gates_at(scratch, shape), qkv, g, beta, sizes(shape), s);
@@ -195,7 +192,7 @@ inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qk
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     constexpr int DK = decltype(head_dim)::value;
     const int warps = pass_warps(device, shape, DK), bytes = 2 * pass_stage_bytes(DK, warps);
-    allow_shared_bytes(forward_pass_kernel<DK>, bytes);
+    allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
     const dim3 grid((shape.head_dim_v + 16 * warps - 1) / (16 * warps), shape.heads_v, shape.batch);
     forward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(
         o, saved, qkv, matrices_at(scratch), gates_at(scratch, shape), sizes(shape), s);
@@ -208,7 +205,7 @@ inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qk
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     constexpr int DK = decltype(head_dim)::value;
     const int warps = pass_warps(device, shape, DK), bytes = 2 * pass_stage_bytes(DK, warps);
-    allow_shared_bytes(backward_pass_kernel<DK>, bytes);
+    allow_shared_bytes(backward_pass_kernel<DK>, bytes, "the gated delta rule");
     const dim3 grid((shape.head_dim_v + 16 * warps - 1) / (16 * warps), shape.heads_v, shape.batch);
     backward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(
         dqkv, adjoints_at(scratch, shape), d_o, qkv, matrices_at(scratch), gates_at(scratch, shape),
@@ -221,7 +218,7 @@ template <int PW>
 void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
                       const MixerShape& shape, float s) {
   const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k);
-  allow_shared_bytes(gradients_kernel<PW>, bytes);
+  allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_k, shape.batch);
   gradients_kernel<PW>
       <<<grid, kGradientThreads, bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape), s);
@@ -258,6 +255,7 @@ inline size_t gated_delta_rule_scratch_bytes(Cuda&, const MixerShape& shape) {
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
 inline void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const act* qkv, const float* g,
                                      const float* beta, const MixerShape& shape, float s, void* scratch) {
+  Range<Cuda> range(device, __func__);
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   delta_rule::prepare(device, qkv, g, beta, shape, s, scratch);
@@ -268,6 +266,7 @@ inline void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const ac
 inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
                                       const void* saved, const act* qkv, const float* g, const float* beta,
                                       const MixerShape& shape, float s, void* scratch) {
+  Range<Cuda> range(device, __func__);
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
@@ -279,6 +278,7 @@ inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float*
 // Token by token from and into state [B,Hv,dk,dv] fp32.
 inline void gated_delta_rule_recurrent(Cuda& device, act* o, float* state, const act* qkv, const float* g,
                                        const float* beta, const MixerShape& shape, float s) {
+  Range<Cuda> range(device, __func__);
   const delta_rule::Sizes size = delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const dim3 grid((shape.head_dim_v + delta_rule::kRecurrentColumns - 1) / delta_rule::kRecurrentColumns,

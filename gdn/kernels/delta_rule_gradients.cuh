@@ -376,7 +376,8 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
 //   dbeta_i = X_i . E_i                                   dg: finish_dg
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.60 GB, S0, dS 0.60 GB, writes 0.10 GB:
-// 0.43 ms at 3 TB/s; 71 GFLOP counted once (128 done). Reached: to be measured.
+// 0.309 ms at the copy rate; 71 GFLOP counted once (128 done). Reached on an H200: 0.662 ms, 47% of the copy
+// rate.
 template <int PW>
 __global__ void __launch_bounds__(kGradientThreads, 1)
     gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, float s) {

@@ -26,8 +26,8 @@ struct Sizes {
   __device__ int key_head(int h) const { return h / (heads_v / heads_k); }
 };
 
-// gates [4,64] in shared memory from g and beta of one chunk; tokens past the end have g = 0, beta = 0. 64
-// threads or more; the caller synchronises afterwards.
+// gates [4,64] in shared memory from g and beta of one chunk; tokens past the end have g = 0, beta = 0. The
+// block's first warp does it; the caller synchronises afterwards.
 __device__ inline void chunk_gates(float* gates, const float* g, const float* beta, int stride, int n) {
   if (threadIdx.x >= 32) return;
   const int lane = threadIdx.x, i = 2 * lane;  // this lane's tokens: i, i + 1
@@ -111,8 +111,9 @@ inline int prepare_shared_bytes(int dk) {
 // [chunks][4,64]. k.k and q.k are exact products of bf16; the substitution is fp32, one column a thread, in
 // registers.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 100 MB, writes 104 MB: 0.07 ms; 6.4 GFLOP on tensor
-// cores, 0.3 GFLOP of substitution in fp32. Reached: to be measured.
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 104 MB: 0.048 ms at the copy
+// rate; 6.4 GFLOP on tensor cores, 0.3 GFLOP of substitution in fp32 (0.8 done). Reached on an H200: 0.114
+// ms, 42% of the copy rate.
 static __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(act* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {

@@ -8,7 +8,8 @@ namespace gdn {
 constexpr int kEmbeddingThreads = 128;
 
 // A block copies 8 rows, each thread one vector of eight columns in each.
-// Floor at M = 32768, d = 1024: 67 MB out, and 2 KB in for each distinct token.
+// Floor at M = 32768, d = 1024: 67 MB out and 2 KB in for each distinct token; with 9.8 thousand of them 87
+// MB, 0.0206 ms at the copy rate. Reached on an H200: 0.0287 ms, 72% of the copy rate.
 static __global__ void __launch_bounds__(kEmbeddingThreads)
     embedding_forward_kernel(act* __restrict__ x, const act* __restrict__ w_emb,
                              const int32_t* __restrict__ tokens, int rows, int width) {
@@ -26,6 +27,7 @@ static __global__ void __launch_bounds__(kEmbeddingThreads)
 
 inline void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t* tokens, int rows,
                               int width) {
+  Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");
   if (rows == 0) return;
   const dim3 grid(divide_up(rows, 8), divide_up(width, 8 * kEmbeddingThreads));
@@ -47,7 +49,9 @@ __device__ inline void add8(float* to, const float (&sum)[8]) {
   store8(to, total);
 }
 
-// Floor at M = 32768, d = 1024: 67 MB of dx, and 8 KB in and out of dw_emb for each distinct token.
+// Floor at M = 32768, d = 1024: 67 MB of dx, and 8 KB in and out of dw_emb for each distinct token; with 9.8
+// thousand of them 148 MB, 0.0349 ms at the copy rate. Reached on an H200, by both kernels together: 0.0767
+// ms, 45% of the copy rate.
 static __global__ void __launch_bounds__(kEmbeddingThreads)
     embedding_backward_chunks_kernel(float* __restrict__ dw_emb, float* __restrict__ partials,
                                      const act* __restrict__ dx, const int32_t* __restrict__ tokens,
@@ -128,6 +132,7 @@ inline size_t embedding_backward_scratch_bytes(Cuda&, int rows, int width) {
 
 inline void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const int32_t* tokens,
                                const int32_t* order, int rows, int width, void* scratch) {
+  Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");
   if (rows == 0) return;
   float* partials = static_cast<float*>(scratch);

@@ -17,7 +17,8 @@ constexpr int kUpdatePiece = 4 * 4 * kUpdateThreads;    // numbers of the arena 
 __device__ inline double squared(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
 
 // sums [blocks] = sum of squares of each block's share of gradients [n].
-// Floor for the 171.3M parameters at d = 1024: 685 MB.
+// Floor for the 171.2M parameters at d = 1024: 685 MB, 0.1617 ms at the copy rate. Reached on an H200, with
+// the sum of the sums: 0.1588 ms, 102% of the copy rate (nothing is written).
 static __global__ void __launch_bounds__(kNormThreads)
     sum_of_squares_kernel(double* __restrict__ sums, const float* __restrict__ gradients, size_t n) {
   __shared__ double shared[kNormThreads / 32];
@@ -62,6 +63,7 @@ inline size_t global_norm_scratch_bytes(Cuda& dev, size_t n) {
 }
 
 inline void global_norm(Cuda& dev, float* norm, const float* gradients, size_t n, void* scratch) {
+  Range<Cuda> range(dev, __func__);
   const int blocks = global_norm_blocks(dev, n);
   double* sums = static_cast<double*>(scratch);
   sum_of_squares_kernel<<<blocks, kNormThreads, 0, dev.stream>>>(sums, gradients, n);
@@ -113,7 +115,9 @@ __device__ inline int find_span(const ParameterSpan* spans, int from, int count,
 
 // All tensors in one launch: blocks take pieces of the arena in turn and look up the spans that lie in them.
 // A thread takes four numbers at a time, one by one where a span ends within the four.
-// Floor for 171.3M parameters (d = 1024): AdamW 5.14 GB (16 bytes in, 14 out for each), SGD 3.77 GB.
+// Floor for 171.2M parameters (d = 1024): AdamW 5.14 GB (16 bytes in, 14 out for each), 1.2125 ms at the copy
+// rate; SGD 3.77 GB, 0.8892 ms. Reached on an H200: AdamW 1.3348 ms, 91% of the copy rate; SGD 0.9603 ms,
+// 93%.
 template <class Rule>
 __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
     update_kernel(float* __restrict__ master, act* __restrict__ weights, float* __restrict__ moment1,
@@ -162,6 +166,7 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
 inline void adamw_update(Cuda& dev, float* master, act* weights, float* moment1, float* moment2,
                          const float* gradients, const ParameterSpan* spans, int count, const float* norm,
                          const AdamwStep& step) {
+  Range<Cuda> range(dev, __func__);
   if (count == 0) return;
   const AdamwRule rule = {step.learning_rate,
                           step.beta1,
@@ -177,6 +182,7 @@ inline void adamw_update(Cuda& dev, float* master, act* weights, float* moment1,
 
 inline void sgd_update(Cuda& dev, float* master, act* weights, float* moment, const float* gradients,
                        const ParameterSpan* spans, int count, const float* norm, const SgdStep& step) {
+  Range<Cuda> range(dev, __func__);
   if (count == 0) return;
   const SgdRule rule = {step.learning_rate, step.momentum, step.clip};
   update_kernel<<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
@@ -187,7 +193,8 @@ inline void sgd_update(Cuda& dev, float* master, act* weights, float* moment, co
 // ---- rounding ---------------------------------------------------------------------------------------------
 
 // Four numbers a thread.
-// Floor for the 171.3M parameters at d = 1024: 1.03 GB.
+// Floor for the 171.2M parameters at d = 1024: 1.03 GB, 0.2425 ms at the copy rate. Reached on an H200:
+// 0.2428 ms, 100% of the copy rate.
 static __global__ void __launch_bounds__(kUpdateThreads)
     round_weights_kernel(act* __restrict__ weights, const float* __restrict__ master, size_t n) {
   const size_t i = (size_t(blockIdx.x) * kUpdateThreads + threadIdx.x) * 4;
@@ -200,6 +207,7 @@ static __global__ void __launch_bounds__(kUpdateThreads)
 }
 
 inline void round_weights(Cuda& dev, act* weights, const float* master, size_t n) {
+  Range<Cuda> range(dev, __func__);
   if (n == 0) return;
   const unsigned blocks = unsigned(divide_up(n, size_t(4 * kUpdateThreads)));
   round_weights_kernel<<<blocks, kUpdateThreads, 0, dev.stream>>>(weights, master, n);

@@ -30,7 +30,8 @@ __device__ inline int64_t z_start(const OutputLayout& at, int item) {
 }
 
 // A team does kItems items, its loads all in flight together.
-// Floor at M = 32768, H = 6, dv = 256: 302 MB (o, z in, y out).
+// Floor at M = 32768, H = 6, dv = 256: 302 MB (o, z in, y out), 0.0713 ms at the copy rate. Reached on an
+// H200: 0.0821 ms, 87% of the copy rate.
 template <int kVectors>
 __global__ void __launch_bounds__(kOutputThreads, 3)
     output_norm_forward_kernel(act* __restrict__ y, float* __restrict__ rstd, const act* __restrict__ o,
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(kOutputThreads, 3)
 
 inline void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, const act* proj,
                                 const float* w_o, const MixerShape& shape) {
+  Range<Cuda> range(dev, __func__);
   const OutputLayout at = output_layout(shape);
   if (at.items == 0) return;
   const bool two_vectors = at.head_dim > 256;
@@ -99,7 +101,8 @@ inline void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, co
 
 // A team walks over items, kItems at a time, and keeps its sum of dw_o in registers; the block adds up its
 // teams in order and leaves the sum in its row of partials [blocks,dv].
-// Floor at M = 32768, H = 6, dv = 256: 503 MB (dy, o, z in, d_o, dz out).
+// Floor at M = 32768, H = 6, dv = 256: 503 MB (dy, o, z in, d_o, dz out), 0.1188 ms at the copy rate. Reached
+// on an H200, with the sum of the partials: 0.1473 ms, 81% of the copy rate.
 template <int kVectors>
 __global__ void __launch_bounds__(kOutputThreads)
     output_norm_backward_kernel(act* __restrict__ d_o, act* __restrict__ dproj, float* __restrict__ partials,
@@ -190,6 +193,7 @@ inline size_t output_norm_backward_scratch_bytes(Cuda& dev, const MixerShape& sh
 inline void output_norm_backward(Cuda& dev, act* d_o, act* dproj, float* dw_o, const act* dy, const act* o,
                                  const float* rstd, const act* proj, const float* w_o,
                                  const MixerShape& shape, void* scratch) {
+  Range<Cuda> range(dev, __func__);
   const OutputLayout at = output_layout(shape);
   if (at.items == 0) return;
   const int blocks = output_norm_backward_blocks(dev, shape);

@@ -50,7 +50,9 @@ void with_row_team(int width, Run run) {
 }
 
 // h = w * x * rstd; with kResidual first x_out = x + branch, and the norm is of x_out as rounded.
-// Floor at M = 32768, d = 1024: 134 MB (x in, h out); with the residual 268 MB (x, branch in, x_out, h out).
+// Floor at M = 32768, d = 1024: 134 MB (x in, h out), 0.0317 ms at the copy rate; with the residual 268 MB
+// (x, branch in, x_out, h out), 0.0634 ms. Reached on an H200: 0.0399 ms, 79% of the copy rate; with the
+// residual 0.0728 ms, 87%.
 template <class Team, bool kResidual>
 __global__ void __launch_bounds__(kRowThreads)
     rmsnorm_forward_kernel(act* x_out, act* __restrict__ h, float* __restrict__ rstd, const act* x,
@@ -112,17 +114,20 @@ void launch_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const ac
 
 inline void rmsnorm_forward(Cuda& dev, act* h, float* rstd, const act* x, const float* w, int rows,
                             int width) {
+  Range<Cuda> range(dev, __func__);
   launch_rmsnorm_forward<false>(dev, nullptr, h, rstd, x, nullptr, w, rows, width);
 }
 
 inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x,
                                      const act* branch, const float* w, int rows, int width) {
+  Range<Cuda> range(dev, __func__);
   launch_rmsnorm_forward<true>(dev, x_out, h, rstd, x, branch, w, rows, width);
 }
 
 // dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh. A block walks over rows and keeps its sum of dw in
 // registers; partials [blocks,d] gets it.
-// Floor at M = 32768, d = 1024: 268 MB (dh, x, dx in, dx out).
+// Floor at M = 32768, d = 1024: 268 MB (dh, x, dx in, dx out), 0.0634 ms at the copy rate. Reached on an
+// H200, with the sum of the partials: 0.0817 ms, 78% of the copy rate.
 template <class Team>
 __global__ void __launch_bounds__(kRowThreads)
     rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, const act* __restrict__ dh,
@@ -175,7 +180,7 @@ __global__ void __launch_bounds__(kRowThreads)
   float* partial = partials + int64_t(blockIdx.x) * width;
   if constexpr (Team::kWarpsPerRow == 1) {
     for (int team = 0; team < Team::kRows; team++) {  // one after the other: a fixed order
-      if (team == Team::row_in_block())
+      if (team == Team::row_in_block()) {
 #pragma unroll
         for (int v = 0; v < kVectors; v++) {
           float* to = block_dw + Team::column(v);
@@ -184,6 +189,7 @@ __global__ void __launch_bounds__(kRowThreads)
           for (int i = 0; i < 8; i++) sum[i] += dw[v][i];
           store8(to, sum);
         }
+      }
       __syncthreads();
     }
     for (int c = threadIdx.x; c < width; c += kRowThreads) partial[c] = block_dw[c];
@@ -205,6 +211,7 @@ inline size_t rmsnorm_backward_scratch_bytes(Cuda& dev, int rows, int width) {
 
 inline void rmsnorm_backward(Cuda& dev, act* dx, float* dw, const act* dh, const act* x, const float* rstd,
                              const float* w, int rows, int width, void* scratch) {
+  Range<Cuda> range(dev, __func__);
   if (rows == 0) return;
   const int blocks = rmsnorm_backward_blocks(dev, rows);
   float* partials = static_cast<float*>(scratch);

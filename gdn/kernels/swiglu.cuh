@@ -12,7 +12,8 @@ __device__ inline uint32_t swiglu_vector(int i) {
   return (blockIdx.x * kSwigluVectors + i) * kSwigluThreads + threadIdx.x;
 }
 
-// Floor at M = 32768, I = 2816: 554 MB (gate, up in, out out).
+// Floor at M = 32768, I = 2816: 554 MB (gate, up in, out out), 0.1307 ms at the copy rate. Reached on an
+// H200: 0.1462 ms, 89% of the copy rate.
 static __global__ void __launch_bounds__(kSwigluThreads)
     swiglu_forward_kernel(act* __restrict__ out, const act* __restrict__ gate_up, uint32_t vectors,
                           uint32_t row_vectors) {
@@ -38,7 +39,8 @@ static __global__ void __launch_bounds__(kSwigluThreads)
   }
 }
 
-// Floor at M = 32768, I = 2816: 923 MB (dout, gate, up in, dgate, dup out).
+// Floor at M = 32768, I = 2816: 923 MB (dout, gate, up in, dgate, dup out), 0.2179 ms at the copy rate.
+// Reached on an H200: 0.2207 ms, 99% of the copy rate.
 static __global__ void __launch_bounds__(kSwigluThreads)
     swiglu_backward_kernel(act* __restrict__ dgate_up, const act* __restrict__ dout,
                            const act* __restrict__ gate_up, uint32_t vectors, uint32_t row_vectors) {
@@ -81,6 +83,7 @@ inline uint32_t swiglu_vectors(int rows, int inner) {
 }
 
 inline void swiglu_forward(Cuda& dev, act* out, const act* gate_up, int rows, int inner) {
+  Range<Cuda> range(dev, __func__);
   const uint32_t vectors = swiglu_vectors(rows, inner);
   if (vectors == 0) return;
   const uint32_t blocks = divide_up<uint32_t>(vectors, kSwigluThreads * kSwigluVectors);
@@ -91,6 +94,7 @@ inline void swiglu_forward(Cuda& dev, act* out, const act* gate_up, int rows, in
 
 inline void swiglu_backward(Cuda& dev, act* dgate_up, const act* dout, const act* gate_up, int rows,
                             int inner) {
+  Range<Cuda> range(dev, __func__);
   const uint32_t vectors = swiglu_vectors(rows, inner);
   if (vectors == 0) return;
   const uint32_t blocks = divide_up<uint32_t>(vectors, kSwigluThreads * kSwigluVectors);

@@ -250,23 +250,127 @@ double excess_over_floor(Device& dev, int width, int layers, int batch, int leng
   return excess;
 }
 
+// 300 steps of 1,024 tokens with d = 64, L = 2. Measured: 0.071 nats over the floor; the untrained model
+// is 5.3 over it.
+constexpr double kExcessBound = 0.1;
+
+TEST_CASE("model: a small run on the built-in stories comes within 0.1 nats of their entropy") {
+  Cpu<float> dev;
+  CHECK(excess_over_floor(dev, 64, 2, 8, 128, 300, 20, 0.01) <= kExcessBound);
+}
+
 #ifdef __CUDACC__
 
-// One model on both devices with the same weights, which are bf16 numbers so that neither rounds them.
-struct BothDevices {
-  explicit BothDevices(const ModelConfig& config) : on_cpu(cpu, config), on_gpu(gpu, config) {
-    on_cpu.allocate_gradients();
-    on_gpu.allocate_gradients();
-    on_cpu.initialize(21);
-    for (size_t i = 0; i < on_cpu.table.size; i++)
-      on_cpu.master()[i] = __bfloat162float(__float2bfloat16(on_cpu.master()[i]));
-    gpu.upload(on_gpu.master(), on_cpu.master(), on_cpu.table.size * sizeof(float));
-    on_gpu.round();
+TEST_CASE("CUDA model: a small run on the built-in stories comes within 0.1 nats of their entropy") {
+  if (gdn_tests::skip_without_gpu("CUDA model: a small run on the built-in stories")) return;
+  Cuda dev;
+  CHECK(excess_over_floor(dev, 64, 2, 8, 128, 300, 20, 0.01) <= kExcessBound);
+}
+
+// The CPU's layers in float with every activation and activation gradient rounded to bf16 where the GPU
+// stores one: how far a model of bf16 activations is from the exact one, whoever computes it. The yardstick
+// for the GPU's.
+struct Rounded : Cpu<float> {};
+
+inline void round_all(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i++) x[i] = __bfloat162float(__float2bfloat16(x[i]));
+}
+
+inline void rmsnorm_forward(Rounded& dev, float* h, float* rstd, const float* x, const float* w, int rows,
+                            int width) {
+  rmsnorm_forward(static_cast<Cpu<float>&>(dev), h, rstd, x, w, rows, width);
+  round_all(h, int64_t(rows) * width);
+}
+inline void residual_rmsnorm_forward(Rounded& dev, float* x_out, float* h, float* rstd, const float* x,
+                                     const float* branch, const float* w, int rows, int width) {
+  for (int64_t i = 0; i < int64_t(rows) * width; i++) x_out[i] = x[i] + branch[i];
+  round_all(x_out, int64_t(rows) * width);
+  rmsnorm_forward(dev, h, rstd, x_out, w, rows, width);
+}
+inline void rmsnorm_backward(Rounded& dev, float* dx, float* dw, const float* dh, const float* x,
+                             const float* rstd, const float* w, int rows, int width, void* scratch) {
+  rmsnorm_backward(static_cast<Cpu<float>&>(dev), dx, dw, dh, x, rstd, w, rows, width, scratch);
+  round_all(dx, int64_t(rows) * width);
+}
+inline void linear_forward(Rounded& dev, float* y, const float* x, const float* w, int rows, int out, int in,
+                           float scale = 1) {
+  linear_forward(static_cast<Cpu<float>&>(dev), y, x, w, rows, out, in, scale);
+  round_all(y, int64_t(rows) * out);
+}
+inline void linear_backward_input(Rounded& dev, float* dx, const float* dy, const float* w, int rows, int out,
+                                  int in, float scale = 1) {
+  linear_backward_input(static_cast<Cpu<float>&>(dev), dx, dy, w, rows, out, in, scale);
+  round_all(dx, int64_t(rows) * in);
+}
+inline void short_conv_forward(Rounded& dev, float* qkv, float* rnorm, const float* proj, const float* taps,
+                               float* history, const MixerShape& shape) {
+  short_conv_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, proj, taps, history, shape);
+  round_all(qkv, int64_t(shape.rows()) * shape.conv_channels());
+}
+inline void short_conv_backward(Rounded& dev, float* dproj, float* dtaps, float* dqkv, const float* qkv,
+                                const float* rnorm, const float* proj, const float* taps,
+                                const MixerShape& shape, void* scratch) {
+  short_conv_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dqkv, qkv, rnorm, proj, taps, shape,
+                      scratch);
+  round_all(dproj, int64_t(shape.rows()) * shape.columns());  // all of dproj is filled by now
+}
+inline void gated_delta_rule_forward(Rounded& dev, float* o, void* saved, const float* qkv, const float* g,
+                                     const float* beta, const MixerShape& shape, float s, void* scratch) {
+  gated_delta_rule_forward(static_cast<Cpu<float>&>(dev), o, saved, qkv, g, beta, shape, s, scratch);
+  round_all(o, int64_t(shape.rows()) * shape.value_dim());
+}
+inline void gated_delta_rule_backward(Rounded& dev, float* dqkv, float* dg, float* dbeta, const float* d_o,
+                                      const void* saved, const float* qkv, const float* g, const float* beta,
+                                      const MixerShape& shape, float s, void* scratch) {
+  gated_delta_rule_backward(static_cast<Cpu<float>&>(dev), dqkv, dg, dbeta, d_o, saved, qkv, g, beta, shape,
+                            s, scratch);
+  round_all(dqkv, int64_t(shape.rows()) * shape.conv_channels());
+}
+inline void output_norm_forward(Rounded& dev, float* y, float* rstd, const float* o, const float* proj,
+                                const float* w_o, const MixerShape& shape) {
+  output_norm_forward(static_cast<Cpu<float>&>(dev), y, rstd, o, proj, w_o, shape);
+  round_all(y, int64_t(shape.rows()) * shape.value_dim());
+}
+inline void output_norm_backward(Rounded& dev, float* d_o, float* dproj, float* dw_o, const float* dy,
+                                 const float* o, const float* rstd, const float* proj, const float* w_o,
+                                 const MixerShape& shape, void* scratch) {
+  output_norm_backward(static_cast<Cpu<float>&>(dev), d_o, dproj, dw_o, dy, o, rstd, proj, w_o, shape,
+                       scratch);
+  round_all(d_o, int64_t(shape.rows()) * shape.value_dim());
+}
+inline void swiglu_forward(Rounded& dev, float* out, const float* gate_up, int rows, int inner) {
+  swiglu_forward(static_cast<Cpu<float>&>(dev), out, gate_up, rows, inner);
+  round_all(out, int64_t(rows) * inner);
+}
+inline void swiglu_backward(Rounded& dev, float* dgate_up, const float* dout, const float* gate_up, int rows,
+                            int inner) {
+  swiglu_backward(static_cast<Cpu<float>&>(dev), dgate_up, dout, gate_up, rows, inner);
+  round_all(dgate_up, int64_t(rows) * 2 * inner);
+}
+inline void softmax_cross_entropy(Rounded& dev, float* logits, float* losses, const int32_t* targets,
+                                  int rows, int vocab, int padded, float dlogits_scale) {
+  softmax_cross_entropy(static_cast<Cpu<float>&>(dev), logits, losses, targets, rows, vocab, padded,
+                        dlogits_scale);
+  round_all(logits, int64_t(rows) * padded);
+}
+
+// A model and its gradients on a device, from the given master weights.
+template <class Device>
+struct Trained {
+  Trained(const ModelConfig& config, const std::vector<float>& weights, const TestBatch& b) : p(dev, config) {
+    p.allocate_gradients();
+    dev.upload(p.master(), weights.data(), weights.size() * sizeof(float));
+    p.round();
+    Model<Device> model(p, b.batch, b.length, Use::training);
+    add_gradient(model, b);
+    loss = model.loss_sum() / (b.batch * b.length);
+    gradients.resize(p.table.size);
+    dev.download(gradients.data(), p.gradients(), gradients.size() * sizeof(float));
   }
-  Cpu<float> cpu;
-  Cuda gpu;
-  Parameters<Cpu<float>> on_cpu;
-  Parameters<Cuda> on_gpu;
+  Device dev;
+  Parameters<Device> p;
+  double loss = 0;
+  std::vector<float> gradients;
 };
 
 TEST_CASE("CUDA model: loss and gradients against the CPU's") {
@@ -278,20 +382,31 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
        {Size{256, 6, 0, 2, 100}, Size{512, 6, 0, 1, 130}, Size{256, 0, 64, 3, 65}, Size{768, 6, 0, 1, 64}}) {
     CAPTURE(size.width);
     CAPTURE(size.head_dim);
-    BothDevices both(
-        make_config(size.width, 256, 2, size.heads, size.head_dim, 2, 50257, Parametrization::mup));
+    const ModelConfig config =
+        make_config(size.width, 256, 2, size.heads, size.head_dim, 2, 50257, Parametrization::mup);
     const TestBatch b = random_batch(size.batch, size.length, 50257, 22);
-    Model<Cpu<float>> cpu_model(both.on_cpu, b.batch, b.length, Use::training);
-    Model<Cuda> gpu_model(both.on_gpu, b.batch, b.length, Use::training);
-    add_gradient(cpu_model, b);
-    add_gradient(gpu_model, b);
-    CHECK(gpu_model.loss_sum() == doctest::Approx(cpu_model.loss_sum()).epsilon(1e-3));
-    std::vector<float> gradients(both.on_gpu.table.size);
-    both.gpu.download(gradients.data(), both.on_gpu.gradients(), gradients.size() * sizeof(float));
-    CHECK(relative_error(gradients.data(), both.on_cpu.gradients(), gradients.size()) <= 1e-2);
-    for (const Tensor& t : both.on_gpu.table.tensors) {
+    Cpu<float> cpu;
+    Parameters<Cpu<float>> initial(cpu, config);
+    initial.initialize(21);
+    std::vector<float> weights(initial.master(), initial.master() + initial.table.size);
+    round_all(weights.data(), int64_t(weights.size()));  // so that no device rounds them
+    const Trained<Cpu<float>> exact(config, weights, b);
+    const Trained<Rounded> rounded(config, weights, b);
+    const Trained<Cuda> gpu(config, weights, b);
+    CHECK(std::fabs(gpu.loss - exact.loss) <= 1e-3 * exact.loss);
+    const size_t n = exact.gradients.size();
+    const double error = relative_error(gpu.gradients.data(), exact.gradients.data(), n);
+    const double yardstick = relative_error(rounded.gradients.data(), exact.gradients.data(), n);
+    CAPTURE(yardstick);
+    CHECK(error <= 1.5 * yardstick);
+    for (const Tensor& t : exact.p.table.tensors) {
       CAPTURE(t.name);
-      CHECK(relative_error(&gradients[t.offset], both.on_cpu.gradients(t.offset), t.size) <= 3e-2);
+      const double of_gpu = relative_error(&gpu.gradients[t.offset], &exact.gradients[t.offset], t.size);
+      const double of_rounded =
+          relative_error(&rounded.gradients[t.offset], &exact.gradients[t.offset], t.size);
+      CAPTURE(of_rounded);
+      // a tensor of a few numbers has a few rounding errors, not their mean
+      CHECK(of_gpu <= (t.size < 64 ? 4 : 1.5) * of_rounded);
     }
   }
 }

@@ -98,7 +98,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-param up", "up"},
                         Case{"-d tpu", "tpu"},
                         Case{"-w 100 -heads 6", "-w 100"},
-                        Case{"-w 100 -head_dim 64", "-w 100"},
+                        Case{"-head_dim 7 -ev 0.5", "-ev"},
                         Case{"-ev 0.3", "-ev"},
                         Case{"-B 10 -b 4", "-B 10"},
                         Case{"-n 5 -warmup 6", "-warmup 6"},
