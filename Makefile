@@ -10,6 +10,9 @@
 
 CXX ?= g++
 MARCH ?= native
+ifeq ($(shell command -v $(CXX)),)
+$(error $(CXX) is not installed: apt-get install g++ libopenblas-dev)
+endif
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 HASH := \#
 OPENBLAS ?= $(shell printf '$(HASH)include <cblas.h>\nint main() { openblas_set_num_threads(1); }\n' | \

@@ -137,7 +137,7 @@ class Run {
     load_parameters(parameters_, checkpoint);
     load_optimizer(*optimizer_, parameters_, checkpoint);
     const TrainingCounters counters = read_counters(checkpoint);
-    step_ = counters.step;
+    step_ = saved_step_ = counters.step;
     loader_.seek(counters.position);
     newest_checkpoint_ = checkpoint.path;
   }
@@ -197,7 +197,13 @@ class Run {
     const int64_t rows = o_.global_batch, length = o_.seq_len;
     r.step = step_ + 1;
     r.steps = o_.steps;
-    r.floor = loader_.next(inputs_.data(), targets_.data());
+    try {
+      r.floor = loader_.next(inputs_.data(), targets_.data());
+    } catch (
+        const std::exception&) {  // a token outside the vocabulary, far into the data: keep what was learned
+      if (step_ > saved_step_) save();
+      throw;
+    }
     r.learning_rate = schedule_.learning_rate(r.step);
     parameters_.zero_gradients();
     for (int64_t row = 0; row < rows; row += o_.micro_batch) {
@@ -253,6 +259,7 @@ class Run {
     try {
       newest_checkpoint_ = save_run(o_.output, parameters_, *optimizer_,
                                     {step_, loader_.position(), table_.values()}, o_.keep);
+      saved_step_ = step_;
       report_.say("saved " + newest_checkpoint_);
       return true;
     } catch (const std::exception& e) {
@@ -273,7 +280,7 @@ class Run {
   std::unique_ptr<CsvLog> log_;
   Reporter report_;
   std::vector<int32_t> inputs_, targets_;  // [B,T]
-  int64_t step_ = 0;                       // steps done
+  int64_t step_ = 0, saved_step_ = 0;      // steps done, and in the newest checkpoint
   std::string newest_checkpoint_;
 };
 
@@ -359,19 +366,21 @@ int run(int argc, char** argv) {
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
   install_signal_handlers();
 #ifdef __CUDACC__
-  if (o.device == "cuda" || (o.device == "auto" && Cuda::available())) {
+  const std::string no_gpu = Cuda::unavailable();
+  if (o.device == "cuda" || (o.device == "auto" && no_gpu.empty())) {
     Cuda dev;
     if (!o.generate) std::printf("device: %s\n", dev.name.c_str());
     run_on(dev, o, table);
     return 0;
   }
 #else
+  const std::string no_gpu = "built without nvcc";
   if (o.device == "cuda")
     throw std::runtime_error(
         "-d cuda: this train_gdn was built without nvcc; install the CUDA Toolkit and run make");
 #endif
   Cpu<float> dev;
-  if (!o.generate) std::printf("device: CPU\n");
+  if (!o.generate) std::printf("device: CPU%s\n", o.device == "auto" ? (" (" + no_gpu + ")").c_str() : "");
   run_on(dev, o, table);
   return 0;
 }

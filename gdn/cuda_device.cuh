@@ -87,6 +87,22 @@ struct Cuda {
   Cuda(const Cuda&) = delete;
   Cuda& operator=(const Cuda&) = delete;
 
+  // Why no Cuda can be constructed here; empty where one can.
+  static std::string unavailable() {
+    const cudaError_t status = unavailable_reason();
+    if (status == cudaSuccess) return "";
+    if (status == cudaErrorInsufficientDriver) {
+      int driver = 0, runtime = 0;
+      cudaDriverGetVersion(&driver);
+      cudaRuntimeGetVersion(&runtime);
+      if (driver == 0) return "there is no NVIDIA driver here";
+      return "the driver supports CUDA " + version(driver) + ", this build needs " + version(runtime);
+    }
+    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
+      return "GPU 0 is not of the architecture this program was compiled for";
+    return cudaGetErrorString(status);
+  }
+
   // Whether a Cuda can be constructed here; never throws.
   static bool available() noexcept { return unavailable_reason() == cudaSuccess; }
 
@@ -132,21 +148,6 @@ struct Cuda {
     return status;
   }
 
-  // Empty when a GPU can be used.
-  static std::string unavailable() {
-    const cudaError_t status = unavailable_reason();
-    if (status == cudaSuccess) return "";
-    if (status == cudaErrorInsufficientDriver) {
-      int driver = 0, runtime = 0;
-      cudaDriverGetVersion(&driver);
-      cudaRuntimeGetVersion(&runtime);
-      if (driver == 0) return "there is no NVIDIA driver here";
-      return "the driver supports CUDA " + version(driver) + ", this build needs " + version(runtime);
-    }
-    if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
-      return "GPU 0 is not of the architecture this program was compiled for";
-    return cudaGetErrorString(status);
-  }
   static std::string version(int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); }
 
   void destroy() noexcept {

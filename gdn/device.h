@@ -8,7 +8,7 @@
 //   using real   statistics, recurrent state, gradients of parameters, master weights, optimizer moments
 //   using act    activations, gradients of activations, and the weights that enter matrix products
 //   void* allocate(bytes, what, remedy), release(p)         throws one line when there is not enough memory
-//   upload / download / copy / zero(…), synchronize()       ordered after the layers called before
+//   upload / download / zero(…), synchronize()       ordered after the layers called before
 //   range_push(name), range_pop()                           profiler ranges (NVTX on the GPU, nothing on the
 //   CPU)
 #pragma once

@@ -78,7 +78,8 @@ class OptionTable {
     whole("heads", "N", o.heads, 1, 1 << 12, "fixed heads: N heads whose size grows with the width", "6");
     whole("head_dim", "N", o.head_dim, 1, 1 << 12,
           "fixed head size: heads of N keys whose number grows with the width; "
-          "with -heads: exactly these");
+          "with -heads: exactly these",
+          "none");
     real("ev", "X", o.value_expansion, 1e-3, 64, "value head size over key head size");
     text("param", "mup|mup0|sp", o.parametrization, "parametrization (mup.h)");
     section("training");

@@ -1,5 +1,6 @@
-// The program itself: ./train_gdn as a user runs it, in a folder of its own. Bad input must give one clear line and
-// exit code 1; a resumed run must end with the same bits as one that was never stopped; a signal must save and leave.
+// The program itself: ./train_gdn as a user runs it, in a folder of its own. Bad input must give one clear
+// line and exit code 1; a resumed run must end with the same bits as one that was never stopped; a signal
+// must save and leave.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -55,10 +56,11 @@ inline void write_file(const fs::path& path, const std::string& bytes) {
 
 // Runs train_gdn with `arguments` inside `folder`, after `before` (shell).
 inline Outcome run(const Folder& folder, const std::string& arguments, const std::string& before = "true") {
-  const std::string command = "cd '" + folder.path.string() + "' && " + before + " && '" + program() + "' " + arguments +
-                              " >.out 2>.err </dev/null";
+  const std::string command = "cd '" + folder.path.string() + "' && " + before + " && '" + program() + "' " +
+                              arguments + " >.out 2>.err </dev/null";
   const int status = std::system(command.c_str());
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder.path / ".out"), read_file(folder.path / ".err")};
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, read_file(folder.path / ".out"),
+          read_file(folder.path / ".err")};
 }
 
 // A shard with these tokens; `header` overrides the first header words.
@@ -76,14 +78,17 @@ constexpr const char* kTiny = "-d cpu -w 32 -heads 3 -L 1 -T 32 -B 2 -b 1 -s 0 -
 
 TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
   Folder folder;
-  write_file(folder.path / "text.txt", "some text, long enough for a few sequences of thirty-two tokens and their targets");
+  write_file(folder.path / "text.txt",
+             "some text, long enough for a few sequences of thirty-two tokens and their targets");
   write_file(folder.path / "empty.bin", "");
   write_file(folder.path / "magic.bin", shard(std::vector<uint16_t>(100), {7}));
   write_file(folder.path / "none.bin", shard({}));
   write_file(folder.path / "short.bin", shard(std::vector<uint16_t>(100), {20240520, 1, 200}));
   write_file(folder.path / "vocabulary.bin", shard(std::vector<uint16_t>(100, 60000)));
   write_file(folder.path / "good.bin", shard(std::vector<uint16_t>(100, 50256)));
-  struct Case { std::string arguments, part; };
+  struct Case {
+    std::string arguments, part;
+  };
   for (const Case& c : {Case{"-frobnicate 3", "-frobnicate"},
                         Case{"-w", "-w"},
                         Case{"-w abc", "-w 'abc'"},
@@ -131,12 +136,15 @@ TEST_CASE("program: -h lists every option with its default") {
   const Outcome o = run(folder, "-h");
   CHECK(o.code == 0);
   for (const char* option :
-       {"-i ", "-j ", "-w ", "-w0 ", "-L ", "-heads ", "-head_dim ", "-ev ", "-T ", "-b ", "-B ", "-n ", "-opt ", "-lr ",
-        "-wd ", "-b1 ", "-b2 ", "-mom ", "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ", "-seed ", "-o ", "-v ",
-        "-save ", "-keep ", "-resume ", "-s ", "-load ", "-gen ", "-prompt "}) {
+       {"-i ",    "-j ",      "-w ",      "-w0 ",    "-L ",   "-heads ", "-head_dim ", "-ev ", "-T ",
+        "-b ",    "-B ",      "-n ",      "-opt ",   "-lr ",  "-wd ",    "-b1 ",       "-b2 ", "-mom ",
+        "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ",   "-seed ",  "-o ",        "-v ",  "-save ",
+        "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
+  CHECK(read_file("README.md").find("```text\n" + o.out + "```") !=
+        std::string::npos);  // the README repeats it
 }
 
 TEST_CASE("program: log.csv has its header, a row a step, and validations") {
@@ -159,7 +167,8 @@ inline std::vector<std::string> arrays(const fs::path& checkpoint) {
 inline void check_resume(const std::string& device) {
   Folder folder;
   write_file(folder.path / "text.txt", read_file(fs::current_path() / "train_gdn.cu"));
-  const std::string options = "-d " + device + " -w 64 -heads 2 -head_dim 32 -L 2 -T 70 -B 4 -b 2 -s 0 -v 2 -vn 2 ";
+  const std::string options =
+      "-d " + device + " -w 64 -heads 2 -head_dim 32 -L 2 -T 70 -B 4 -b 2 -s 0 -v 2 -vn 2 ";
   for (const std::string& data : {std::string(""), std::string("-i text.txt -j text.txt ")})
     for (const std::string& optimizer : {std::string("-opt adamw "), std::string("-opt sgd ")}) {
       CAPTURE(data + optimizer);
@@ -171,10 +180,12 @@ inline void check_resume(const std::string& device) {
       // as after a kill between steps 5 and 6: only step 3 is saved, the log has later rows
       fs::remove_all(folder.path / "parts" / "step_00000006");
       fs::remove_all(folder.path / "parts" / "step_00000008");
-      const Outcome resumed = run(folder, "-d " + device + " -resume -o parts");  // options come from the checkpoint
+      const Outcome resumed =
+          run(folder, "-d " + device + " -resume -o parts");  // options come from the checkpoint
       CAPTURE(resumed.err);
       REQUIRE(resumed.code == 0);
-      CHECK(arrays(folder.path / "whole" / "step_00000008") == arrays(folder.path / "parts" / "step_00000008"));
+      CHECK(arrays(folder.path / "whole" / "step_00000008") ==
+            arrays(folder.path / "parts" / "step_00000008"));
       const auto losses = [&](const char* name) {
         std::ifstream log(folder.path / name / "log.csv");
         std::vector<std::string> rows;
@@ -196,7 +207,8 @@ TEST_CASE("program: a resumed run has the bits of one never stopped (CUDA)") {
   check_resume("cuda");
 }
 
-TEST_CASE("program: the newest whole checkpoint is found, damaged ones are named; other shapes and reuse refused") {
+TEST_CASE(
+    "program: the newest whole checkpoint is found, damaged ones are named; other shapes and reuse refused") {
   Folder folder;
   REQUIRE(run(folder, kTiny + std::string("-n 4 -save 2 -o out")).code == 0);
   const Outcome again = run(folder, kTiny + std::string("-n 4 -o out"));
@@ -219,14 +231,17 @@ TEST_CASE("program: SIGINT and SIGTERM save and leave") {
   for (const int signal : {SIGINT, SIGTERM}) {
     Folder folder;
     const std::string binary = program();
+    std::fflush(nullptr);  // what is buffered is the parent's to print
     const pid_t child = fork();
     if (child == 0) {
-      if (chdir(folder.path.c_str()) != 0 || !freopen(".out", "w", stdout) || !freopen(".err", "w", stderr)) _exit(99);
-      execl(binary.c_str(), "train_gdn", "-d", "cpu", "-w", "32", "-heads", "3", "-L", "1", "-T", "32", "-n", "1000000",
-            "-save", "0", "-s", "0", "-v", "0", "-o", "out", nullptr);
+      if (chdir(folder.path.c_str()) != 0 || !freopen(".out", "w", stdout) || !freopen(".err", "w", stderr))
+        _exit(99);
+      execl(binary.c_str(), "train_gdn", "-d", "cpu", "-w", "32", "-heads", "3", "-L", "1", "-T", "32", "-n",
+            "1000000", "-save", "0", "-s", "0", "-v", "0", "-o", "out", nullptr);
       _exit(99);
     }
-    for (int tries = 0; tries < 600 && read_file(folder.path / ".out").find("step 2/") == std::string::npos; tries++)
+    for (int tries = 0; tries < 600 && read_file(folder.path / ".out").find("step 2/") == std::string::npos;
+         tries++)
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
     kill(child, signal);
     int status = 0;
@@ -243,7 +258,8 @@ TEST_CASE("program: SIGINT and SIGTERM save and leave") {
 TEST_CASE("program: a full disk while saving is said, the run goes on, the old checkpoint stays") {
   Folder folder;
   REQUIRE(run(folder, kTiny + std::string("-n 2 -o out")).code == 0);
-  const Outcome full = run(folder, kTiny + std::string("-n 6 -save 2 -resume -o out"), "trap '' XFSZ; ulimit -f 40");
+  const Outcome full =
+      run(folder, kTiny + std::string("-n 6 -save 2 -resume -o out"), "trap '' XFSZ; ulimit -f 40");
   CHECK(full.code == 1);  // the last checkpoint is missing, and that is said
   CHECK(full.out.find("step 6/6") != std::string::npos);
   CHECK(full.err.find("not saved") != std::string::npos);
@@ -253,11 +269,26 @@ TEST_CASE("program: a full disk while saving is said, the run goes on, the old c
 
 TEST_CASE("program: a loss that is not finite stops the run and keeps the last good checkpoint") {
   Folder folder;
-  const Outcome o = run(folder, kTiny + std::string("-n 400 -opt sgd -lr 1e6 -clip 0 -warmup 20 -save 1 -keep 1 -o out"));
+  const Outcome o =
+      run(folder, kTiny + std::string("-n 400 -opt sgd -lr 1e6 -clip 0 -warmup 20 -save 1 -keep 1 -o out"));
   CHECK(o.code == 1);
   CHECK(o.err.find("not finite") != std::string::npos);
   CHECK(o.err.find("step ") != std::string::npos);
   CHECK(run(folder, "-d cpu -gen 5 -load out").code == 0);
+}
+
+TEST_CASE("program: a token outside the vocabulary, met far into a run, loses nothing") {
+  Folder folder;
+  std::vector<uint16_t> tokens(20 * 32 + 1, 11);
+  tokens[tokens.size() / 2] = 60000;
+  write_file(folder.path / "s.bin", shard(tokens));
+  // 20 sequences, one of them bad, in a shuffled order: two a step
+  const Outcome o = run(folder, kTiny + std::string("-n 10 -save 0 -i s.bin -o out"));
+  CHECK(o.code == 1);
+  CHECK(o.err.find("60000") != std::string::npos);
+  REQUIRE(o.out.find("step 1/10") != std::string::npos);
+  CHECK(o.out.find("saved out/step_") != std::string::npos);
+  CHECK(run(folder, "-d cpu -gen 2 -load out").code == 0);
 }
 
 TEST_CASE("program: samples depend on seed and prompt alone; token ids where the data are shards") {
