@@ -119,7 +119,8 @@ class Run {
                                     float(o_.momentum),
                                     float(o_.clip)};
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer);
-    model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training);
+    model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
+                                             Recompute(o_.recompute));
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
     targets_.resize(inputs_.size());
   }
@@ -188,6 +189,13 @@ class Run {
                 std::to_string(loader_.sequences()) + " sequences an epoch" +
                 (loader_.source().is_builtin() ? " (built-in stories)" : ""));
     report_.say(mup_table(c.mup(), optimizer_->config().kind));
+    size_t total = 0;
+    std::string plan;
+    for (const auto& [what, bytes] : dev_.allocated) {
+      total += bytes;
+      if (bytes >> 20) plan += ", " + what + " " + std::to_string(bytes >> 20);
+    }
+    report_.say("memory: " + numbered("%.2f GiB", double(total) / double(1 << 30)) + plan + " (MiB)");
     if (!validation_) report_.say("no validation data (-j)");
   }
 

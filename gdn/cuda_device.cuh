@@ -62,6 +62,7 @@ struct Cuda {
   std::string name;
   int multiprocessors = 0;
   size_t memory_bytes = 0;
+  std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
   std::map<std::tuple<int, int, int, int>, MatmulPlan>
       matmul_plans;  // by kind of product and its three sizes
 
@@ -77,7 +78,7 @@ struct Cuda {
     try {
       cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
       cuda_check(cublasLtCreate(&cublaslt));
-      workspace = allocate(kWorkspaceBytes, "the workspace of matrix products", "free memory on the GPU");
+      workspace = allocate(kWorkspaceBytes, "work space", "free memory on the GPU");
     } catch (...) {
       destroy();
       throw;
@@ -110,7 +111,10 @@ struct Cuda {
   void* allocate(size_t bytes, const char* what, const char* remedy) {
     void* p = nullptr;
     const cudaError_t status = cudaMalloc(&p, bytes ? bytes : 256);
-    if (status == cudaSuccess) return p;
+    if (status == cudaSuccess) {
+      allocated[what] += bytes;
+      return p;
+    }
     if (status != cudaErrorMemoryAllocation) cuda_check(status);
     cudaGetLastError();  // running out of memory is not sticky; do not blame the next launch for it
     size_t free_bytes = 0, total_bytes = 0;

@@ -8,6 +8,7 @@
 //   using real   statistics, recurrent state, gradients of parameters, master weights, optimizer moments
 //   using act    activations, gradients of activations, and the weights that enter matrix products
 //   void* allocate(bytes, what, remedy), release(p)         throws one line when there is not enough memory
+//   allocated                                               bytes asked for so far, by what they are for
 //   upload / download / zero(…), synchronize()       ordered after the layers called before
 //   range_push(name), range_pop()                           profiler ranges (NVTX on the GPU, nothing on the
 //   CPU)
@@ -17,6 +18,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,6 +30,7 @@ struct Cpu {
   using real = Real;
   using act = Real;
   static constexpr bool is_gpu = false;
+  std::map<std::string, size_t> allocated;
 
   // `bytes` of uninitialised host memory, aligned to 64 bytes; `what` and `remedy` go into the error.
   void* allocate(size_t bytes, const char* what, const char* remedy) {
@@ -35,6 +38,7 @@ struct Cpu {
     if (posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
       throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB asked for " + what +
                                "; " + remedy);
+    allocated[what] += bytes;
     return p;
   }
   void release(void* p) { std::free(p); }

@@ -50,6 +50,14 @@ struct RecurrentState {
 
 enum class Use { training, inference };
 
+// What a training model computes again in the backward instead of keeping it for every layer; the gradients
+// keep their bits.
+enum class Recompute {
+  nothing,
+  elementwise,  // norms, qkv, the output gate, swiglu: one pass over memory each
+  layers,       // everything but each layer's input
+};
+
 // One model on one device for batches of up to `batch` sequences of `tokens` tokens, with all its
 // activations.
 template <class Device>
@@ -57,42 +65,61 @@ class Model {
  public:
   using real = typename Device::real;
   using act = typename Device::act;
+  static constexpr const char* kRemedy = "lower -b (sequences in a micro-batch) or raise -recompute";
 
-  // What one layer's forward keeps for its backward.
+  // What one layer's forward leaves for its backward.
   struct LayerActivations {
-    Buffer<Device, act> x_in, h_attn, proj, qkv, o, y, x_mid, h_mlp, gate_up, swiglu;
-    Buffer<Device, real> attn_rstd, rnorm, g, beta, o_rstd, mlp_rstd;
-    Buffer<Device, unsigned char> delta_rule;  // what gated_delta_rule_forward saves
+    act *x_in, *h_attn, *proj, *qkv, *o, *y, *x_mid, *h_mlp, *gate_up, *swiglu;
+    real *attn_rstd, *rnorm, *g, *beta, *o_rstd, *mlp_rstd;
+    unsigned char* delta_rule;  // what gated_delta_rule_forward saves
   };
 
-  // In inference all layers share one set of activations and there is no backward.
-  Model(Parameters<Device>& parameters, int batch, int tokens, Use use)
+  Model(Parameters<Device>& parameters, int batch, int tokens, Use use,
+        Recompute recompute = Recompute::nothing)
       : p_(parameters),
         dev_(parameters.dev),
         config_(parameters.config),
         shape_(config_.mixer_shape(batch, tokens)),
         max_rows_(shape_.rows()),
+        recompute_(recompute),
         logit_scale_(real(logit_scale(config_.mup()))),
         readout_scale_(real(readout_scale(config_.mup()))) {
     const size_t M = max_rows_, d = config_.width, I = config_.mlp_size, values = shape_.value_dim();
     const bool training = use == Use::training;
-    layers_.resize(training ? config_.layers : 1);
-    for (LayerActivations& a : layers_) {
-      for (auto* x : {&a.x_in, &a.h_attn, &a.x_mid, &a.h_mlp}) *x = activations(M * d);
-      a.proj = activations(M * shape_.columns());
-      a.qkv = activations(M * shape_.conv_channels());
-      a.o = activations(M * values);
-      a.y = activations(M * values);
-      a.gate_up = activations(M * 2 * I);
-      a.swiglu = activations(M * I);
-      a.attn_rstd = statistics(M);
-      a.mlp_rstd = statistics(M);
-      a.rnorm = statistics(M * 2 * config_.heads_k);
-      for (auto* x : {&a.g, &a.beta, &a.o_rstd}) *x = statistics(M * config_.heads_v);
-      a.delta_rule = bytes(gated_delta_rule_saved_bytes(dev_, shape_));
+    // In inference all layers share one set of activations; in training what is computed again is shared.
+    const bool share_all = !training || recompute == Recompute::layers;
+    const bool share_cheap = share_all || recompute == Recompute::elementwise;
+    for (int l = 0; l < config_.layers; l++) {
+      const LayerActivations* first = l ? &layers_[0] : nullptr;
+      const auto pick = [&](bool share, auto LayerActivations::*member, size_t n, auto make) {
+        return share && first ? first->*member : make(n);
+      };
+      const auto a = [&](size_t n) { return activations(n); };
+      const auto s = [&](size_t n) { return statistics(n); };
+      using L = LayerActivations;
+      L x;
+      x.x_in = pick(!training, &L::x_in, M * d, a);
+      x.x_mid = pick(share_all, &L::x_mid, M * d, a);
+      x.proj = pick(share_all, &L::proj, M * shape_.columns(), a);
+      x.o = pick(share_all, &L::o, M * values, a);
+      x.gate_up = pick(share_all, &L::gate_up, M * 2 * I, a);
+      x.h_attn = pick(share_cheap, &L::h_attn, M * d, a);
+      x.h_mlp = share_cheap ? x.h_attn : activations(M * d);
+      x.qkv = pick(share_cheap, &L::qkv, M * shape_.conv_channels(), a);
+      x.y = pick(share_cheap, &L::y, M * values, a);
+      x.swiglu = pick(share_cheap, &L::swiglu, M * I, a);
+      x.attn_rstd = pick(share_all, &L::attn_rstd, M, s);
+      x.mlp_rstd = pick(share_all, &L::mlp_rstd, M, s);
+      x.rnorm = pick(share_all, &L::rnorm, M * 2 * config_.heads_k, s);
+      x.g = pick(share_all, &L::g, M * config_.heads_v, s);
+      x.beta = pick(share_all, &L::beta, M * config_.heads_v, s);
+      x.o_rstd = pick(share_all, &L::o_rstd, M * config_.heads_v, s);
+      x.delta_rule = pick(share_all, &L::delta_rule, gated_delta_rule_saved_bytes(dev_, shape_),
+                          [&](size_t n) { return keep(bytes_, n, "delta rule states"); });
+      layers_.push_back(x);
     }
-    tokens_ = Buffer<Device, int32_t>(dev_, M, "tokens");
-    targets_ = Buffer<Device, int32_t>(dev_, M, "targets");
+    tokens_ = keep(tokens_memory_, M, "tokens");
+    targets_ = keep(tokens_memory_, M, "tokens");
     losses_ = statistics(M);
     loss_sum_ = statistics(1);
     branch_ = activations(M * d);
@@ -102,18 +129,21 @@ class Model {
     // Logits in chunks of rows: at most 2^27 of them at a time (256 MiB in bf16), and never fewer than 64
     // rows.
     logit_rows_ = std::min<size_t>(M, std::max<size_t>(64, (size_t(1) << 27) / config_.padded_vocab));
-    logits_ = activations(logit_rows_ * config_.padded_vocab);
+    logits_ = keep(acts_, logit_rows_ * config_.padded_vocab, "logits");
     size_t scratch = gated_delta_rule_scratch_bytes(dev_, shape_);
     if (training) {
-      order_ = Buffer<Device, int32_t>(dev_, M, "token order");
+      order_ = keep(tokens_memory_, M, "tokens");
       dx_ = activations(M * d);
       dh_ = activations(M * d);
-      dproj_ = activations(M * shape_.columns());
-      dqkv_ = activations(M * shape_.conv_channels());
-      d_o_ = activations(M * values);
-      dy_ = activations(M * values);
-      dgate_up_ = activations(M * 2 * I);
-      dswiglu_ = activations(M * I);
+      // The mixer's backward and the mlp's take turns in one piece of memory.
+      const auto aligned = [](size_t n) { return (n + 63) / 64 * 64; };
+      const size_t proj = aligned(M * shape_.columns()), qkv = aligned(M * shape_.conv_channels());
+      const size_t value = aligned(M * values), gate_up = aligned(M * 2 * I), inner = aligned(M * I);
+      dproj_ = dgate_up_ = activations(std::max(proj + qkv + 2 * value, gate_up + inner));
+      dqkv_ = dproj_ + proj;
+      d_o_ = dqkv_ + qkv;
+      dy_ = d_o_ + value;
+      dswiglu_ = dgate_up_ + gate_up;
       dg_ = statistics(M * config_.heads_v);
       dbeta_ = statistics(M * config_.heads_v);
       for (size_t need :
@@ -123,7 +153,7 @@ class Model {
             output_norm_backward_scratch_bytes(dev_, shape_)})
         scratch = std::max(scratch, need);
     }
-    scratch_ = bytes(scratch);
+    scratch_ = keep(bytes_, scratch, "work space");
   }
 
   // Adds the gradient of loss_weight * (sum of the tokens' losses) to the parameters' gradients and returns
@@ -146,7 +176,7 @@ class Model {
   // Sum over the last call's tokens of -ln p(target). Waits for the device.
   double loss_sum() {
     real sum = 0;
-    dev_.download(&sum, loss_sum_.get(), sizeof(sum));
+    dev_.download(&sum, loss_sum_, sizeof(sum));
     return double(sum);
   }
 
@@ -160,29 +190,33 @@ class Model {
     std::vector<act> row(V);
     logits.resize(size_t(batch) * V);
     for (int b = 0; b < batch; b++)
-      linear_forward(dev_, logits_.get() + size_t(b) * V, h_out_.get() + (size_t(b + 1) * length - 1) * d,
+      linear_forward(dev_, logits_ + size_t(b) * V, h_out_ + (size_t(b + 1) * length - 1) * d,
                      p_.weights(p_.table.lm_head), 1, V, d, logit_scale_);
     for (int b = 0; b < batch; b++) {
-      dev_.download(row.data(), logits_.get() + size_t(b) * V, V * sizeof(act));
+      dev_.download(row.data(), logits_ + size_t(b) * V, V * sizeof(act));
       for (int v = 0; v < V; v++) logits[size_t(b) * V + v] = real(float_or_double(row[v]));
     }
   }
 
   const MixerShape& shape() const { return shape_; }
-  const LayerActivations& layer(int l) const { return layers_[layers_.size() == 1 ? 0 : l]; }
 
  private:
   // a bf16 number has no implicit conversion to double in every context; float and double pass through
   static float float_or_double(float x) { return x; }
   static double float_or_double(double x) { return x; }
 
-  Buffer<Device, act> activations(size_t n) { return {dev_, n, "activations"}; }
-  Buffer<Device, real> statistics(size_t n) { return {dev_, n, "statistics"}; }
-  Buffer<Device, unsigned char> bytes(size_t n) { return {dev_, n, "work space"}; }
-  LayerActivations& at(int l) { return layers_[layers_.size() == 1 ? 0 : l]; }
+  // Memory that lives as long as the model.
+  template <class T>
+  T* keep(std::vector<Buffer<Device, T>>& owners, size_t n, const char* what) {
+    owners.emplace_back(dev_, n, what, kRemedy);
+    return owners.back().get();
+  }
+  act* activations(size_t n) { return keep(acts_, n, "activations"); }
+  real* statistics(size_t n) { return keep(reals_, n, "statistics"); }
+  const LayerActivations& at(int l) const { return layers_[l]; }
 
   void upload_targets(const int32_t* targets) {
-    dev_.upload(targets_.get(), targets, size_t(shape_.rows()) * sizeof(int32_t));
+    dev_.upload(targets_, targets, size_t(shape_.rows()) * sizeof(int32_t));
   }
 
   // With a state the mixers run token by token from it and leave it after the last token; else in chunks from
@@ -194,63 +228,85 @@ class Model {
     shape_.batch = batch;
     shape_.tokens = length;
     const int M = shape_.rows(), d = config_.width;
-    dev_.upload(tokens_.get(), tokens, size_t(M) * sizeof(int32_t));
+    dev_.upload(tokens_, tokens, size_t(M) * sizeof(int32_t));
     Range<Device> range(dev_, "forward");
     {
       Range<Device> r(dev_, "embedding");
-      embedding_forward(dev_, at(0).x_in.get(), p_.weights(p_.table.embedding), tokens_.get(), M, d);
+      embedding_forward(dev_, at(0).x_in, p_.weights(p_.table.embedding), tokens_, M, d);
     }
     for (int l = 0; l < config_.layers; l++) {
       mixer_forward(l, state);
       mlp_forward(l);
     }
     Range<Device> r(dev_, "final norm");
-    residual_rmsnorm_forward(dev_, x_out_.get(), h_out_.get(), out_rstd_.get(),
-                             at(config_.layers - 1).x_mid.get(), branch_.get(),
+    residual_rmsnorm_forward(dev_, x_out_, h_out_, out_rstd_, at(config_.layers - 1).x_mid, branch_,
                              p_.master(p_.table.final_norm), M, d);
   }
 
-  // x_in = x_mid of the layer before + its mlp's output;  branch = mixer(rmsnorm(x_in))
+  // x_in = x_mid of the layer before + its mlp's output
   void mixer_forward(int l, RecurrentState<Device>* state) {
     Range<Device> range(dev_, "mixer forward");
     const LayerOffsets& w = p_.table.layers[l];
-    LayerActivations& a = at(l);
+    const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width;
     if (l == 0)
-      rmsnorm_forward(dev_, a.h_attn.get(), a.attn_rstd.get(), a.x_in.get(), p_.master(w.attn_norm), M, d);
+      rmsnorm_forward(dev_, a.h_attn, a.attn_rstd, a.x_in, p_.master(w.attn_norm), M, d);
     else
-      residual_rmsnorm_forward(dev_, a.x_in.get(), a.h_attn.get(), a.attn_rstd.get(), at(l - 1).x_mid.get(),
-                               branch_.get(), p_.master(w.attn_norm), M, d);
-    linear_forward(dev_, a.proj.get(), a.h_attn.get(), p_.weights(w.in_proj), M, shape_.columns(), d);
-    short_conv_forward(dev_, a.qkv.get(), a.rnorm.get(), a.proj.get(), p_.master(w.taps),
+      residual_rmsnorm_forward(dev_, a.x_in, a.h_attn, a.attn_rstd, at(l - 1).x_mid, branch_,
+                               p_.master(w.attn_norm), M, d);
+    mixer_branch(l, state);
+  }
+
+  // branch = mixer(h_attn)
+  void mixer_branch(int l, RecurrentState<Device>* state) {
+    const LayerOffsets& w = p_.table.layers[l];
+    const LayerActivations& a = at(l);
+    const int M = shape_.rows(), d = config_.width;
+    linear_forward(dev_, a.proj, a.h_attn, p_.weights(w.in_proj), M, shape_.columns(), d);
+    short_conv_forward(dev_, a.qkv, a.rnorm, a.proj, p_.master(w.taps),
                        state ? state->history[l].get() : nullptr, shape_);
-    gates_forward(dev_, a.g.get(), a.beta.get(), a.proj.get(), p_.master(w.A_log), p_.master(w.dt_bias),
-                  shape_, real(config_.beta_max()));
+    gates_forward(dev_, a.g, a.beta, a.proj, p_.master(w.A_log), p_.master(w.dt_bias), shape_,
+                  real(config_.beta_max()));
     {
       Range<Device> r(dev_, "gated delta rule");
       if (state)
-        gated_delta_rule_recurrent(dev_, a.o.get(), state->state[l].get(), a.qkv.get(), a.g.get(),
-                                   a.beta.get(), shape_, readout_scale_);
+        gated_delta_rule_recurrent(dev_, a.o, state->state[l].get(), a.qkv, a.g, a.beta, shape_,
+                                   readout_scale_);
       else
-        gated_delta_rule_forward(dev_, a.o.get(), a.delta_rule.get(), a.qkv.get(), a.g.get(), a.beta.get(),
-                                 shape_, readout_scale_, scratch_.get());
+        gated_delta_rule_forward(dev_, a.o, a.delta_rule, a.qkv, a.g, a.beta, shape_, readout_scale_,
+                                 scratch_);
     }
-    output_norm_forward(dev_, a.y.get(), a.o_rstd.get(), a.o.get(), a.proj.get(), p_.master(w.o_norm),
-                        shape_);
-    linear_forward(dev_, branch_.get(), a.y.get(), p_.weights(w.o_proj), M, d, shape_.value_dim());
+    output_norm_forward(dev_, a.y, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
+    linear_forward(dev_, branch_, a.y, p_.weights(w.o_proj), M, d, shape_.value_dim());
   }
 
-  // x_mid = x_in + the mixer's output;  branch = mlp(rmsnorm(x_mid))
+  // branch = mlp(rmsnorm(x_mid))
   void mlp_forward(int l) {
     Range<Device> range(dev_, "mlp forward");
+    mlp_inner(l);
+    linear_forward(dev_, branch_, at(l).swiglu, p_.weights(p_.table.layers[l].down), shape_.rows(),
+                   config_.width, config_.mlp_size);
+  }
+
+  // x_mid = x_in + the mixer's output;  swiglu = silu(W_gate h) * (W_up h),  h = rmsnorm(x_mid)
+  void mlp_inner(int l) {
     const LayerOffsets& w = p_.table.layers[l];
-    LayerActivations& a = at(l);
+    const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
-    residual_rmsnorm_forward(dev_, a.x_mid.get(), a.h_mlp.get(), a.mlp_rstd.get(), a.x_in.get(),
-                             branch_.get(), p_.master(w.mlp_norm), M, d);
-    linear_forward(dev_, a.gate_up.get(), a.h_mlp.get(), p_.weights(w.gate_up), M, 2 * I, d);
-    swiglu_forward(dev_, a.swiglu.get(), a.gate_up.get(), M, I);
-    linear_forward(dev_, branch_.get(), a.swiglu.get(), p_.weights(w.down), M, d, I);
+    residual_rmsnorm_forward(dev_, a.x_mid, a.h_mlp, a.mlp_rstd, a.x_in, branch_, p_.master(w.mlp_norm), M,
+                             d);
+    linear_forward(dev_, a.gate_up, a.h_mlp, p_.weights(w.gate_up), M, 2 * I, d);
+    swiglu_forward(dev_, a.swiglu, a.gate_up, M, I);
+  }
+
+  // From x_in all that the layer's forward left.
+  void recompute_layer(int l) {
+    Range<Device> range(dev_, "layer again");
+    const LayerActivations& a = at(l);
+    rmsnorm_forward(dev_, a.h_attn, a.attn_rstd, a.x_in, p_.master(p_.table.layers[l].attn_norm),
+                    shape_.rows(), config_.width);
+    mixer_branch(l, nullptr);
+    mlp_inner(l);
   }
 
   // Logits, losses and, where loss_weight != 0, dh of the final norm and the head's weight gradient, in row
@@ -261,75 +317,85 @@ class Model {
     const size_t head = p_.table.lm_head;
     for (int first = 0; first < M; first += int(logit_rows_)) {
       const int rows = std::min(int(logit_rows_), M - first);
-      const act* h = h_out_.get() + size_t(first) * d;
-      linear_forward(dev_, logits_.get(), h, p_.weights(head), rows, V, d, logit_scale_);
-      softmax_cross_entropy(dev_, logits_.get(), losses_.get() + first, targets_.get() + first, rows,
-                            config_.vocab, V, real(loss_weight));
+      const act* h = h_out_ + size_t(first) * d;
+      linear_forward(dev_, logits_, h, p_.weights(head), rows, V, d, logit_scale_);
+      softmax_cross_entropy(dev_, logits_, losses_ + first, targets_ + first, rows, config_.vocab, V,
+                            real(loss_weight));
       if (loss_weight == 0) continue;
-      linear_backward_input(dev_, dh_.get() + size_t(first) * d, logits_.get(), p_.weights(head), rows, V, d,
+      linear_backward_input(dev_, dh_ + size_t(first) * d, logits_, p_.weights(head), rows, V, d,
                             logit_scale_);
-      linear_backward_weight(dev_, p_.gradients(head), logits_.get(), h, rows, V, d, logit_scale_);
+      linear_backward_weight(dev_, p_.gradients(head), logits_, h, rows, V, d, logit_scale_);
     }
-    sum_losses(dev_, loss_sum_.get(), losses_.get(), M);
+    sum_losses(dev_, loss_sum_, losses_, M);
   }
 
   // dx_ is the gradient of the residual stream; each branch adds its own on the way down.
   void backward(const int32_t* tokens) {
     Range<Device> range(dev_, "backward");
     const int M = shape_.rows(), d = config_.width;
-    dev_.zero(dx_.get(), size_t(M) * d * sizeof(act));
-    rmsnorm_backward(dev_, dx_.get(), p_.gradients(p_.table.final_norm), dh_.get(), x_out_.get(),
-                     out_rstd_.get(), p_.master(p_.table.final_norm), M, d, scratch_.get());
+    dev_.zero(dx_, size_t(M) * d * sizeof(act));
+    rmsnorm_backward(dev_, dx_, p_.gradients(p_.table.final_norm), dh_, x_out_, out_rstd_,
+                     p_.master(p_.table.final_norm), M, d, scratch_);
     for (int l = config_.layers - 1; l >= 0; l--) {
+      if (recompute_ == Recompute::layers) recompute_layer(l);
       mlp_backward(l);
       mixer_backward(l);
     }
     Range<Device> r(dev_, "embedding backward");
     host_order_.resize(M);
     sort_rows_by_token(host_order_.data(), tokens, M, config_.padded_vocab);
-    dev_.upload(order_.get(), host_order_.data(), size_t(M) * sizeof(int32_t));
-    embedding_backward(dev_, p_.gradients(p_.table.embedding), dx_.get(), tokens_.get(), order_.get(), M, d,
-                       scratch_.get());
+    dev_.upload(order_, host_order_.data(), size_t(M) * sizeof(int32_t));
+    embedding_backward(dev_, p_.gradients(p_.table.embedding), dx_, tokens_, order_, M, d, scratch_);
   }
 
   void mlp_backward(int l) {
     Range<Device> range(dev_, "mlp backward");
     const LayerOffsets& w = p_.table.layers[l];
-    LayerActivations& a = at(l);
+    const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
-    linear_backward_weight(dev_, p_.gradients(w.down), dx_.get(), a.swiglu.get(), M, d, I);
-    linear_backward_input(dev_, dswiglu_.get(), dx_.get(), p_.weights(w.down), M, d, I);
-    swiglu_backward(dev_, dgate_up_.get(), dswiglu_.get(), a.gate_up.get(), M, I);
-    linear_backward_weight(dev_, p_.gradients(w.gate_up), dgate_up_.get(), a.h_mlp.get(), M, 2 * I, d);
-    linear_backward_input(dev_, dh_.get(), dgate_up_.get(), p_.weights(w.gate_up), M, 2 * I, d);
-    rmsnorm_backward(dev_, dx_.get(), p_.gradients(w.mlp_norm), dh_.get(), a.x_mid.get(), a.mlp_rstd.get(),
-                     p_.master(w.mlp_norm), M, d, scratch_.get());
+    if (recompute_ == Recompute::elementwise) {
+      rmsnorm_forward(dev_, a.h_mlp, a.mlp_rstd, a.x_mid, p_.master(w.mlp_norm), M, d);
+      swiglu_forward(dev_, a.swiglu, a.gate_up, M, I);
+    }
+    linear_backward_weight(dev_, p_.gradients(w.down), dx_, a.swiglu, M, d, I);
+    linear_backward_input(dev_, dswiglu_, dx_, p_.weights(w.down), M, d, I);
+    swiglu_backward(dev_, dgate_up_, dswiglu_, a.gate_up, M, I);
+    linear_backward_weight(dev_, p_.gradients(w.gate_up), dgate_up_, a.h_mlp, M, 2 * I, d);
+    linear_backward_input(dev_, dh_, dgate_up_, p_.weights(w.gate_up), M, 2 * I, d);
+    rmsnorm_backward(dev_, dx_, p_.gradients(w.mlp_norm), dh_, a.x_mid, a.mlp_rstd, p_.master(w.mlp_norm), M,
+                     d, scratch_);
   }
 
   void mixer_backward(int l) {
     Range<Device> range(dev_, "mixer backward");
     const LayerOffsets& w = p_.table.layers[l];
-    LayerActivations& a = at(l);
+    const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, values = shape_.value_dim();
-    linear_backward_weight(dev_, p_.gradients(w.o_proj), dx_.get(), a.y.get(), M, d, values);
-    linear_backward_input(dev_, dy_.get(), dx_.get(), p_.weights(w.o_proj), M, d, values);
-    output_norm_backward(dev_, d_o_.get(), dproj_.get(), p_.gradients(w.o_norm), dy_.get(), a.o.get(),
-                         a.o_rstd.get(), a.proj.get(), p_.master(w.o_norm), shape_, scratch_.get());
+    if (recompute_ != Recompute::nothing)  // h_mlp took h_attn's place
+      rmsnorm_forward(dev_, a.h_attn, a.attn_rstd, a.x_in, p_.master(w.attn_norm), M, d);
+    if (recompute_ == Recompute::elementwise) {
+      output_norm_forward(dev_, a.y, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
+      act* const no_history = nullptr;
+      short_conv_forward(dev_, a.qkv, a.rnorm, a.proj, p_.master(w.taps), no_history, shape_);
+    }
+    linear_backward_weight(dev_, p_.gradients(w.o_proj), dx_, a.y, M, d, values);
+    linear_backward_input(dev_, dy_, dx_, p_.weights(w.o_proj), M, d, values);
+    output_norm_backward(dev_, d_o_, dproj_, p_.gradients(w.o_norm), dy_, a.o, a.o_rstd, a.proj,
+                         p_.master(w.o_norm), shape_, scratch_);
     {
       Range<Device> r(dev_, "gated delta rule backward");
-      gated_delta_rule_backward(dev_, dqkv_.get(), dg_.get(), dbeta_.get(), d_o_.get(), a.delta_rule.get(),
-                                a.qkv.get(), a.g.get(), a.beta.get(), shape_, readout_scale_, scratch_.get());
+      gated_delta_rule_backward(dev_, dqkv_, dg_, dbeta_, d_o_, a.delta_rule, a.qkv, a.g, a.beta, shape_,
+                                readout_scale_, scratch_);
     }
-    gates_backward(dev_, dproj_.get(), p_.gradients(w.A_log), p_.gradients(w.dt_bias), dg_.get(),
-                   dbeta_.get(), a.g.get(), a.beta.get(), a.proj.get(), p_.master(w.A_log),
-                   p_.master(w.dt_bias), shape_, real(config_.beta_max()), scratch_.get());
-    short_conv_backward(dev_, dproj_.get(), p_.gradients(w.taps), dqkv_.get(), a.qkv.get(), a.rnorm.get(),
-                        a.proj.get(), p_.master(w.taps), shape_, scratch_.get());
-    linear_backward_weight(dev_, p_.gradients(w.in_proj), dproj_.get(), a.h_attn.get(), M, shape_.columns(),
-                           d);
-    linear_backward_input(dev_, dh_.get(), dproj_.get(), p_.weights(w.in_proj), M, shape_.columns(), d);
-    rmsnorm_backward(dev_, dx_.get(), p_.gradients(w.attn_norm), dh_.get(), a.x_in.get(), a.attn_rstd.get(),
-                     p_.master(w.attn_norm), M, d, scratch_.get());
+    gates_backward(dev_, dproj_, p_.gradients(w.A_log), p_.gradients(w.dt_bias), dg_, dbeta_, a.g, a.beta,
+                   a.proj, p_.master(w.A_log), p_.master(w.dt_bias), shape_, real(config_.beta_max()),
+                   scratch_);
+    short_conv_backward(dev_, dproj_, p_.gradients(w.taps), dqkv_, a.qkv, a.rnorm, a.proj, p_.master(w.taps),
+                        shape_, scratch_);
+    linear_backward_weight(dev_, p_.gradients(w.in_proj), dproj_, a.h_attn, M, shape_.columns(), d);
+    linear_backward_input(dev_, dh_, dproj_, p_.weights(w.in_proj), M, shape_.columns(), d);
+    rmsnorm_backward(dev_, dx_, p_.gradients(w.attn_norm), dh_, a.x_in, a.attn_rstd, p_.master(w.attn_norm),
+                     M, d, scratch_);
   }
 
   Parameters<Device>& p_;
@@ -337,16 +403,22 @@ class Model {
   const ModelConfig config_;
   MixerShape shape_;
   const int max_rows_;
+  const Recompute recompute_;
   const real logit_scale_, readout_scale_;  // m_out and s of mup.h
   std::vector<LayerActivations> layers_;
-  Buffer<Device, int32_t> tokens_, targets_, order_;
+  int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr;
   std::vector<int32_t> host_order_;
-  Buffer<Device, act> branch_, x_out_, h_out_, logits_;
-  Buffer<Device, real> losses_, loss_sum_, out_rstd_;
+  act *branch_ = nullptr, *x_out_ = nullptr, *h_out_ = nullptr, *logits_ = nullptr;
+  real *losses_ = nullptr, *loss_sum_ = nullptr, *out_rstd_ = nullptr;
   size_t logit_rows_ = 0;
-  Buffer<Device, act> dx_, dh_, dproj_, dqkv_, d_o_, dy_, dgate_up_, dswiglu_;
-  Buffer<Device, real> dg_, dbeta_;
-  Buffer<Device, unsigned char> scratch_;
+  act *dx_ = nullptr, *dh_ = nullptr, *dproj_ = nullptr, *dqkv_ = nullptr, *d_o_ = nullptr, *dy_ = nullptr;
+  act *dgate_up_ = nullptr, *dswiglu_ = nullptr;
+  real *dg_ = nullptr, *dbeta_ = nullptr;
+  unsigned char* scratch_ = nullptr;
+  std::vector<Buffer<Device, act>> acts_;  // the memory behind all of these
+  std::vector<Buffer<Device, real>> reals_;
+  std::vector<Buffer<Device, unsigned char>> bytes_;
+  std::vector<Buffer<Device, int32_t>> tokens_memory_;
 };
 
 }  // namespace gdn

@@ -39,6 +39,7 @@ struct Options {
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
+  int recompute = 0;
   bool resume = false, help = false;
   std::string load;
   int64_t generate = 0;
@@ -86,6 +87,9 @@ class OptionTable {
     whole("T", "N", o.seq_len, 1, 1 << 24, "tokens in a sequence", "1024, on the CPU 128");
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",
           "at most 32, divides -B");
+    whole("recompute", "0|1|2", o.recompute, 0, 2,
+          "what the backward computes again to save memory: 0 nothing, 1 norms, gates and activations, 2 "
+          "whole layers");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");

@@ -140,6 +140,40 @@ TEST_CASE("model: micro-batches accumulate to the gradient of the whole batch (d
   CHECK(relative_error(p.gradients(), whole.data(), p.table.size) <= 1e-12);
 }
 
+// The gradients of one batch with each way of recomputing.
+template <class Device>
+std::vector<std::vector<typename Device::real>> gradients_by_recompute(Parameters<Device>& p,
+                                                                       const TestBatch& b) {
+  std::vector<std::vector<typename Device::real>> gradients;
+  for (Recompute recompute : {Recompute::nothing, Recompute::elementwise, Recompute::layers}) {
+    Model<Device> model(p, b.batch, b.length, Use::training, recompute);
+    p.zero_gradients();
+    add_gradient(model, b);
+    gradients.emplace_back(p.table.size);
+    p.dev.download(gradients.back().data(), p.gradients(), p.table.size * sizeof(gradients[0][0]));
+  }
+  return gradients;
+}
+
+TEST_CASE("model: recomputing activations changes no bit of the gradients, and saves memory") {
+  Cpu<float> dev;
+  Parameters<Cpu<float>> p(dev, small_config(2, 0));
+  p.allocate_gradients();
+  scatter(p, 7);
+  const TestBatch b = random_batch(2, 70, p.config.vocab, 8);
+  const auto gradients = gradients_by_recompute(p, b);
+  CHECK(gradients[0] == gradients[1]);
+  CHECK(gradients[0] == gradients[2]);
+  std::vector<size_t> bytes;
+  for (Recompute recompute : {Recompute::nothing, Recompute::elementwise, Recompute::layers}) {
+    dev.allocated.clear();
+    Model<Cpu<float>> model(p, b.batch, b.length, Use::training, recompute);
+    bytes.push_back(dev.allocated["activations"] + dev.allocated["delta rule states"]);
+  }
+  CHECK(bytes[1] < bytes[0]);
+  CHECK(bytes[2] < bytes[1]);
+}
+
 // Sum of -ln p(target) from the logits of the recurrent form, fed in pieces of `piece` tokens.
 template <class Device>
 double decoded_loss(Parameters<Device>& p, const TestBatch& b, int piece) {
@@ -431,6 +465,18 @@ TEST_CASE("CUDA model: the same seed gives the same bits") {
     dev.download(results.back().data(), p.master(), p.table.size * sizeof(float));
   }
   CHECK(results[0] == results[1]);
+}
+
+TEST_CASE("CUDA model: recomputing activations changes no bit of the gradients") {
+  if (gdn_tests::skip_without_gpu("CUDA model: recomputing activations changes no bit of the gradients"))
+    return;
+  Cuda dev;
+  Parameters<Cuda> p(dev, make_config(256, 256, 2, 6, 0, 2, 256, Parametrization::mup));
+  p.allocate_gradients();
+  p.initialize(27);
+  const auto gradients = gradients_by_recompute(p, random_batch(2, 130, 256, 28));
+  CHECK(gradients[0] == gradients[1]);
+  CHECK(gradients[0] == gradients[2]);
 }
 
 TEST_CASE("CUDA model: the recurrent form gives the chunked form's losses") {
