@@ -129,12 +129,13 @@ class Model {
     // Logits in chunks of rows: at most 2^27 of them at a time (256 MiB in bf16), and never fewer than 64
     // rows.
     logit_rows_ = std::min<size_t>(M, std::max<size_t>(64, (size_t(1) << 27) / config_.padded_vocab));
-    logits_ = keep(acts_, logit_rows_ * config_.padded_vocab, "logits");
-    size_t scratch = gated_delta_rule_scratch_bytes(dev_, shape_);
+    // Logits and the layers' work space are never needed at the same time.
+    size_t scratch = std::max(gated_delta_rule_scratch_bytes(dev_, shape_),
+                              logit_rows_ * config_.padded_vocab * sizeof(act));
     if (training) {
       order_ = keep(tokens_memory_, M, "tokens");
       dx_ = activations(M * d);
-      dh_ = activations(M * d);
+      dh_ = branch_;  // a branch's output lives in the forward, its input's gradient in the backward
       // The mixer's backward and the mlp's take turns in one piece of memory.
       const auto aligned = [](size_t n) { return (n + 63) / 64 * 64; };
       const size_t proj = aligned(M * shape_.columns()), qkv = aligned(M * shape_.conv_channels());
@@ -154,6 +155,7 @@ class Model {
         scratch = std::max(scratch, need);
     }
     scratch_ = keep(bytes_, scratch, "work space");
+    logits_ = reinterpret_cast<act*>(scratch_);
   }
 
   // Adds the gradient of loss_weight * (sum of the tokens' losses) to the parameters' gradients and returns

@@ -1,0 +1,454 @@
+"""Tests of sweep.py, plot_transfer.py and plot_log.py; no GPU.
+
+    python3 -m unittest scripts/test_scripts.py        python3 scripts/test_scripts.py
+
+The sweep of a real ./train_gdn is skipped where that is not built, plots where matplotlib is missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from plot_transfer import Curve, evaluate, find_minimum  # noqa: E402
+
+TRAIN_GDN = HERE.parent / "train_gdn"
+HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+needs_matplotlib = unittest.skipUnless(HAVE_MATPLOTLIB, "matplotlib is missing")
+needs_train_gdn = unittest.skipUnless(TRAIN_GDN.exists(), "./train_gdn is not built")
+
+# A trainer whose loss is a parabola in log2(lr): lr > 0.1 diverges, lr 0.05 fails, lr 0.03 ends early without
+# an error, lr 0.02 ends above where it started, and every run says so in calls.txt.
+FAKE = f"""#!{sys.executable}
+import math, os, sys, time
+o = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder, steps, lr = o["-o"], int(o["-n"]), float(o["-lr"])
+with open(os.path.join(os.path.dirname(sys.argv[0]), "calls.txt"), "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + " GPU=" + os.environ.get("CUDA_VISIBLE_DEVICES", "none") + "\\n")
+os.makedirs(os.path.join(folder, "step_00000001"))
+time.sleep(float(os.environ.get("FAKE_SECONDS", 0)))
+log = open(os.path.join(folder, "log.csv"), "w")
+log.write("step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\\n")
+ran = 1 if lr > 0.1 or lr == 0.03 else steps
+for step in range(1, ran + 1):
+    log.write(f"{{step}},train,{{6 - step / steps}},{{lr}},1.0,2.0,{{1000 + step}},0.1\\n")
+if lr > 0.1:
+    sys.exit("train_gdn: step 2: the loss is not finite (loss nan); lower -lr")
+if lr == 0.05:
+    print("device: fake", file=sys.stdout)  # buffered: comes after the error
+    sys.exit("train_gdn: cudaMalloc: out of memory")
+loss = 9 if lr == 0.02 else 4 + (math.log2(lr) + 8) ** 2 / 100
+if ran == steps:
+    log.write(f"{{steps}},val,{{loss}},,,,,\\n")
+"""
+OPTIONS = "-B 64 -L 8 -T 512 -heads 6 -min_lr lr/20 -n 1000 -warmup 100"
+
+
+def call(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, str(HERE / script), *map(str, arguments)]
+    return subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300
+    )
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+class InFolder(unittest.TestCase):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def assert_one_line_error(self, done: subprocess.CompletedProcess, *words: str) -> None:
+        self.assertEqual(done.returncode, 1, done.stderr)
+        last_line = done.stderr.strip().splitlines()[-1]
+        self.assertNotIn("Traceback", done.stderr)
+        for word in words:
+            self.assertIn(word, last_line)
+
+
+class Sweep(InFolder):
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake = self.folder / "fake_train_gdn"
+        self.fake.write_text(FAKE)
+        self.fake.chmod(0o755)
+        self.csv = self.folder / "out.csv"
+
+    def sweep(self, *arguments: object, extra: tuple = (), **environment: str) -> subprocess.CompletedProcess:
+        words = (
+            "--binary",
+            self.fake,
+            "-o",
+            self.csv,
+            "--optimizers",
+            "adamw",
+            "--params",
+            "mup",
+            *arguments,
+        )
+        return call("sweep.py", *words, "--", *extra, **environment)
+
+    def calls(self) -> list[str]:
+        path = self.folder / "calls.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def test_default_grid_is_the_small_protocol(self) -> None:
+        done = call("sweep.py", "--dry-run", "-o", self.csv)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(done.stdout.count("to do\n"), 3 * 6 * (2 + 3))
+        self.assertIn("90 runs, 90 to do, 2,949,120,000 tokens", done.stdout)
+        self.assertFalse(self.csv.exists())
+
+    def test_command_lines(self) -> None:
+        words = ("--widths", "256", "--lrs", "4e-3", "--seeds", "7", "--gpus", "3")
+        self.assertEqual(self.sweep(*words, extra=("-n", "20", "-b", "32")).returncode, 0)
+        self.assertEqual(
+            call(
+                "sweep.py",
+                "--binary",
+                self.fake,
+                "-o",
+                self.folder / "sgd",
+                "--optimizers",
+                "sgd",
+                "--params",
+                "sp",
+                "--head_dim",
+                "64",
+                "--widths",
+                "256",
+                "--lrs",
+                "0.01",
+            ).returncode,
+            0,
+        )
+        adamw, sgd = self.calls()
+        for word in (
+            "-w 256 -param mup -opt adamw -lr 0.004 -min_lr 0.0002 -seed 7",
+            "-L 8",
+            "-T 512",
+            "-B 64",
+            "-n 20",
+            "-warmup 100",
+            "-heads 6",
+            "-save 0",
+            "-b 32",
+            "GPU=3",
+        ):
+            self.assertIn(word, adamw)
+        for word in ("-opt sgd", "-mom 0.98 -wd 0", "-head_dim 64", "-n 1000", "GPU=none"):
+            self.assertIn(word, sgd)
+        self.assertNotIn("-heads", sgd)
+        self.assertNotIn("-mom", adamw)
+
+    def test_every_ending_is_a_row(self) -> None:
+        done = self.sweep(
+            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "--jobs", "3", extra=("-n", "20")
+        )
+        self.assert_one_line_error(done, "2 runs failed", "--retry")
+        rows = {row["lr"]: row for row in rows_of(self.csv)}
+        self.assertEqual(
+            {lr: row["status"] for lr, row in rows.items()},
+            {"0.004": "ok", "0.02": "diverged", "0.03": "failed", "0.05": "failed", "0.2": "diverged"},
+        )
+        self.assertAlmostEqual(float(rows["0.004"]["val_loss"]), 4 + (math.log2(0.004) + 8) ** 2 / 100)
+        self.assertAlmostEqual(
+            float(rows["0.004"]["train_loss"]), (5 + 5.05) / 2
+        )  # the last tenth of 20 steps
+        self.assertEqual((rows["0.004"]["steps"], rows["0.2"]["steps"]), ("20", "1"))
+        self.assertEqual(rows["0.004"]["tokens_per_s"], "1010")
+        self.assertIn("not finite", rows["0.2"]["message"])
+        self.assertIn("above the first step", rows["0.02"]["message"])
+        self.assertEqual(rows["0.05"]["message"], "cudaMalloc: out of memory")
+        self.assertIn("after step 1 of 20", rows["0.03"]["message"])
+        logs = self.folder / "out_runs"
+        self.assertEqual(len(list(logs.glob("*/log.csv"))), 5)
+        self.assertEqual(list(logs.glob("*/step_*")) + list(logs.glob("*.part")), [])
+
+    def test_finished_rows_are_skipped_and_failed_ones_repeated_on_request(self) -> None:
+        self.sweep("--widths", "256", "--lrs", "0.004,0.05")
+        self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008")
+        self.assertEqual(len(self.calls()), 3)
+        self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008", "--retry")
+        self.assertEqual(len(self.calls()), 4)
+        self.assertEqual(len(rows_of(self.csv)), 3)
+
+    def kill_and_resume(self, how: signal.Signals) -> None:
+        words = [
+            "--binary",
+            str(self.fake),
+            "-o",
+            str(self.csv),
+            "--optimizers",
+            "adamw",
+            "--params",
+            "mup",
+            "--widths",
+            "256",
+            "--lrs",
+            "1e-3,2e-3,4e-3",
+        ]
+        first = subprocess.Popen(
+            [sys.executable, str(HERE / "sweep.py"), *words],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "FAKE_SECONDS": "0.7"},
+        )
+        deadline = time.monotonic() + 60
+        while len(self.calls()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        first.send_signal(how)
+        first.wait()
+        self.assertEqual([row["lr"] for row in rows_of(self.csv)], ["0.001"])
+        done = call("sweep.py", *words)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual([row["lr"] for row in rows_of(self.csv)], ["0.001", "0.002", "0.004"])
+        self.assertEqual(len(self.calls()), 4)  # the second was repeated, the first was not
+        self.assertEqual(len(list((self.folder / "out_runs").iterdir())), 3)
+
+    def test_resume_after_sigkill(self) -> None:
+        self.kill_and_resume(signal.SIGKILL)
+
+    def test_resume_after_sigterm(self) -> None:
+        self.kill_and_resume(signal.SIGTERM)
+
+    def test_other_options_do_not_mix(self) -> None:
+        self.sweep("--widths", "256", "--lrs", "0.004")
+        self.assertEqual(self.sweep("--widths", "256", "--lrs", "0.004", extra=("-b", "8")).returncode, 0)
+        self.assert_one_line_error(
+            self.sweep("--widths", "256", "--lrs", "0.004", extra=("-L", "4")), "choose another -o"
+        )
+
+    def test_errors(self) -> None:
+        self.assert_one_line_error(self.sweep("--widths", "256,x"), "--widths '256,x'")
+        self.assert_one_line_error(self.sweep("--lrs", "0"), "positive")
+        self.assert_one_line_error(self.sweep("--nonsense"), "--nonsense")
+        self.assert_one_line_error(self.sweep(extra=("-lr", "1")), "-lr")
+        self.assert_one_line_error(self.sweep(extra=("-i", "x.bin")), "-j")
+        self.assert_one_line_error(self.sweep(extra=("-L",)), "no value")
+        self.assert_one_line_error(
+            call("sweep.py", "--binary", "/no/such", "-o", self.csv), "/no/such", "make"
+        )
+        self.csv.write_text("a,b\n1,2\n")
+        self.assert_one_line_error(self.sweep(), "out.csv", "no column")
+        self.assertEqual(self.calls(), [])
+
+    @needs_train_gdn
+    def test_real_trainer_on_the_cpu(self) -> None:
+        tiny = (
+            "-d",
+            "cpu",
+            "-w0",
+            "32",
+            "-L",
+            "1",
+            "-heads",
+            "2",
+            "-T",
+            "32",
+            "-B",
+            "2",
+            "-n",
+            "12",
+            "-warmup",
+            "2",
+            "-vn",
+            "4",
+        )
+        words = (
+            "-o",
+            self.csv,
+            "--widths",
+            "32,64",
+            "--params",
+            "mup",
+            "--adamw_lrs",
+            "2e-3,4e-3",
+            "--sgd_lrs",
+            "1e6",
+        )
+        done = call("sweep.py", *words, "--", *tiny, "-clip", "0", OMP_NUM_THREADS="1")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        rows = rows_of(self.csv)
+        self.assertEqual([row["status"] for row in rows], ["ok", "ok", "diverged"] * 2)
+        for row in rows[0:2] + rows[3:5]:
+            self.assertEqual(row["steps"], "12")
+            self.assertTrue(0 < float(row["val_loss"]) < 6 and float(row["tokens_per_s"]) > 0)
+        self.assertEqual(len(list((self.folder / "out_runs").glob("*/log.csv"))), 6)
+        self.assertEqual(list((self.folder / "out_runs").glob("*/step_*")), [])
+
+
+def parabola(x0: float, a: float, c: float, xs: range) -> dict[float, float]:
+    return {2.0**x: c + a * (x - x0) ** 2 for x in xs}
+
+
+class Minima(unittest.TestCase):
+    def test_parabola(self) -> None:
+        m = find_minimum(parabola(-8.3, 0.04, 4.0, range(-11, -5)))
+        self.assertAlmostEqual(m.x0, -8.3)
+        self.assertAlmostEqual(m.c, 4.0)
+        self.assertAlmostEqual(m.loss(-7.3), 4.04)
+        self.assertEqual((m.note, m.bracketed), ("", True))
+
+    def test_three_points_by_hand(self) -> None:
+        # y = 1, 0, 3 at x = -1, 0, 1: a = 2, slope 1 at 0, so x0 = -1/4 and c = -1/8; x = 2 is not used.
+        m = find_minimum({0.5: 1.0, 1.0: 0.0, 2.0: 3.0, 4.0: 50.0})
+        self.assertAlmostEqual(m.x0, -0.25)
+        self.assertAlmostEqual(m.c, -0.125)
+
+    def test_edges(self) -> None:
+        self.assertIn("lower edge", find_minimum(parabola(-11.2, 0.1, 4, range(-11, -5))).note)
+        self.assertIn("upper edge", find_minimum(parabola(-5, 0.1, 4, range(-11, -5))).note)
+        self.assertIn("diverged lr", find_minimum(parabola(-6, 0.1, 4, range(-11, -5)), {2.0**-5}).note)
+        straight = find_minimum({1.0: 3.0, 2.0: 2.0, 4.0: 1.0})
+        self.assertIsNone(straight.a)
+        self.assertEqual(straight.x0, 2)
+        self.assertFalse(straight.bracketed)
+
+    def test_points_that_are_not_neighbours(self) -> None:
+        self.assertIn(
+            "not neighbours", find_minimum({1.0: 1.0, 2.0: 0.9, 4.0: 1.5, 8.0: 1.1, 16.0: 2.0}).note
+        )
+
+    def test_shift_and_regret(self) -> None:
+        xs = range(-11, -4)
+        base, wide = parabola(-8.0, 0.04, 4.0, xs), parabola(-8.5, 0.08, 3.0, xs)
+        panel = {
+            256: Curve({1: base, 2: {lr: y + 0.2 for lr, y in base.items()}}),
+            512: Curve({1: wide, 2: wide}),
+        }
+        of_base, of_wide = evaluate(panel, 256)
+        self.assertAlmostEqual(of_base.minimum.c, 4.1)
+        self.assertEqual((of_base.shift, of_base.regret), (0, 0))
+        self.assertAlmostEqual(of_wide.shift, -0.5)
+        self.assertAlmostEqual(of_wide.shift_std, 0)
+        self.assertAlmostEqual(of_wide.regret, 0.08 * 0.25)
+        self.assertAlmostEqual(of_wide.grid_regret, 0)  # x = -8 and -9 are as good
+
+
+class Plots(InFolder):
+    def write(
+        self, name: str, x0: dict[int, float], diverged: float = 1e9, param: str = "mup", lrs=range(-11, -5)
+    ) -> Path:
+        path = self.folder / name
+        with path.open("w") as f:
+            f.write("param,optimizer,width,lr,seed,val_loss,status,options\n")
+            for width, best in x0.items():
+                for lr, loss in parabola(best, 0.04, 4.0, lrs).items():
+                    for seed, noise in ((1, 0.01), (2, -0.01)):
+                        ending = (
+                            f",diverged,{OPTIONS}" if lr >= diverged else f"{loss + noise:.9f},ok,{OPTIONS}"
+                        )
+                        f.write(f"{param},adamw,{width},{lr!r},{seed},{ending}\n")
+        return path
+
+    def plot(self, *arguments: object) -> subprocess.CompletedProcess:
+        return call(
+            "plot_transfer.py", *arguments, "--out", self.folder / "plot", "--table", self.folder / "table.md"
+        )
+
+    def assert_drawn(self, name: str) -> None:
+        self.assertEqual((self.folder / f"{name}.png").read_bytes()[:4], b"\x89PNG")
+        self.assertGreater((self.folder / f"{name}.png").stat().st_size, 5000)
+        self.assertIn("<svg", (self.folder / f"{name}.svg").read_text())
+
+    @needs_matplotlib
+    def test_plot_and_table(self) -> None:
+        mup = self.write("mup.csv", {256: -8.0, 512: -8.25})
+        sp = self.write("sp.csv", {256: -8.0, 512: -10.0}, diverged=2.0**-7, param="sp")
+        done = self.plot(mup, sp)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assert_drawn("plot")
+        table = (self.folder / "table.md").read_text()
+        self.assertIn(table, done.stdout)
+        cells = [[c.strip() for c in line.strip("|\n").split("|")] for line in table.splitlines()]
+        by_name = {(c[0], c[1]): c for c in cells}
+        self.assertEqual(by_name["AdamW, muP", "512"][4:8], ["-0.25 ± 0.00", "0.0025", "0.0000", "yes"])
+        self.assertEqual(by_name["AdamW, SP", "512"][4:8], ["-2.00 ± 0.00", "0.1600", "0.1600", "no"])
+        self.assertEqual(by_name["AdamW, SP", "256"][4], "base")
+
+    @needs_matplotlib
+    def test_minimum_at_the_edge_is_said(self) -> None:
+        done = self.plot(self.write("a.csv", {256: -8.0, 512: -11.3}))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("minimum at the grid's lower edge", done.stdout)
+        self.assertIn("| ?", done.stdout)
+
+    @needs_matplotlib
+    def test_a_width_with_too_few_points(self) -> None:
+        path = self.write("a.csv", {256: -8.0, 512: -8.0})
+        spot = self.write("b.csv", {1024: -8.0, 2048: -8.0}, lrs=range(-9, -7), diverged=2.0**-8)
+        self.assert_one_line_error(self.plot(path, spot), "too few points", "width 1024 has 1")
+        self.assert_drawn("plot")
+
+    @needs_matplotlib
+    def test_plot_log(self) -> None:
+        for name in ("one", "two"):
+            (self.folder / name).mkdir()
+            steps = "".join(f"{i},train,{6 / i},0.1,1.5,2,1000,0.1\n" for i in range(1, 101))
+            log = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n" + steps + "100,val,0.07,,,,,\n101,trai"
+            (self.folder / name / "log.csv").write_text(log)
+        done = call(
+            "plot_log.py", self.folder / "one", self.folder / "two" / "log.csv", "--out", self.folder / "log"
+        )
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assert_drawn("log")
+
+    def test_errors_of_plot_transfer(self) -> None:
+        good = self.write("good.csv", {256: -8.0, 512: -8.0})
+        self.assert_one_line_error(self.plot(self.folder / "none.csv"), "none.csv: no such file")
+        self.assert_one_line_error(self.plot(self.folder), "folder")
+        self.assert_one_line_error(self.plot(good, good), "second row")
+        self.assert_one_line_error(
+            self.plot(self.write("b.csv", {512: -8.0})), "no runs at the base width 256"
+        )
+        self.assert_one_line_error(
+            self.plot(self.write("c.csv", {256: -8.0}, lrs=range(-9, -7))), "too few points"
+        )
+        for text, words in (
+            ("a,b\n1,2\n", "no column param"),
+            (good.read_text().splitlines()[0] + "\n", "no rows"),
+            (good.read_text().replace("4.", "four ", 1), "expected a number"),
+            (good.read_text().replace(",ok,", ",maybe,", 1), "status 'maybe'"),
+            (good.read_text().replace("-L 8", "-L 4", 1), "do not belong in one plot"),
+            (good.read_text().replace(",ok,", ",", 1), "number of fields"),
+        ):
+            (self.folder / "bad.csv").write_text(text)
+            self.assert_one_line_error(self.plot(self.folder / "bad.csv"), "bad.csv", words)
+
+    def test_errors_of_plot_log(self) -> None:
+        self.assert_one_line_error(call("plot_log.py", self.folder / "none"), "no such file")
+        (self.folder / "log.csv").write_text("step,loss\n1,2\n")
+        self.assert_one_line_error(call("plot_log.py", self.folder), "no column split")
+        (self.folder / "log.csv").write_text("step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n")
+        self.assert_one_line_error(call("plot_log.py", self.folder), "no training steps")
+
+    def test_missing_package_is_named(self) -> None:
+        (self.folder / "matplotlib.py").write_text("raise ImportError('none', name='matplotlib')\n")
+        good = self.write("good.csv", {256: -8.0})
+        done = call("plot_transfer.py", good, "--out", self.folder / "plot", PYTHONPATH=str(self.folder))
+        self.assert_one_line_error(done, "needs the package matplotlib", "requirements.txt")
+
+    def test_help(self) -> None:
+        for script in ("sweep.py", "plot_transfer.py", "plot_log.py"):
+            done = call(script, "-h")
+            self.assertEqual(done.returncode, 0)
+            self.assertIn("python3 scripts/" + script, done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
