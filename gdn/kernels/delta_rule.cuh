@@ -19,13 +19,13 @@
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
-// Reached on an H200 (dev/bench_delta_rule.cu), in ms; the backward runs prepare_kernel again:
+// Reached on an H200 (dev/bench_delta_rule.cu), in ms. The backward runs prepare_kernel again:
 //    B     T  Hk  Hv   dk   dv   prepare  forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64     0.098         0.109          0.108      0.206     0.201     0.405
-//   32  1024   6   6   64  128     0.100         0.226          0.262      0.325     0.324     0.680
-//   32  1024   6   6  128  256     0.114         0.425          0.500      0.662     0.534     1.269
-//    8  4096  16  32  128  128     0.545         1.113          1.373      2.165     1.633     4.025
-//    8  1024   6   6  256  512     0.055         0.545          0.572      0.565     0.604     1.189
+//   32  1024   6   6   32   64     0.063         0.118          0.116      0.144     0.175     0.312
+//   32  1024   6   6   64  128     0.068         0.265          0.277      0.259     0.298     0.558
+//   32  1024   6   6  128  256     0.076         0.449          0.520      0.621     0.520     1.205
+//    8  4096  16  32  128  128     0.322         1.192          1.384      2.028     1.478     3.700
+//    8  1024   6   6  256  512     0.044         0.495          0.536      0.527     0.535     1.096
 //
 // Where bf16 suffices was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
@@ -166,11 +166,14 @@ void with_head_dim_k(int dk, const Launch& launch) {
 }
 
 // Warps of a pass's block, 16 columns of dv each: many, for they share loads, but as few as it takes to fit
-// shared memory and to give every multiprocessor a block; and slices of equal size.
+// shared memory and to give every multiprocessor a block; and slices of equal size. With a small state half
+// as many: then a multiprocessor holds two blocks.
+constexpr int kSmallPassWarps = 4;
+
 inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK) {
   const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
   const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
-  int warps = std::min(kMaxPassWarps, tiles);
+  int warps = std::min(DK <= 64 ? kSmallPassWarps : kMaxPassWarps, tiles);
   while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
   while (warps > 1 && shape.batch * shape.heads_v * slices(warps) < device.multiprocessors)
     warps = (warps + 1) / 2;
@@ -221,7 +224,7 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
   allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_k, shape.batch);
   gradients_kernel<PW>
-      <<<grid, kGradientThreads, bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape), s);
+      <<<grid, gradient_threads(PW), bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape), s);
   launched("gradients_kernel");
 }
 

@@ -84,6 +84,35 @@ __device__ inline void split(uint32_t (&high)[4], uint32_t (&low)[4], const floa
   split(high[3], low[3], right[2], right[3]);
 }
 
+// Two tiles += (a high + a low) (b high + b low), without low * low
+__device__ inline void mma_pair_split(float (&left)[4], float (&right)[4], const uint32_t (&high)[4],
+                                      const uint32_t (&low)[4], const uint32_t (&b_high)[4],
+                                      const uint32_t (&b_low)[4]) {
+  mma_pair(left, right, high, b_high);
+  mma_pair(left, right, low, b_high);
+  mma_pair(left, right, high, b_low);
+}
+
+// Two tiles (16 tokens from `token` on): each column times its token's gate.
+__device__ inline void scale_tokens(float (&left)[4], float (&right)[4], const float* gate, int token,
+                                    float factor) {
+  const int c = 2 * (threadIdx.x & 3);
+  const float2 x = *reinterpret_cast<const float2*>(gate + token + c);
+  const float2 y = *reinterpret_cast<const float2*>(gate + token + 8 + c);
+  left[0] *= factor * x.x, left[1] *= factor * x.y, left[2] *= factor * x.x, left[3] *= factor * x.y;
+  right[0] *= factor * y.x, right[1] *= factor * y.y, right[2] *= factor * y.x, right[3] *= factor * y.y;
+}
+
+// The same columns of the operand for them: out = factor * gate * x, as bf16 high + low.
+__device__ inline void scaled_operand(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
+                                      const float (&right)[4], const float* gate, int token, float factor) {
+  float x[4], y[4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) x[e] = left[e], y[e] = right[e];
+  scale_tokens(x, y, gate, token, factor);
+  split(high, low, x, y);
+}
+
 // An 8x8 block of bf16 held as (row g, columns 2c, 2c+1) -> its transpose, held the same way.
 __device__ inline uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;

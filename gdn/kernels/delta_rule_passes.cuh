@@ -14,17 +14,23 @@ namespace delta_rule {
 
 constexpr int kMaxPassWarps = 8;
 
+// N and P in a stage: two tiles, high and low, each 64 rows of five 16x16 blocks. N_ij lies at (i, j); P_ij
+// at (3 - i, 4 - i + j), in what N's lower triangle leaves.
+constexpr int kTrianglesStride = 5 * 16 + 8, kTriangles = kChunk * kTrianglesStride;
+__device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kTrianglesStride + j); }
+__device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kTrianglesStride + 4 - i + j); }
+
 // What a pass needs of one chunk, in shared memory. `values` is v forward and do backward; its tile also
 // stages what a warp writes to global memory, each warp in its own 16 columns.
 struct PassStage {
   act *q, *k;    // [64, DK + 8], zeros from column dk on
   act* values;   // [64, 16 warps + 8]
-  act* squares;  // N high, N low, P high, P low: [4][64, kSquareStride]
+  act* squares;  // N and P, high and low: [2][64, kTrianglesStride]
   float* gates;  // [4, 64]
 };
 
 __host__ __device__ constexpr int pass_stage_bytes(int DK, int warps) {
-  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + 4 * kChunk * kSquareStride) + 4 * kGates;
+  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + 2 * kTriangles) + 4 * kGates;
 }
 
 template <int DK>
@@ -34,7 +40,7 @@ __device__ inline PassStage pass_stage(unsigned char* shared, int index, int war
   stage.k = stage.q + kChunk * (DK + 8);
   stage.values = stage.k + kChunk * (DK + 8);
   stage.squares = stage.values + kChunk * (16 * warps + 8);
-  stage.gates = reinterpret_cast<float*>(stage.squares + 4 * kChunk * kSquareStride);
+  stage.gates = reinterpret_cast<float*>(stage.squares + 2 * kTriangles);
   return stage;
 }
 
@@ -42,6 +48,18 @@ __device__ inline PassStage pass_stage(unsigned char* shared, int index, int war
 struct PassBlock {
   int b, h, hk, warps, first_column;
 };
+
+// The block starts copying N and P, high and low: their 16x16 blocks on and below the diagonal, the only ones
+// there are.
+__device__ inline void copy_lower_blocks(act* to, const act* from) {
+  for (int i = threadIdx.x; i < 4 * kChunk * kChunk / 8; i += blockDim.x) {
+    const int tile = i / (kSquare / 8), row = i / (kChunk / 8) % kChunk, column = 8 * (i % (kChunk / 8));
+    const int block_row = row / 16, block = tile < 2 ? block_of_n(block_row, 0) : block_of_p(block_row, 0);
+    if (column / 16 <= block_row)
+      copy_16_bytes(to + tile % 2 * kTriangles + block + row % 16 * kTrianglesStride + column, from + 8 * i,
+                    true);
+  }
+}
 
 // The block starts copying a chunk's inputs; values [B,T,..] with the given row stride, at the head's first
 // column.
@@ -56,8 +74,7 @@ __device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block
   copy_tile(stage.k, DK + 8, inputs + size.k_column(block.hk), size.channels, kChunk, size.dk, n, size.dk);
   copy_tile(stage.values, columns + 8, values + row * values_stride + block.first_column, values_stride,
             kChunk, columns, n, size.dv - block.first_column);
-  copy_tile(stage.squares, kSquareStride, matrices + number * 4 * kSquare, kChunk, 4 * kChunk, kChunk,
-            4 * kChunk, kChunk);
+  copy_lower_blocks(stage.squares, matrices + number * 4 * kSquare);
   for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
     copy_16_bytes(stage.gates + 4 * i, gates + number * kGates + 4 * i, true);
   copies_issued();
@@ -123,35 +140,6 @@ __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&h
   }
 }
 
-// Two tiles += (a high + a low) (b high + b low), without low * low
-__device__ inline void mma_pair_split(float (&left)[4], float (&right)[4], const uint32_t (&high)[4],
-                                      const uint32_t (&low)[4], const uint32_t (&b_high)[4],
-                                      const uint32_t (&b_low)[4]) {
-  mma_pair(left, right, high, b_high);
-  mma_pair(left, right, low, b_high);
-  mma_pair(left, right, high, b_low);
-}
-
-// Two tiles (16 tokens from `token` on): each column times its token's gate.
-__device__ inline void scale_tokens(float (&left)[4], float (&right)[4], const float* gate, int token,
-                                    float factor) {
-  const int c = 2 * (threadIdx.x & 3);
-  const float2 x = *reinterpret_cast<const float2*>(gate + token + c);
-  const float2 y = *reinterpret_cast<const float2*>(gate + token + 8 + c);
-  left[0] *= factor * x.x, left[1] *= factor * x.y, left[2] *= factor * x.x, left[3] *= factor * x.y;
-  right[0] *= factor * y.x, right[1] *= factor * y.y, right[2] *= factor * y.x, right[3] *= factor * y.y;
-}
-
-// The same columns of the operand for them: out = factor * gate * x, as bf16 high + low.
-__device__ inline void scaled_operand(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
-                                      const float (&right)[4], const float* gate, int token, float factor) {
-  float x[4], y[4];
-#pragma unroll
-  for (int e = 0; e < 4; e++) x[e] = left[e], y[e] = right[e];
-  scale_tokens(x, y, gate, token, factor);
-  split(high, low, x, y);
-}
-
 enum Part { kHigh, kLow };
 
 // Writes x [16 of dv, 64 tokens], its bf16 rounding or what that lost, to rows [tokens, 16] of `to`, the
@@ -213,8 +201,7 @@ __device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage,
     }
   }
   // The last 16 tokens first: a block of tokens is read before what comes earlier is taken off it.
-  const uint32_t n_high = walk_columns(stage.squares, kSquareStride),
-                 n_low = n_high + 2 * kChunk * kSquareStride;
+  const uint32_t n_high = walk_columns(stage.squares, kTrianglesStride), n_low = n_high + 2 * kTriangles;
 #pragma unroll
   for (int p = 3; p >= 0; p--) {
     uint32_t high[4], low[4];
@@ -222,7 +209,7 @@ __device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage,
 #pragma unroll
     for (int t = p; t < 4; t++) {
       uint32_t b_high[4], b_low[4];
-      const uint32_t at = 2 * (16 * t * kSquareStride + 16 * p);
+      const uint32_t at = 2 * block_of_n(t, p);
       ldmatrix(b_high, n_high + at);
       ldmatrix(b_low, n_low + at);
       mma_pair_split(c[2 * t], c[2 * t + 1], high, low, b_high, b_low);
@@ -232,8 +219,7 @@ __device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage,
 
 // out [16 of dv, 64 tokens] += (beta E) P^T
 __device__ inline void add_within_chunk(float (&out)[8][4], const float (&E)[8][4], const PassStage& stage) {
-  const uint32_t p_high = walk_columns(stage.squares + 2 * kChunk * kSquareStride, kSquareStride);
-  const uint32_t p_low = p_high + 2 * kChunk * kSquareStride;
+  const uint32_t p_high = walk_columns(stage.squares, kTrianglesStride), p_low = p_high + 2 * kTriangles;
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     uint32_t high[4], low[4];
@@ -241,7 +227,7 @@ __device__ inline void add_within_chunk(float (&out)[8][4], const float (&E)[8][
 #pragma unroll
     for (int t = p; t < 4; t++) {
       uint32_t b_high[4], b_low[4];
-      const uint32_t at = 2 * (16 * t * kSquareStride + 16 * p);
+      const uint32_t at = 2 * block_of_p(t, p);
       ldmatrix(b_high, p_high + at);
       ldmatrix(b_low, p_low + at);
       mma_pair_split(out[2 * t], out[2 * t + 1], high, low, b_high, b_low);
@@ -263,9 +249,9 @@ __device__ inline void decay_state(float (&state)[DK / 8][4], float decay) {
 //   O = s e^G Q S + P (beta E)                     S <- e^{G_C} S + K^T (e^{G_C - G} beta E)
 // Writes o and what Saved names.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.30 GB, writes o, states, E 0.50 GB: 0.190
-// ms at the copy rate; 52 GFLOP, each product counted once (101 done: split operands). Reached on an H200:
-// 0.425 ms, 45% of the copy rate; 0.347 ms with nothing saved (0.40 GB, 0.095 ms).
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.27 GB, writes o, states, E 0.50 GB: 0.183
+// ms at the copy rate; 52 GFLOP, each product counted once (101 done: split operands). Reached on
+// an H200: 0.449 ms, 41%.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, 1)
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const act* matrices, const float* gates,
@@ -328,13 +314,12 @@ struct Adjoints {
 // x [16 of dv, 64 tokens] += do^T P for the 16 rows of P from 16 p on; d_o those tokens' A operand
 __device__ inline void add_within_chunk_backward(float (&x)[8][4], const uint32_t (&d_o)[4],
                                                  const PassStage& stage, int p) {
-  const uint32_t p_high = walk_rows(stage.squares + 2 * kChunk * kSquareStride, kSquareStride);
-  const uint32_t p_low = p_high + 2 * kChunk * kSquareStride;
+  const uint32_t p_high = walk_rows(stage.squares, kTrianglesStride), p_low = p_high + 2 * kTriangles;
 #pragma unroll
   for (int t = 0; t < 4; t++) {
     if (t > p) continue;
     uint32_t b_high[4], b_low[4];
-    const uint32_t at = 2 * (16 * p * kSquareStride + 16 * t);
+    const uint32_t at = 2 * block_of_p(p, t);
     ldmatrix_transposed(b_high, p_high + at);
     ldmatrix_transposed(b_low, p_low + at);
     mma_pair(x[2 * t], x[2 * t + 1], d_o, b_high);
@@ -344,8 +329,7 @@ __device__ inline void add_within_chunk_backward(float (&x)[8][4], const uint32_
 
 // X = dVn - N^T (beta dVn), in place. The first 16 tokens first.
 __device__ inline void solve_backward(float (&x)[8][4], const PassStage& stage) {
-  const uint32_t n_high = walk_rows(stage.squares, kSquareStride),
-                 n_low = n_high + 2 * kChunk * kSquareStride;
+  const uint32_t n_high = walk_rows(stage.squares, kTrianglesStride), n_low = n_high + 2 * kTriangles;
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     uint32_t high[4], low[4];
@@ -353,7 +337,7 @@ __device__ inline void solve_backward(float (&x)[8][4], const PassStage& stage) 
 #pragma unroll
     for (int t = 0; t <= p; t++) {
       uint32_t b_high[4], b_low[4];
-      const uint32_t at = 2 * (16 * p * kSquareStride + 16 * t);
+      const uint32_t at = 2 * block_of_n(p, t);
       ldmatrix_transposed(b_high, n_high + at);
       ldmatrix_transposed(b_low, n_low + at);
       mma_pair_split(x[2 * t], x[2 * t + 1], high, low, b_high, b_low);
@@ -380,8 +364,8 @@ __device__ inline void scaled_output_gradient(uint32_t (&high)[4], uint32_t (&lo
 //   dS <- e^{G_C} dS + Q^T (s e^G dO) - K^T (beta e^G X)
 // Writes dv into dqkv and, for gradients_kernel, X and each chunk's dS before the update.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.30 GB, writes dv, X, dS 0.70 GB: 0.238
-// ms at the copy rate; 52 GFLOP counted once (97 done). Reached on an H200: 0.500 ms, 48% of the copy rate.
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.27 GB, writes dv, X, dS 0.70 GB: 0.230
+// ms at the copy rate; 52 GFLOP counted once (97 done). Reached on an H200: 0.520 ms, 44%.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, 1)
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const act* matrices,

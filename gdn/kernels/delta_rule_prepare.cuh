@@ -1,6 +1,8 @@
 // The gated delta rule, first kernel: everything of a chunk that does not depend on the state.
 #pragma once
 
+#include <algorithm>
+
 #include "../shapes.h"
 #include "delta_rule_mma.cuh"
 
@@ -51,76 +53,154 @@ __device__ inline void chunk_gates(float* gates, const float* g, const float* be
   }
 }
 
-// Column j of N = L - L diag(beta) N by forward substitution, in fp32: N_ij = L_ij - sum_{k<i} L_ik beta_k
-// N_kj. L [64, ld] strictly lower; writes N as bf16 high + low [64,64].
-__device__ inline void solve_column(act* high, act* low, const float* L, int ld, const float* beta, int j) {
-  float x[kChunk];  // beta_k N_kj
-#pragma unroll
-  for (int i = 0; i < kChunk; i += 4) {
-    float sum[4];
-#pragma unroll
-    for (int r = 0; r < 4; r++) sum[r] = L[(i + r) * ld + j];
-#pragma unroll
-    for (int k = 0; k < i; k += 4)
-#pragma unroll
-      for (int r = 0; r < 4; r++) {
-        const float4 l = *reinterpret_cast<const float4*>(L + (i + r) * ld + k);
-        sum[r] -= l.x * x[k];
-        sum[r] -= l.y * x[k + 1];
-        sum[r] -= l.z * x[k + 2];
-        sum[r] -= l.w * x[k + 3];
-      }
-#pragma unroll
-    for (int r = 0; r < 4; r++) {
-#pragma unroll
-      for (int k = 0; k < r; k++) sum[r] -= L[(i + r) * ld + i + k] * x[i + k];
-      x[i + r] = beta[i + r] * sum[r];
-      const act h = __float2bfloat16_rn(sum[r]);
-      high[(i + r) * kChunk + j] = h;
-      low[(i + r) * kChunk + j] = __float2bfloat16_rn(sum[r] - __bfloat162float(h));
-    }
-  }
-}
-
-// Writes rows [16,64] of a bf16 high + low matrix from accumulators; row g of the tile at `high`, `low`.
-__device__ inline void store_square_rows(act* high, act* low, const float (&x)[8][4]) {
+// Writes a warp's rows [16, 16 (warp + 1)] of a bf16 high + low matrix from accumulators; high, low: the
+// tile's row 0.
+__device__ inline void store_lower_blocks(act* high, act* low, const float (&x)[8][4], int warp) {
   const int g = (threadIdx.x % 32) / 4;
 #pragma unroll
   for (int row = 0; row < 2; row++)
 #pragma unroll
     for (int t = 0; t < 8; t += 4) {
+      if (t / 2 > warp) continue;
       uint32_t h[4], l[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) split(h[e], l[e], x[t + e][2 * row], x[t + e][2 * row + 1]);
-      store_32_columns(high + (g + 8 * row) * kChunk + 8 * t, h, 32);
-      store_32_columns(low + (g + 8 * row) * kChunk + 8 * t, l, 32);
+      const int at = (16 * warp + g + 8 * row) * kChunk + 8 * t, valid = 16 * (warp + 1) - 8 * t;
+      store_32_columns(high + at, h, valid);
+      store_32_columns(low + at, l, valid);
     }
 }
 
-constexpr int kPrepareThreads = 128, kLStride = kChunk + 4;
+// One 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i} L_ik beta_k
+// N_kj. A warp: column lane % 16, the lower lanes write bf16 high, the upper low. transposed: L's block,
+// [column][kBlockStride rows].
+constexpr int kBlockStride = 20;
 
-inline int prepare_shared_bytes(int dk) {
-  return 2 * kChunk * (dk + 8) * 2 + kChunk * kLStride * 4 + kGates * 4;
+__device__ inline void solve_diagonal_block(act* high, act* low, const float* transposed, const float* beta) {
+  const int lane = threadIdx.x % 32, j = lane % 16;
+  act* to = lane < 16 ? high : low;
+  float sum[16];
+#pragma unroll
+  for (int i = 0; i < 16; i += 4) {
+    const float4 l = *reinterpret_cast<const float4*>(transposed + j * kBlockStride + i);
+    sum[i] = l.x, sum[i + 1] = l.y, sum[i + 2] = l.z, sum[i + 3] = l.w;
+  }
+#pragma unroll
+  for (int k = 0; k < 16; k++) {  // sum[k] is done: off the rows below
+    const float x = beta[k] * sum[k];
+#pragma unroll
+    for (int i = k / 4 * 4; i < 16; i += 4) {
+      const float4 l = *reinterpret_cast<const float4*>(transposed + k * kBlockStride + i);
+      if (i > k) sum[i] -= l.x * x;
+      if (i + 1 > k) sum[i + 1] -= l.y * x;
+      if (i + 2 > k) sum[i + 2] -= l.z * x;
+      if (i + 3 > k) sum[i + 3] -= l.w * x;
+    }
+    const float rounded = __bfloat162float(__float2bfloat16_rn(sum[k]));
+    to[k * kSquareStride + j] = __float2bfloat16_rn(lane < 16 ? rounded : sum[k] - rounded);
+  }
 }
+
+// N from L by blocks of 16, x being row block `warp` of L and what is left of it:
+//   N_ii by substitution        N_ij = (I - N_ii diag(beta_i)) (L_ij - sum_{k=j}^{i-1} L_ik diag(beta_k)
+//   N_kj)
+// The products on tensor cores, operands bf16 high + low, sums fp32. N comes out in shared memory, high and
+// low [64, kSquareStride], and in memory.
+__device__ inline void solve_by_blocks(act* out_high, act* out_low, act* high, act* low, float* transposed,
+                                       float (&x)[8][4], const float* beta, int warp) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
+  const auto write_out = [&] {
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int row = first + 4 * i + lane / 8, column = 8 * (lane % 8);
+      if (column >= first + 16) continue;
+      const uint4 h = *reinterpret_cast<const uint4*>(high + row * kSquareStride + column);
+      const uint4 l = *reinterpret_cast<const uint4*>(low + row * kSquareStride + column);
+      *reinterpret_cast<uint4*>(out_high + row * kChunk + column) = h;
+      *reinterpret_cast<uint4*>(out_low + row * kChunk + column) = l;
+    }
+  };
+  act *diagonal_high = high + first * kSquareStride + first,
+      *diagonal_low = low + first * kSquareStride + first;
+  transposed += warp * 16 * kBlockStride;
+#pragma unroll
+  for (int t = 0; t < 8; t++)
+    if (t / 2 == warp)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        transposed[(8 * (t % 2) + c + e % 2) * kBlockStride + g + 8 * (e / 2)] = x[t][e];
+  __syncwarp();
+  solve_diagonal_block(diagonal_high, diagonal_low, transposed, beta + first);
+  if (warp == 0) write_out();
+#pragma unroll
+  for (int k = 0; k < 3; k++) {
+    __syncthreads();  // row block k of N is there
+    if (warp <= k) continue;
+    uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
+    scaled_operand(a_high, a_low, x[2 * k], x[2 * k + 1], beta, 16 * k, -1.f);
+#pragma unroll
+    for (int j = 0; j <= k; j++) {
+      ldmatrix_transposed(b_high, walk_rows(high + 16 * k * kSquareStride + 16 * j, kSquareStride));
+      ldmatrix_transposed(b_low, walk_rows(low + 16 * k * kSquareStride + 16 * j, kSquareStride));
+      mma_pair_split(x[2 * j], x[2 * j + 1], a_high, a_low, b_high, b_low);
+    }
+    if (warp > k + 1) continue;
+    ldmatrix(a_high, walk_rows(diagonal_high, kSquareStride));
+    ldmatrix(a_low, walk_rows(diagonal_low, kSquareStride));
+    const float upper = -beta[first + g], lower = -beta[first + g + 8];
+#pragma unroll
+    for (int j = 0; j <= k; j++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float(&tile)[4] = x[2 * j + half];
+        split(b_high[2 * half], b_low[2 * half], upper * tile[0], upper * tile[1]);
+        split(b_high[2 * half + 1], b_low[2 * half + 1], lower * tile[2], lower * tile[3]);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) b_high[e] = transpose_8x8(b_high[e]), b_low[e] = transpose_8x8(b_low[e]);
+      mma_pair_split(x[2 * j], x[2 * j + 1], a_high, a_low, b_high, b_low);
+    }
+#pragma unroll
+    for (int t = 0; t < 2 * (k + 1); t++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        uint32_t h, l;
+        split(h, l, x[t][2 * e], x[t][2 * e + 1]);
+        const int at = (first + g + 8 * e) * kSquareStride + 8 * t + c;
+        *reinterpret_cast<uint32_t*>(high + at) = h;
+        *reinterpret_cast<uint32_t*>(low + at) = l;
+      }
+    write_out();
+  }
+}
+
+constexpr int kPrepareThreads = 128;
+
+// q and k, afterwards N and the blocks on L's diagonal.
+inline int prepare_tiles_bytes(int dk) {
+  return std::max(2 * kChunk * (dk + 8) * 2, 2 * kChunk * kSquareStride * 2 + 4 * 16 * kBlockStride * 4);
+}
+inline int prepare_shared_bytes(int dk) { return kGates * 4 + prepare_tiles_bytes(dk); }
 
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
 //   P_ij = s D_ij (q_i . k_j), i >= j     gates: beta, e^G, e^{G_C - G}, G
 // so that (I + A)^-1 = I - diag(beta) N, and neither the identity nor beta is ever rounded to bf16.
-// N and P go out as bf16 high + low, matrices [chunks][N high, N low, P high, P low][64,64]; gates
-// [chunks][4,64]. k.k and q.k are exact products of bf16; the substitution is fp32, one column a thread, in
-// registers.
+// N and P go out as bf16 high + low, matrices [chunks][N high, N low, P high, P low][64,64], of which only
+// the 16x16 blocks on and below the diagonal are written; gates [chunks][4,64]. k.k and q.k are exact
+// products of bf16; N by blocks (solve_by_blocks). Each warp 16 rows.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 104 MB: 0.048 ms at the copy
-// rate; 6.4 GFLOP on tensor cores, 0.3 GFLOP of substitution in fp32 (0.8 done). Reached on an H200: 0.114
-// ms, 42% of the copy rate.
-static __global__ void __launch_bounds__(kPrepareThreads)
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 66 MB: 0.040 ms at the copy rate; 6.4
+// GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32. Reached on an
+// H200: 0.076 ms, 53%.
+static __global__ void __launch_bounds__(kPrepareThreads, 5)
     prepare_kernel(act* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), ld = size.dk + 8;
-  act *q = reinterpret_cast<act*>(shared), *k = q + kChunk * ld;
-  float *L = reinterpret_cast<float*>(k + kChunk * ld), *gates = L + kChunk * kLStride;
+  float* gates = reinterpret_cast<float*>(shared);
+  act *q = reinterpret_cast<act*>(gates + kGates), *k = q + kChunk * ld;
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
   const act* inputs = qkv + row * size.channels;
@@ -150,19 +230,22 @@ static __global__ void __launch_bounds__(kPrepareThreads)
   }
   const float* G = gates + kLogDecay * kChunk;
 #pragma unroll
-  for (int t = 0; t < 8; t++)
+  for (int t = 0; t < 8; t++) {
+    if (t / 2 > warp) continue;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const int i = first + lane / 4 + 8 * (e / 2), j = 8 * t + 2 * (lane % 4) + e % 2;
       const float decay = i >= j ? expf(fminf(G[i] - G[j], 0.f)) : 0.f;
-      L[i * kLStride + j] = i > j ? decay * kk[t][e] : 0.f;
+      kk[t][e] = i > j ? decay * kk[t][e] : 0.f;
       qk[t][e] = i >= j ? s * decay * qk[t][e] : 0.f;
     }
+  }
   act* out = matrices + number * 4 * kSquare;
-  store_square_rows(out + 2 * kSquare + first * kChunk, out + 3 * kSquare + first * kChunk, qk);
-  __syncthreads();
-  if (threadIdx.x < kChunk)
-    solve_column(out, out + kSquare, L, kLStride, gates + kBeta * kChunk, threadIdx.x);
+  store_lower_blocks(out + 2 * kSquare, out + 3 * kSquare, qk, warp);
+  __syncthreads();  // q and k become N and the blocks on L's diagonal
+  act *high = q, *low = high + kChunk * kSquareStride;
+  float* transposed = reinterpret_cast<float*>(low + kChunk * kSquareStride);
+  solve_by_blocks(out, out + kSquare, high, low, transposed, kk, gates + kBeta * kChunk, warp);
 }
 
 }  // namespace delta_rule
