@@ -2,6 +2,7 @@
 // validations), and log.csv with the columns step,split,loss,lr,grad_norm,ms,tokens_per_s,sol.
 #pragma once
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <cmath>
@@ -51,7 +52,7 @@ class Reporter {
         r.tokens_per_second, 100 * r.speed_of_light,
         clock_text(double(r.steps - r.step) * mean_ms_ / 1000).c_str());
     if (terminal_)
-      std::printf("\r\033[K%s", line);
+      std::printf("\r\033[K%.*s", columns() - 1, line);
     else
       std::printf("%s\n", line);
     std::fflush(stdout);
@@ -67,6 +68,12 @@ class Reporter {
   }
 
  private:
+  // The terminal's width, so that the live line never wraps.
+  static int columns() {
+    winsize size = {};
+    return ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1 ? size.ws_col : 256;
+  }
+
   const bool terminal_;
   bool live_ = false;
   double mean_ms_ = 0;
