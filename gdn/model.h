@@ -200,8 +200,6 @@ class Model {
     }
   }
 
-  const MixerShape& shape() const { return shape_; }
-
  private:
   // a bf16 number has no implicit conversion to double in every context; float and double pass through
   static float float_or_double(float x) { return x; }

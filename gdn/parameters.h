@@ -36,12 +36,6 @@ struct ParameterTable {
   size_t embedding = 0, final_norm = 0, lm_head = 0;  // lm_head = embedding where they are tied
   size_t size = 0;                                    // elements of the arena, zero padding included
   size_t count = 0;                                   // parameters
-
-  const Tensor* find(const std::string& name) const {
-    for (const Tensor& t : tensors)
-      if (t.name == name) return &t;
-    return nullptr;
-  }
 };
 
 inline ParameterTable make_parameter_table(const ModelConfig& c) {

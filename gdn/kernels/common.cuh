@@ -20,11 +20,13 @@ inline void require_multiple_of_8(int width, const char* what) {
                              "; on the GPU it must be a multiple of 8");
 }
 
+// Throws one line when the GPU has no kernels for these head sizes.
 inline void require_head_dims(const MixerShape& shape) {
   const int dk = shape.head_dim_k, dv = shape.head_dim_v;
   if (dk <= 0 || dv <= 0 || dk % 16 != 0 || dv % 16 != 0 || dk > 256 || dv > 512)
-    throw std::runtime_error("head dims dk = " + std::to_string(dk) + ", dv = " + std::to_string(dv) +
-                             "; on the GPU they must be multiples of 16, dk <= 256, dv <= 512");
+    throw std::runtime_error(
+        "on the GPU head sizes must be multiples of 16, dk <= 256, dv <= 512; got dk = " +
+        std::to_string(dk) + ", dv = " + std::to_string(dv));
 }
 
 template <class Int>

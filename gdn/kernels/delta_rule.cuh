@@ -41,8 +41,6 @@
 #pragma once
 
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 
 #include "common.cuh"
@@ -112,12 +110,9 @@ static __global__ void __launch_bounds__(kRecurrentThreads)
 // ---- launching
 
 inline Sizes sizes(const MixerShape& shape) {
-  const int dk = shape.head_dim_k, dv = shape.head_dim_v;
-  if (dk % 16 || dv % 16 || dk <= 0 || dv <= 0 || dk > 256 || dv > 512)
-    throw std::runtime_error(
-        "on the GPU head sizes must be multiples of 16, dk <= 256, dv <= 512; got dk = " +
-        std::to_string(dk) + ", dv = " + std::to_string(dv));
-  return {shape.tokens, shape.heads_k, shape.heads_v, dk, dv, shape.chunks(), shape.conv_channels()};
+  require_head_dims(shape);
+  return {shape.tokens,     shape.heads_k,  shape.heads_v,        shape.head_dim_k,
+          shape.head_dim_v, shape.chunks(), shape.conv_channels()};
 }
 
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }

@@ -27,16 +27,11 @@ using gdn::Buffer;
 using gdn::Cuda;
 using gdn::MixerShape;
 using gdn::ParameterSpan;
+using gdn_tests::skip_without_gpu;
 using Reference = gdn::Cpu<double>;
 using Numbers = std::vector<double>;
 
 constexpr double kActTolerance = 1e-2, kFloatTolerance = 1e-5, kSumTolerance = 1e-4;
-
-inline bool skip_without_gpu(const char* test_name) {
-  if (Cuda::available()) return false;
-  gdn_tests::skip("no GPU", test_name);
-  return true;
-}
 
 inline uint32_t& seed() {
   static uint32_t value = std::random_device()();
