@@ -22,6 +22,7 @@
 #include "gdn/tests/test_cuda_layers.h"
 #include "gdn/tests/test_dataloader.h"
 #include "gdn/tests/test_model.h"
+#include "gdn/tests/test_golden.h"
 #include "gdn/tests/test_mup.h"
 #include "gdn/tests/test_program.h"
 
