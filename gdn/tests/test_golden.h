@@ -127,9 +127,9 @@ Outputs run_delta_rule(Device& dev, const GoldenFile& golden) {
 
 void check_within(const Outputs& outputs, const GoldenFile& golden, double bound) {
   CAPTURE(golden.file.path());
-  for (const auto& [name, values] : outputs) {
-    CAPTURE(name);
-    CHECK(relative_error(values, golden[name]) <= bound);
+  for (const auto& output : outputs) {
+    CAPTURE(output.first);
+    CHECK(relative_error(output.second, golden[output.first]) <= bound);
   }
 }
 
@@ -284,11 +284,13 @@ TEST_CASE("golden: a mixer and a model on the CPU") {
 
 void check_on_gpu(const Outputs& gpu, const Outputs& rounded, const GoldenFile& golden) {
   CAPTURE(golden.file.path());
-  for (const auto& [name, values] : gpu) {
-    CAPTURE(name);
-    const double yardstick = relative_error(rounded.at(name), golden[name]);
+  for (const auto& output : gpu) {
+    CAPTURE(output.first);
+    const Doubles& values = output.second;
+    const Doubles expected = golden[output.first];
+    const double yardstick = relative_error(rounded.at(output.first), expected);
     CAPTURE(yardstick);
-    CHECK(relative_error(values, golden[name]) <= (values.size() < 256 ? 4 : 2) * yardstick);
+    CHECK(relative_error(values, expected) <= (values.size() < 256 ? 4 : 2) * yardstick);
   }
 }
 
