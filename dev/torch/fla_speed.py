@@ -111,15 +111,14 @@ def our_step(width: int, batch: int, layers: int, steps: int) -> dict:
         write_shard(f"{folder}/random.bin", torch.randint(50257, (count,)).numpy())
         command = [ROOT / "train_gdn", "-i", f"{folder}/random.bin", "-d", "cuda", "-w", width, "-L", layers, "-heads", 6,
                    "-T", 1024, "-b", batch, "-B", batch, "-n", steps, "-v", 0, "-s", 0, "-save", 0, "-o", f"{folder}/run"]
-        begin, first = time.time(), None
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        log, output = Path(folder, "run", "log.csv"), Path(folder, "output")
+        log, output, first = Path(folder, "run", "log.csv"), Path(folder, "output"), None
         with output.open("w") as file:
+            begin = time.time()
+            process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT)
             while process.poll() is None:
                 if first is None and log.exists() and ",train," in log.read_text():
                     first = time.time() - begin
                 time.sleep(0.005)
-            file.write(process.stdout.read())
         if process.returncode:
             sys.exit(f"fla_speed.py: {output.read_text().strip().splitlines()[-1]}")
         rows = [line.split(",") for line in log.read_text().splitlines()]
