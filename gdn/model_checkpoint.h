@@ -48,13 +48,14 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"parametrization", name(c.parametrization)}}}};
 }
 
-// Throws one line naming the first key of a flash-linear-attention configuration that asks for what this program does
-// not have. Keys that are missing or null have the value that GatedDeltaNetConfig gives them.
+// Throws one line naming the first key of a flash-linear-attention configuration that asks for what this
+// program does not have. Keys that are missing or null have the value that GatedDeltaNetConfig gives them.
 inline void require_supported(const Json& json) {
   const auto require = [&](const char* key, const Json& expected, const char* text) {
     const Json* value = json.find(key);
     if (value && !value->is<std::nullptr_t>() && *value != expected)
-      throw std::runtime_error("'" + std::string(key) + "' is " + json_text(*value) + ", this program has only " + text);
+      throw std::runtime_error("'" + std::string(key) + "' is " + json_text(*value) +
+                               ", this program has only " + text);
   };
   require("model_type", "gated_deltanet", "\"gated_deltanet\"");
   require("use_gate", true, "true");
@@ -67,12 +68,13 @@ inline void require_supported(const Json& json) {
   if (const Json* act = json.find("hidden_act"); act && *act != "swish" && *act != "silu")
     throw std::runtime_error("'hidden_act' is " + json_text(*act) + ", this program has only \"swish\"");
   if (json.find("norm_eps") && json.number("norm_eps") != kNormEps)
-    throw std::runtime_error("'norm_eps' is " + json_text(json.at("norm_eps")) + ", this program has only 1e-06");
+    throw std::runtime_error("'norm_eps' is " + json_text(json.at("norm_eps")) +
+                             ", this program has only 1e-06");
 }
 
-// The model of a checkpoint: of ours, or of a folder whose config.json is flash-linear-attention's (GatedDeltaNetConfig).
-// The latter knows no muP: its width is its base width, and its vocabulary has no padding. Throws one line naming the
-// file and the key where the model is not one that this program has.
+// The model of a checkpoint: of ours, or of a folder whose config.json is flash-linear-attention's
+// (GatedDeltaNetConfig). The latter knows no muP: its width is its base width, and its vocabulary has no
+// padding. Throws one line naming the file and the key where the model is not one that this program has.
 inline ModelConfig read_config(const Checkpoint& checkpoint) try {
   const Json& json = checkpoint.config;
   require_supported(json);
@@ -83,7 +85,8 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
   const auto whole = [&](const char* key, int64_t otherwise) {
     const int64_t n = given(key) ? json.integer(key) : otherwise;
     if (n < 1 || n > 1 << 24)
-      throw std::runtime_error("'" + std::string(key) + "' is " + std::to_string(n) + ", expected 1 to 16777216");
+      throw std::runtime_error("'" + std::string(key) + "' is " + std::to_string(n) +
+                               ", expected 1 to 16777216");
     return int(n);
   };
   const auto flag = [&](const char* key) { return given(key) && json.boolean(key); };
@@ -93,8 +96,8 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
   c.heads_k = whole("num_heads", 6);
   c.heads_v = whole("num_v_heads", c.heads_k);
   if (c.heads_v % c.heads_k != 0)
-    throw std::runtime_error("'num_v_heads' is " + std::to_string(c.heads_v) + ", expected a multiple of num_heads " +
-                             std::to_string(c.heads_k));
+    throw std::runtime_error("'num_v_heads' is " + std::to_string(c.heads_v) +
+                             ", expected a multiple of num_heads " + std::to_string(c.heads_k));
   c.head_dim_k = whole("head_dim", 256);
   const double expand_v = given("expand_v") ? json.number("expand_v") : 2, dv = expand_v * c.head_dim_k;
   c.head_dim_v = int(dv + 0.5);
@@ -214,8 +217,8 @@ std::vector<Real> stored_values(const TensorView& view, size_t count, const std:
   return values;
 }
 
-// Reads a tensor into memory on the device; of embedding and head the file may leave out the rows from `vocab` on, which
-// are padding, and become zeros. Throws one line where the shape is another.
+// Reads a tensor into memory on the device; of embedding and head the file may leave out the rows from
+// `vocab` on, which are padding, and become zeros. Throws one line where the shape is another.
 template <class Device>
 void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const SafetensorsFile& file,
                  const std::string& prefix, const std::string& path, int vocab) {
@@ -271,7 +274,8 @@ inline Checkpoint open_any_checkpoint(const std::string& path) {
 template <class Device>
 void load_parameters(Parameters<Device>& p, const Checkpoint& checkpoint) {
   for (const Tensor& t : p.table.tensors)
-    load_tensor(p.dev, p.master(t.offset), t, checkpoint.has_training_state ? checkpoint.training_state : checkpoint.model,
+    load_tensor(p.dev, p.master(t.offset), t,
+                checkpoint.has_training_state ? checkpoint.training_state : checkpoint.model,
                 checkpoint.has_training_state ? "master." : "", checkpoint.path, p.config.vocab);
   p.round();
 }
@@ -288,8 +292,8 @@ void load_optimizer(Optimizer<Device>& optimizer, const Parameters<Device>& p, c
     load_tensor(p.dev, optimizer.moment1(t.offset), t, checkpoint.training_state, "moment1.", checkpoint.path,
                 p.config.vocab);
     if (adamw)
-      load_tensor(p.dev, optimizer.moment2(t.offset), t, checkpoint.training_state, "moment2.", checkpoint.path,
-                  p.config.vocab);
+      load_tensor(p.dev, optimizer.moment2(t.offset), t, checkpoint.training_state, "moment2.",
+                  checkpoint.path, p.config.vocab);
   }
 }
 
