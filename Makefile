@@ -83,10 +83,14 @@ dev/bench_%: dev/bench_%.cu $(HEADERS) Makefile
 	$(if $(NVCC),,$(error make bench needs nvcc and a GPU))
 	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
 
+# reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
+dev/delta_rule_file: dev/delta_rule_file.cu $(HEADERS) Makefile
+	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
+
 gpu-check:
 	@echo "nvcc: $(or $(NVCC),not found: builds for the CPU alone)"
 	@echo "OpenBLAS: $(OPENBLAS), doctest: $(DOCTEST)"
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:
-	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule
+	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/delta_rule_file

@@ -17,11 +17,13 @@
 
 #include "gdn/tests/skip.h"
 #include "gdn/tests/test_checkpoint.h"
+#include "gdn/tests/test_config.h"
 #include "gdn/tests/test_cpu_layers.h"
 #include "gdn/tests/test_cuda_delta_rule.h"
 #include "gdn/tests/test_cuda_layers.h"
 #include "gdn/tests/test_dataloader.h"
 #include "gdn/tests/test_model.h"
+#include "gdn/tests/test_golden.h"
 #include "gdn/tests/test_mup.h"
 #include "gdn/tests/test_program.h"
 

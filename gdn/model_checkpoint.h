@@ -5,6 +5,8 @@
 //   counters                     step, place in the data, the options of the run
 #pragma once
 
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -46,25 +48,77 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"parametrization", name(c.parametrization)}}}};
 }
 
-// The model of a checkpoint. Throws one line naming the file and the key where the model is not one of ours.
+// Throws one line naming the first key of a flash-linear-attention configuration that asks for what this
+// program does not have. Keys that are missing or null have the value that GatedDeltaNetConfig gives them.
+inline void require_supported(const Json& json) {
+  const auto require = [&](const char* key, const Json& expected, const char* text) {
+    const Json* value = json.find(key);
+    if (value && !value->is<std::nullptr_t>() && *value != expected)
+      throw std::runtime_error("'" + std::string(key) + "' is " + json_text(*value) +
+                               ", this program has only " + text);
+  };
+  require("model_type", "gated_deltanet", "\"gated_deltanet\"");
+  require("use_gate", true, "true");
+  require("use_short_conv", true, "true");
+  require("conv_bias", false, "false");
+  require("conv_size", kConvTaps, "4");
+  require("attn", Json(), "null (no attention layers)");
+  require("attnres_block_size", Json(), "null");
+  require("use_l2warp", false, "false");
+  if (const Json* act = json.find("hidden_act"); act && *act != "swish" && *act != "silu")
+    throw std::runtime_error("'hidden_act' is " + json_text(*act) + ", this program has only \"swish\"");
+  if (json.find("norm_eps") && json.number("norm_eps") != kNormEps)
+    throw std::runtime_error("'norm_eps' is " + json_text(json.at("norm_eps")) +
+                             ", this program has only 1e-06");
+}
+
+// The model of a checkpoint: of ours, or of a folder whose config.json is flash-linear-attention's
+// (GatedDeltaNetConfig). The latter knows no muP: its width is its base width, and its vocabulary has no
+// padding. Throws one line naming the file and the key where the model is not one that this program has.
 inline ModelConfig read_config(const Checkpoint& checkpoint) try {
   const Json& json = checkpoint.config;
+  require_supported(json);
+  const auto given = [&](const char* key) {
+    const Json* value = json.find(key);
+    return value && !value->is<std::nullptr_t>();
+  };
+  const auto whole = [&](const char* key, int64_t otherwise) {
+    const int64_t n = given(key) ? json.integer(key) : otherwise;
+    if (n < 1 || n > 1 << 24)
+      throw std::runtime_error("'" + std::string(key) + "' is " + std::to_string(n) +
+                               ", expected 1 to 16777216");
+    return int(n);
+  };
+  const auto flag = [&](const char* key) { return given(key) && json.boolean(key); };
   ModelConfig c;
-  c.width = int(json.integer("hidden_size"));
-  c.layers = int(json.integer("num_hidden_layers"));
-  c.heads_k = int(json.integer("num_heads"));
-  c.heads_v = int(json.integer("num_v_heads"));
-  c.head_dim_k = int(json.integer("head_dim"));
-  c.head_dim_v = int(json.number("expand_v") * c.head_dim_k + 0.5);
-  c.neg_eigval = json.boolean("allow_neg_eigval");
-  c.mlp_size = int(json.integer("intermediate_size"));
-  c.padded_vocab = int(json.integer("vocab_size"));
-  c.tied = json.boolean("tie_word_embeddings");
-  const Json& ours = json.at("train_gdn");
-  c.vocab = int(ours.integer("vocab"));
-  c.base_width = int(ours.integer("base_width"));
-  c.fixed_head_size = ours.boolean("fixed_head_size");
-  c.parametrization = parse_parametrization(ours.string("parametrization"));
+  c.width = whole("hidden_size", 2048);
+  c.layers = whole("num_hidden_layers", 21);
+  c.heads_k = whole("num_heads", 6);
+  c.heads_v = whole("num_v_heads", c.heads_k);
+  if (c.heads_v % c.heads_k != 0)
+    throw std::runtime_error("'num_v_heads' is " + std::to_string(c.heads_v) +
+                             ", expected a multiple of num_heads " + std::to_string(c.heads_k));
+  c.head_dim_k = whole("head_dim", 256);
+  const double expand_v = given("expand_v") ? json.number("expand_v") : 2, dv = expand_v * c.head_dim_k;
+  c.head_dim_v = int(dv + 0.5);
+  if (!(std::fabs(dv - c.head_dim_v) < 1e-5 * dv) || c.head_dim_v < 1)
+    throw std::runtime_error("'expand_v' is " + json_text(json.at("expand_v")) + ", which times head_dim " +
+                             std::to_string(c.head_dim_k) + " is no whole number");
+  c.neg_eigval = flag("allow_neg_eigval");
+  const int inner = int(int64_t(c.width) * whole("hidden_ratio", 4) * 2 / 3);
+  c.mlp_size = whole("intermediate_size", (inner + 255) / 256 * 256);
+  const int stored_vocab = whole("vocab_size", 32000);
+  c.padded_vocab = (stored_vocab + 63) / 64 * 64;
+  c.tied = flag("tie_word_embeddings");
+  if (const Json* ours = json.find("train_gdn")) {
+    c.vocab = int(ours->integer("vocab"));
+    c.base_width = int(ours->integer("base_width"));
+    c.fixed_head_size = ours->boolean("fixed_head_size");
+    c.parametrization = parse_parametrization(ours->string("parametrization"));
+  } else {
+    c.vocab = stored_vocab;
+    c.base_width = c.width;
+  }
   return c;
 } catch (const std::runtime_error& e) {
   throw std::runtime_error(checkpoint.path + "/config.json: " + e.what());
@@ -163,11 +217,15 @@ std::vector<Real> stored_values(const TensorView& view, size_t count, const std:
   return values;
 }
 
+// Reads a tensor into memory on the device; of embedding and head the file may leave out the rows from
+// `vocab` on, which are padding, and become zeros. Throws one line where the shape is another.
 template <class Device>
 void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const SafetensorsFile& file,
-                 const std::string& prefix, const std::string& path) {
+                 const std::string& prefix, const std::string& path, int vocab) {
   const TensorView& view = file.at(prefix + t.name);
-  if (view.shape != t.shape) {
+  std::vector<int64_t> unpadded = t.shape;
+  if (t.cls == TensorClass::embedding || t.cls == TensorClass::unembedding) unpadded[0] = vocab;
+  if (view.shape != t.shape && view.shape != unpadded) {
     const auto text = [](const std::vector<int64_t>& shape) {
       std::string s;
       for (int64_t n : shape) s += (s.empty() ? "" : " x ") + std::to_string(n);
@@ -176,7 +234,8 @@ void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const 
     throw std::runtime_error(path + ": tensor '" + view.name + "' is " + text(view.shape) + ", expected " +
                              text(t.shape));
   }
-  const auto values = stored_values<typename Device::real>(view, t.size, path);
+  auto values = stored_values<typename Device::real>(view, t.size / t.shape[0] * view.shape[0], path);
+  values.resize(t.size);
   dev.upload(to, values.data(), t.size * sizeof(values[0]));
 }
 
@@ -215,8 +274,9 @@ inline Checkpoint open_any_checkpoint(const std::string& path) {
 template <class Device>
 void load_parameters(Parameters<Device>& p, const Checkpoint& checkpoint) {
   for (const Tensor& t : p.table.tensors)
-    load_tensor(p.dev, p.master(t.offset), t, checkpoint.has_training_state ? checkpoint.training_state : checkpoint.model,
-                checkpoint.has_training_state ? "master." : "", checkpoint.path);
+    load_tensor(p.dev, p.master(t.offset), t,
+                checkpoint.has_training_state ? checkpoint.training_state : checkpoint.model,
+                checkpoint.has_training_state ? "master." : "", checkpoint.path, p.config.vocab);
   p.round();
 }
 
@@ -229,8 +289,11 @@ void load_optimizer(Optimizer<Device>& optimizer, const Parameters<Device>& p, c
     throw std::runtime_error(checkpoint.path + ": was trained with " + (saved_adamw ? "adamw" : "sgd") +
                              ", not with -opt " + name(optimizer.config().kind));
   for (const Tensor& t : p.table.tensors) {
-    load_tensor(p.dev, optimizer.moment1(t.offset), t, checkpoint.training_state, "moment1.", checkpoint.path);
-    if (adamw) load_tensor(p.dev, optimizer.moment2(t.offset), t, checkpoint.training_state, "moment2.", checkpoint.path);
+    load_tensor(p.dev, optimizer.moment1(t.offset), t, checkpoint.training_state, "moment1.", checkpoint.path,
+                p.config.vocab);
+    if (adamw)
+      load_tensor(p.dev, optimizer.moment2(t.offset), t, checkpoint.training_state, "moment2.",
+                  checkpoint.path, p.config.vocab);
   }
 }
 

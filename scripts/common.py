@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -61,12 +62,15 @@ def number(path: Path, row: dict[str, str], column: str) -> float:
         raise Error(f"{path}: {column} '{row[column]}': expected a number") from None
 
 
-def import_pyplot() -> ModuleType:
+def import_package(name: str) -> ModuleType:
     try:
-        import matplotlib
+        return importlib.import_module(name)
     except ImportError as e:
         raise Error(f"needs the package {e.name}: pip install -r scripts/requirements.txt") from None
-    matplotlib.use("Agg")
+
+
+def import_pyplot() -> ModuleType:
+    import_package("matplotlib").use("Agg")
     import matplotlib.pyplot as pyplot
 
     pyplot.rcParams.update(

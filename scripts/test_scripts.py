@@ -1,20 +1,28 @@
-"""Tests of sweep.py, plot_transfer.py and plot_log.py; no GPU.
+"""Tests of the scripts; no GPU.
 
     python3 -m unittest scripts/test_scripts.py        python3 scripts/test_scripts.py
 
-The sweep of a real ./train_gdn is skipped where that is not built, plots where matplotlib is missing.
+The sweep of a real ./train_gdn is skipped where that is not built, plots where matplotlib is missing, tokenizing where tiktoken is.
 """
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
+import hashlib
+import http.server
 import importlib.util
+import json
 import math
 import os
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 from pathlib import Path
@@ -26,6 +34,7 @@ from plot_transfer import Curve, evaluate, find_minimum  # noqa: E402
 TRAIN_GDN = HERE.parent / "train_gdn"
 HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 needs_matplotlib = unittest.skipUnless(HAVE_MATPLOTLIB, "matplotlib is missing")
+needs_tiktoken = unittest.skipUnless(importlib.util.find_spec("tiktoken"), "tiktoken is missing")
 needs_train_gdn = unittest.skipUnless(TRAIN_GDN.exists(), "./train_gdn is not built")
 
 # A trainer whose loss is a parabola in log2(lr): lr > 0.1 diverges, lr 0.05 fails, lr 0.03 ends early without
@@ -444,10 +453,340 @@ class Plots(InFolder):
         self.assert_one_line_error(done, "needs the package matplotlib", "requirements.txt")
 
     def test_help(self) -> None:
-        for script in ("sweep.py", "plot_transfer.py", "plot_log.py"):
+        for script in ("sweep.py", "plot_transfer.py", "plot_log.py", "tokenize_text.py", "export_hf.py"):
             done = call(script, "-h")
             self.assertEqual(done.returncode, 0)
             self.assertIn("python3 scripts/" + script, done.stdout)
+
+
+def read_shard(path: Path) -> list[int]:
+    """llm.c's format."""
+    data = path.read_bytes()
+    header = struct.unpack("<256i", data[:1024])
+    tokens = struct.unpack(f"<{len(data) // 2 - 512}H", data[1024:])
+    if header != (20240520, 1, len(tokens), *[0] * 253):
+        raise AssertionError(f"{path}: header {header[:4]}, {len(tokens)} tokens")
+    return list(tokens)
+
+
+@needs_tiktoken
+class Tokenizing(InFolder):
+    """With a vocabulary of GPT-2's size: the bytes, then 50,000 of their pairs, the one of 'th' first."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        pairs = [bytes((a, b)) for a in range(256) for b in range(256) if bytes((a, b)) != b"th"]
+        self.tokens = [bytes([b]) for b in range(256)] + [b"th"] + pairs[:49_999]
+        lines = [base64.b64encode(t) + f" {i}".encode() for i, t in enumerate(self.tokens)]
+        self.vocab = self.folder / "vocab.tiktoken"
+        self.vocab.write_bytes(b"\n".join(lines) + b"\n")
+
+    def tokenize(self, *arguments: object, out: str = "out", **environment: str) -> subprocess.CompletedProcess:
+        words = ("--out", self.folder / out, "--vocab", self.vocab, "--processes", 2, *arguments)
+        return call("tokenize_text.py", *words, **environment)
+
+    def documents(self, *shards: str, out: str = "out") -> list[str]:
+        """Texts of all documents of these shards, in order; each shard must begin with a document."""
+        texts: list[bytes] = []
+        for pattern in shards:
+            for path in sorted((self.folder / out).glob(pattern)):
+                tokens = read_shard(path)
+                self.assertEqual(tokens[0], 50256)
+                for token in tokens:
+                    if token == 50256:
+                        texts.append(b"")
+                    else:
+                        texts[-1] += self.tokens[token]
+        return [text.decode() for text in texts]
+
+    def jsonl(self, count: int, name: str = "a.jsonl") -> list[str]:
+        texts = [f"document {i}: then\n  \u00e4 {'x' * (i % 7)} it's " * (1 + i % 5) for i in range(count)]
+        (self.folder / name).write_text("".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)))
+        return texts
+
+    def test_text_jsonl_and_gzip(self) -> None:
+        texts = self.jsonl(5)
+        (self.folder / "b.txt").write_text("the first<|endoftext|>the \u4e2d second<|endoftext|>")
+        with gzip.open(self.folder / "c.jsonl.gz", "wt") as f:
+            f.write(json.dumps({"text": "zipped"}) + "\n")
+        done = self.tokenize("--val", 0, *(self.folder / name for name in ("a.jsonl", "b.txt", "c.jsonl.gz")))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.documents("train_*"), [*texts, "the first", "the \u4e2d second", "zipped"])
+        self.assertIn(256, read_shard(self.folder / "out" / "train_000000.bin"))  # 'th' was merged
+
+    @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is missing")
+    def test_parquet(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.folder / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two", ""], "text": [1, 2, 3]}), path)
+        self.assertEqual(self.tokenize("--val", 0, "--column", "body", path).returncode, 0)
+        self.assertEqual(self.documents("train_*"), ["one", "two"])
+        self.assert_one_line_error(self.tokenize(path, out="b"), "text is not text")
+        self.assert_one_line_error(self.tokenize("--column", "c", path, out="c"), "no column c; columns: body, text")
+        path.write_text("no parquet")
+        self.assert_one_line_error(self.tokenize(path, out="d"), "not a parquet file")
+
+    def test_split_is_by_document(self) -> None:
+        texts = self.jsonl(400) + self.jsonl(400, "b.jsonl")
+        done = self.tokenize("--val", 0.2, "--shard_tokens", 3000, self.folder / "a.jsonl", self.folder / "b.jsonl")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        train, val = self.documents("train_*"), self.documents("val_*")
+        self.assertEqual(sorted(train + val), sorted(texts))
+        self.assertEqual(set(train) & set(val), set())
+        self.assertTrue(80 < len(val) < 260, len(val))
+        for path in (self.folder / "out").glob("train_*.bin"):
+            self.assertLess(len(read_shard(path)), 3300)
+
+    def test_killed_runs_go_on_to_the_same_bytes(self) -> None:
+        self.jsonl(3000)
+        words = ("--val", 0.1, "--shard_tokens", 5000, self.folder / "a.jsonl")
+        self.assertEqual(self.tokenize(*words, out="whole").returncode, 0)
+        shutil.copytree(self.folder / "whole", self.folder / "out")
+        state = json.loads((self.folder / "out" / "progress.json").read_text())
+        # as killed after the second training shard, with the third one half written
+        whole, documents, tokens, val, full = self.documents("train_*", out="whole"), 0, 0, 0, 0
+        trained = set(whole)
+        for line in (self.folder / "a.jsonl").read_text().splitlines():
+            text = json.loads(line)["text"]
+            documents += 1
+            count = 1 + len(self.encode(text))
+            if text not in trained:
+                val += count
+                continue
+            tokens += count
+            if tokens >= 5000:
+                full, tokens = full + 1, 0
+            if full == 2:
+                break
+        self.assertLess(val, 5000)
+        state |= {"documents": documents, "train": 2, "val": 0, "val_tokens": val, "complete": False}
+        (self.folder / "out" / "progress.json").write_text(json.dumps(state))
+        (self.folder / "out" / "train_000002.bin.tmp").write_text("half")
+        for path in (self.folder / "out").glob("train_*.bin"):
+            if path.name > "train_000001.bin":
+                path.unlink()
+        done = self.tokenize(*words)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"going on after {documents} documents", done.stderr)
+        for path in (self.folder / "whole").glob("*.bin"):
+            self.assertEqual(path.read_bytes(), (self.folder / "out" / path.name).read_bytes(), path.name)
+        self.assertIn("complete already", self.tokenize(*words).stdout)
+        self.assert_one_line_error(self.tokenize(*words, "--shard_tokens", 9), "other shard_tokens")
+
+    def encode(self, text: str) -> list[int]:
+        import tiktoken
+
+        sys.path.insert(0, str(HERE))
+        from tokenize_text import PATTERN
+
+        ranks = {token: i for i, token in enumerate(self.tokens)}
+        return tiktoken.Encoding("t", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={}).encode_ordinary(text)
+
+    def test_gpt2_files_give_the_same_vocabulary(self) -> None:
+        shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        hidden = iter(range(256, 1000))
+        letter = {b: chr(b) if b in shown else chr(next(hidden)) for b in range(256)}
+        ids = {"".join(letter[b] for b in token): i for i, token in enumerate(self.tokens)}
+        folder = self.folder / "files"
+        folder.mkdir()
+        (folder / "encoder.json").write_text(json.dumps(ids | {"<|endoftext|>": 50256}))
+        merges = "\n".join(" ".join(letter[b] for b in token) for token in self.tokens[256:])
+        (folder / "vocab.bpe").write_text("#version: 0.2\n" + merges + "\n")
+        (self.folder / "a.txt").write_text("the thing")
+        self.assertEqual(self.tokenize(self.folder / "a.txt", out="a").returncode, 0)
+        self.vocab = folder
+        self.assertEqual(self.tokenize(self.folder / "a.txt", out="b").returncode, 0)
+        a, b = ((self.folder / out / "vocab.txt").read_bytes() for out in "ab")
+        self.assertEqual(a, b)
+
+    def test_errors(self) -> None:
+        text = self.folder / "a.txt"
+        text.write_bytes(b"\xff\xfe")
+        self.assert_one_line_error(self.tokenize(text), "a.txt: not UTF-8")
+        self.assert_one_line_error(self.tokenize(self.folder / "none.txt"), "none.txt: no such file")
+        self.assert_one_line_error(self.tokenize(self.folder), "is a folder")
+        text.write_text("")
+        self.assert_one_line_error(self.tokenize(text, out="e"), "no documents")
+        line = self.folder / "b.jsonl"
+        line.write_text('{"text": "a"}\n{"txt": "b"}\n')
+        self.assert_one_line_error(self.tokenize(line, out="j"), "b.jsonl: line 2")
+        self.assert_one_line_error(self.tokenize("--val", 1, line), "--val 1.0")
+        self.assert_one_line_error(self.tokenize("--processes", 0, line), "--processes 0")
+        (self.folder / "full").mkdir()
+        (self.folder / "full" / "train_000000.bin").write_text("")
+        self.assert_one_line_error(self.tokenize(line, out="full"), "no progress.json")
+        self.vocab.write_text("aGVsbG8= 0\n")
+        self.assert_one_line_error(self.tokenize(line), "has 1 tokens, expected the 50256")
+        self.vocab = self.folder
+        self.assert_one_line_error(self.tokenize(line), "expected vocab.bpe and encoder.json")
+        (self.folder / "tiktoken.py").write_text("raise ImportError('none', name='tiktoken')\n")
+        self.assert_one_line_error(self.tokenize(line, PYTHONPATH=str(self.folder)), "needs the package tiktoken")
+
+
+class ShardServer(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, with ranges, and with the header that names their SHA-256 where `says_checksum`."""
+
+    folder: Path
+    says_checksum = True
+    requests: list[str] = []
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.folder / self.path.lstrip("/")
+        if not path.is_file():
+            return self.send_error(404)
+        data, first = path.read_bytes(), 0
+        if self.headers["Range"]:
+            first = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        self.requests.append(f"{self.command} {path.name} {first}")
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+        if self.says_checksum:
+            self.send_header("X-Linked-ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("Content-Length", str(len(data) - first))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[first:])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@unittest.skipUnless(shutil.which("curl"), "curl is missing")
+class FinewebEdu(InFolder):
+    def setUp(self) -> None:
+        super().setUp()
+        (self.folder / "server").mkdir()
+        self.names = ["edu_fineweb_val_000000.bin"] + [f"edu_fineweb_train_{i:06d}.bin" for i in (1, 2)]
+        for name in self.names:
+            data = struct.pack("<256i", 20240520, 1, 3000, *[0] * 253) + name.encode()[:20] * 300
+            (self.folder / "server" / name).write_bytes(data)
+        self.handler = type("Handler", (ShardServer,), {"folder": self.folder / "server", "requests": []})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self.handler)
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{server.server_port}"
+
+    def fetch(self, *arguments: object) -> subprocess.CompletedProcess:
+        words = ["bash", HERE / "fineweb_edu.sh", "-o", self.folder / "out", "-n", 2, "-u", self.url, *arguments]
+        return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=60)
+
+    def assert_fetched(self) -> None:
+        self.assertEqual(sorted(p.name for p in (self.folder / "out").iterdir()), sorted(self.names))
+        for name in self.names:
+            self.assertEqual((self.folder / "out" / name).read_bytes(), (self.folder / "server" / name).read_bytes())
+
+    def test_fetches_resumes_and_checks(self) -> None:
+        (self.folder / "out").mkdir()
+        half = (self.folder / "server" / self.names[1]).read_bytes()[:2000]
+        (self.folder / "out" / f"{self.names[1]}.part").write_bytes(half)
+        done = self.fetch()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assert_fetched()
+        self.assertIn(f"GET {self.names[1]} 2000", self.handler.requests)
+        self.handler.requests.clear()
+        self.assertEqual(self.fetch().returncode, 0)
+        self.assertFalse([r for r in self.handler.requests if r.startswith("GET")])
+
+    def test_checksums_from_a_file(self) -> None:
+        self.handler.says_checksum = False
+        self.assert_one_line_error(self.fetch(), "no SHA256SUMS")
+        sums = [hashlib.sha256((self.folder / "server" / n).read_bytes()).hexdigest() + f"  {n}\n" for n in self.names]
+        (self.folder / "server" / "SHA256SUMS").write_text("".join(sums[:2]))
+        self.assert_one_line_error(self.fetch(), "has no SHA-256 of edu_fineweb_train_000002.bin")
+        (self.folder / "server" / "SHA256SUMS").write_text("".join(sums))
+        self.assertEqual(self.fetch().returncode, 0)
+        self.assert_fetched()
+
+    def test_damage_is_seen(self) -> None:
+        (self.folder / "out").mkdir()
+        (self.folder / "out" / f"{self.names[0]}.part").write_bytes(b"x" * 100)
+        self.assert_one_line_error(self.fetch(), self.names[0], "SHA-256")
+        self.assertEqual(self.fetch().returncode, 0)
+        self.assert_fetched()
+        (self.folder / "out" / self.names[2]).write_bytes(b"y")
+        self.assert_one_line_error(self.fetch(), self.names[2], "delete it")
+
+    def test_errors(self) -> None:
+        self.assert_one_line_error(self.fetch("-n", "0"), "-n '0'")
+        self.assert_one_line_error(self.fetch("-n", "x"), "-n 'x'")
+        self.assert_one_line_error(self.fetch("-q"), "unknown option -q")
+        self.assert_one_line_error(self.fetch("more"), "unexpected argument 'more'")
+        self.assertIn("-u URL", self.fetch("-h").stdout)
+        (self.folder / "server" / self.names[2]).unlink()
+        self.assert_one_line_error(self.fetch(), self.names[2])
+
+
+class Export(InFolder):
+    MODEL = ("-w", 32, "-w0", 16, "-heads", 2, "-L", 1)
+    TINY = "-d cpu -T 32 -B 2 -s 0 -v 0 -vn 8".split()
+
+    def train(self, *words: object) -> None:
+        done = subprocess.run(
+            [TRAIN_GDN, *self.TINY, *map(str, words)],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self.assertEqual(done.returncode, 0, done.stderr)
+
+    def tensors(self, path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+        header.pop("__metadata__", None)
+        return {n: (e["dtype"], e["shape"], body[slice(*e["data_offsets"])]) for n, e in header.items()}
+
+    @needs_train_gdn
+    def test_multipliers_go_into_the_weights(self) -> None:
+        for name, options, halved, eps, tied in (
+            ("mup", (), ("embeddings", "o_proj", "down_proj"), 2.5e-7, True),
+            ("mup0", ("-param", "mup0"), (), 1e-6, False),
+            ("sp", ("-param", "sp"), (), 1e-6, True),
+        ):
+            run, out = self.folder / name, self.folder / f"{name}_out"
+            self.train(*self.MODEL, "-n", 2, *options, "-o", run)
+            done = call("export_hf.py", run, out)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            config = json.loads((out / "config.json").read_text())
+            self.assertEqual((config["norm_eps"], config["tie_word_embeddings"]), (eps, tied))
+            self.assertNotIn("train_gdn", config)
+            before, after = self.tensors(run / "step_00000002/model.safetensors"), self.tensors(out / "model.safetensors")
+            self.assertEqual(set(after) - set(before), set() if tied else {"lm_head.weight"})
+            before["lm_head.weight"] = before["model.embeddings.weight"]
+            for tensor, (dtype, shape, data) in after.items():
+                factor = 0.5 if tensor == "lm_head.weight" or any(part in tensor for part in halved) else 1
+                count = math.prod(shape)
+                want = [factor * x for x in struct.unpack(f"<{count}f", before[tensor][2])]
+                self.assertEqual((dtype, list(struct.unpack(f"<{count}f", data))), ("F32", want), tensor)
+            self.assertEqual(len(json.loads((out / "vocab.json").read_text(encoding="utf-8"))), 256)
+
+    @needs_train_gdn
+    def test_exported_folder_loads_with_the_same_loss(self) -> None:
+        run, out = self.folder / "run", self.folder / "out"
+        self.train(*self.MODEL, "-n", 2, "-param", "mup0", "-o", run)
+        self.assertEqual(call("export_hf.py", run, out).returncode, 0)
+        rows = []
+        for load in (run, out):
+            self.train("-load", load, "-n", 1, "-lr", 0, "-save", 0, "-o", self.folder / f"again_{load.name}")
+            rows.append(rows_of(self.folder / f"again_{load.name}" / "log.csv"))
+        for a, b in zip(*rows):
+            self.assertAlmostEqual(float(a["loss"]), float(b["loss"]), places=5)
+
+    def test_errors(self) -> None:
+        out = self.folder / "out"
+        self.assert_one_line_error(call("export_hf.py", self.folder / "none", out), "none: no checkpoint there")
+        (self.folder / "config.json").write_text("{}")
+        self.assert_one_line_error(call("export_hf.py", self.folder, out), "not a configuration of train_gdn")
+        config = {"hidden_size": 8, "norm_eps": 1e-6, "train_gdn": {"vocab": 50257, "base_width": 8, "fixed_head_size": False, "parametrization": "mup"}}  # fmt: skip
+        (self.folder / "config.json").write_text(json.dumps(config))
+        self.assert_one_line_error(call("export_hf.py", self.folder, out), "model.safetensors: no such file")
+        (self.folder / "model.safetensors").write_text("x")
+        self.assert_one_line_error(call("export_hf.py", self.folder, out), "not a safetensors file")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from shards import VOCAB, mix64, shuffled, u64
 
@@ -183,16 +184,25 @@ def load_checkpoint(path: str) -> tuple[Config, Parameters]:
 # q, k [B,T,H,dk]; v [B,T,H,dv]; g, beta [B,T,H]; both return o [B,T,H,dv]
 
 
-def gated_delta_rule_recurrent(q, k, v, g, beta, scale: float):
-    """Token by token: the definition."""
-    state = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])  # S [B,H,dk,dv]
+def recurrent_steps(state, q, k, v, g, beta, scale: float):
+    """S [B,H,dk,dv] after these tokens, and their o."""
     o = []
     for t in range(q.shape[1]):
         state = state * g[:, t, :, None, None].exp()
         u = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t]))
         state = state + k[:, t, :, :, None] * u[:, :, None]
         o.append(scale * torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    return torch.stack(o, 1)
+    return state, torch.stack(o, 1)
+
+
+def gated_delta_rule_recurrent(q, k, v, g, beta, scale: float, piece: int = 256):
+    """Token by token: the definition. The backward computes the states of `piece` tokens again at a time."""
+    state = q.new_zeros(*k.shape[:1], *k.shape[2:], v.shape[-1])
+    pieces = []
+    for inputs in zip(*(x.split(piece, 1) for x in (q, k, v, g, beta))):
+        state, o = checkpoint(recurrent_steps, state, *inputs, scale, use_reentrant=False)
+        pieces.append(o)
+    return torch.cat(pieces, 1)
 
 
 def gated_delta_rule_chunked(q, k, v, g, beta, scale: float, chunk: int = 64):

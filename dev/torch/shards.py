@@ -81,3 +81,11 @@ def read_shard(path: str) -> np.ndarray:
         sys.exit(f"{path}: {len(tokens)} tokens up to {tokens.max(initial=0)}, "
                  f"expected {header[2]} below {VOCAB}")
     return tokens
+
+
+def write_shard(path: str, tokens: np.ndarray) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    with open(path, "wb") as file:
+        header.tofile(file)
+        np.asarray(tokens).astype("<u2").tofile(file)

@@ -1,0 +1,150 @@
+#!/usr/bin/env python3
+"""How far each implementation of the gated delta rule is from a float64 recurrence, as a table.
+
+    make dev/delta_rule_file && python3 dev/torch/accuracy.py            on a GPU, or with --device cpu
+
+Outputs and all gradients, over regimes of decay and write strength, the same inputs for all: q, k (unit length), v and
+do in bf16, g and beta in float32, scale dk^-1/2. A cell is |x - float64| / |float64|. Columns:
+  best bf16      the float64 result rounded to bf16 (g and beta's gradients: to float32): what no bf16 output can beat
+  train_gdn      ./dev/delta_rule_file, the CUDA layer (on the CPU the float layer)
+  hf chunked     transformers' torch_chunk_gated_delta_rule, which casts to float32 inside
+  hf recurrent   transformers' torch_recurrent_gated_delta_rule, likewise
+  fla            flash-linear-attention's chunk_gated_delta_rule, where it is installed and there is a GPU
+"""
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import others
+from reference import gated_delta_rule_recurrent, read_safetensors
+
+PROGRAM = Path(__file__).parents[1] / "delta_rule_file"
+NAMES = ["o", "dq", "dk", "dv", "dg", "dbeta"]
+
+
+def make_inputs(regime: str, tokens: int, heads_k: int, heads_v: int, dk: int, dv: int, device: str) -> dict:
+    """Of one sequence; in float64, but numbers of the types that the layers take."""
+    r = torch.Generator().manual_seed(11)
+    normal = lambda *shape: torch.randn(*shape, generator=r, dtype=torch.float64)  # noqa: E731
+    uniform = lambda *shape: torch.rand(*shape, generator=r, dtype=torch.float64)  # noqa: E731
+    gates = 1, tokens, heads_v
+    u, logit = uniform(*gates), normal(*gates)
+    A, dt = 16 * uniform(heads_v), torch.exp(uniform(heads_v) * math.log(100) + math.log(0.001))
+    g, beta, alike = {
+        "initial values": (-A * dt * torch.exp(0.3 * normal(*gates)), logit.sigmoid(), 0),
+        "strong decay": (torch.where(u < 0.2, -50 * uniform(*gates), -2 * uniform(*gates)), logit.sigmoid(), 0),
+        "every token decays by e^-5 to e^-20": (-5 - 15 * u, logit.sigmoid(), 0),
+        "hardly any decay": (-1e-3 * u, logit.sigmoid(), 0),
+        "beta near 1": (-0.1 * u, 1 - 1e-3 * uniform(*gates), 0),
+        "beta near 1, keys alike": (-1e-2 * u, 1 - 1e-3 * uniform(*gates), 2),
+        "beta to 2, hardly any decay": (-1e-3 * u, 2 * uniform(*gates), 0),
+    }[regime]
+    q, k = (normal(1, tokens, heads_k, dk) for _ in "qk")
+    k = k + alike * normal(1, 1, heads_k, dk)
+    q, k = (F.normalize(x, dim=-1) for x in (q, k))
+    v, do = (normal(1, tokens, heads_v, dv) for _ in "vd")
+    x = {name: y.bfloat16().double() for name, y in dict(q=q, k=k, v=v, do=do).items()}
+    return {name: y.to(device) for name, y in {**x, "g": g.float().double(), "beta": beta.float().double()}.items()}
+
+
+def results(function, x: dict, low: torch.dtype) -> dict:
+    """o and the gradients; q, k, v in `low`, g and beta in float32 (float64 where low is)."""
+    gate = torch.float64 if low == torch.float64 else torch.float32
+    inputs = [x[name].to(gate if name in ("g", "beta") else low).requires_grad_() for name in ("q", "k", "v", "g", "beta")]
+    o = function(*inputs, x["q"].shape[-1] ** -0.5)
+    grads = torch.autograd.grad(o, inputs, x["do"].to(o.dtype))
+    return dict(zip(NAMES, [o.detach(), *grads]))
+
+
+def exact(x: dict) -> dict:
+    def recurrent(q, k, v, g, beta, scale):
+        return gated_delta_rule_recurrent(others.same_heads(q, v), others.same_heads(k, v), v, g, beta, scale)
+
+    return results(recurrent, x, torch.float64)
+
+
+def rounded(want: dict) -> dict:
+    return {name: y.float() if name in ("dg", "dbeta") else y.bfloat16() for name, y in want.items()}
+
+
+def ours(x: dict, device: str) -> dict:
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        low = {name: y.float() if name in ("g", "beta") else y.bfloat16() for name, y in x.items()}
+        save_file({name: y.cpu().contiguous() for name, y in low.items()}, f"{folder}/in.safetensors")
+        done = subprocess.run([PROGRAM, f"{folder}/in.safetensors", f"{folder}/out.safetensors", device],
+                              capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"accuracy.py: {done.stderr.strip()}")
+        return read_safetensors(f"{folder}/out.safetensors")
+
+
+def error(x, want) -> float:
+    x = x.to(want.device).double()
+    return ((x - want).norm() / want.norm()).item() if x.isfinite().all() else math.inf
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    p.add_argument("--heads", type=int, nargs=4, default=[1, 2, 64, 128], metavar=("HK", "HV", "DK", "DV"))
+    p.add_argument("--tokens", type=int, default=1000, help="of the regimes' sequence [1000]")
+    p.add_argument("--long", type=int, default=16384, help="tokens of the long sequences, 0: none [16384]")
+    p.add_argument("--allow-hopper", action="store_true", help="remove fla's refusal on Hopper (its issue 640)")
+    o = p.parse_args()
+    if not PROGRAM.exists():
+        sys.exit(f"accuracy.py: {PROGRAM}: not built; run: make dev/{PROGRAM.name}")
+    columns = {"best bf16": None, "train_gdn": lambda x: ours(x, o.device)}
+    if reason := others.missing_transformers():
+        print(f"without transformers: {reason}")
+    else:
+        columns["hf chunked"] = lambda x: results(others.transformers_chunked, x, torch.bfloat16)
+        columns["hf recurrent"] = lambda x: results(others.transformers_recurrent, x, torch.bfloat16)
+    if reason := others.missing_fla():
+        print(f"without fla: {reason}")
+    else:
+        if o.allow_hopper and (warning := others.allow_fla_on_hopper()):
+            print(f"WARNING: {warning}")
+        columns["fla"] = lambda x: results(others.fla_chunked, x, torch.bfloat16)
+    packages = [f"{name} {others.version(name)}" for name in
+                ("torch", "triton", "transformers", "flash-linear-attention") if others.version(name)]
+    print(f"device {torch.cuda.get_device_name() if o.device == 'cuda' else 'CPU'}; {', '.join(packages)}")
+    hk, hv, dk, dv = o.heads
+    print(f"Hk {hk}, Hv {hv}, dk {dk}, dv {dv}; * marks the smallest error, best bf16 apart\n")
+    print(f"| regime | tokens | | {' | '.join(columns)} |")
+    print("|---" * (3 + len(columns)) + "|")
+    regimes = ["initial values", "strong decay", "every token decays by e^-5 to e^-20", "hardly any decay",
+               "beta near 1", "beta near 1, keys alike", "beta to 2, hardly any decay"]
+    cases = [(regime, o.tokens) for regime in regimes]
+    cases += [(regime, o.long) for regime in ("initial values", "hardly any decay", "strong decay") if o.long]
+    not_closest = []
+    for regime, tokens in cases:
+        x = make_inputs(regime, tokens, *o.heads, o.device)
+        want, got = exact(x), {}
+        for column, call in columns.items():
+            try:
+                got[column] = call(x) if call else rounded(want)
+            except RuntimeError as e:
+                print(f"{column} fails ({regime}, {tokens} tokens): {str(e).splitlines()[0]}", file=sys.stderr)
+        for name in NAMES:
+            errors = {column: error(y[name], want[name]) for column, y in got.items()}
+            least = min(e for column, e in errors.items() if column != "best bf16")
+            if errors["train_gdn"] > least:
+                not_closest.append(f"{name} in '{regime}' of {tokens} tokens, {errors['train_gdn'] / least:.2f} times")
+            cells = [f"{errors[c]:.2e}{'*' if c != 'best bf16' and errors[c] == least else ''}" if c in errors else "fails"
+                     for c in columns]
+            print(f"| {regime} | {tokens} | {name} | {' | '.join(cells)} |")
+    if not_closest:
+        print("\ntrain_gdn is not the closest in: " + "; ".join(not_closest))
+
+
+if __name__ == "__main__":
+    main()
