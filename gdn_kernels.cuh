@@ -136,8 +136,8 @@ void swiglu_backward(Cuda&, act* dgate_up, const act* dout, const act* gate_up, 
 void softmax_cross_entropy(Cuda&, act* logits, float* losses, const int32_t* targets, int rows, int vocab,
                            int padded, float dlogits_scale);
 
-// *total (GPU memory) = sum of losses [n]
-void sum_losses(Cuda&, float* total, const float* losses, int rows);
+// *total (GPU memory) += sum of losses [n]
+void sum_losses(Cuda&, double* total, const float* losses, int rows);
 
 // ---- optimizer --------------------------------------------------------------------------------------------
 
@@ -145,13 +145,16 @@ void sum_losses(Cuda&, float* total, const float* losses, int rows);
 void global_norm(Cuda&, float* norm, const float* gradients, size_t n, void* scratch);
 size_t global_norm_scratch_bytes(Cuda&, size_t n);
 
+// *norm = NaN where *loss is not finite (both in GPU memory): the update then changes nothing.
+void check_loss(Cuda&, float* norm, const double* loss);
+
 // master, moments, gradients: float arenas; weights: act arena, rounded to nearest even. `spans` [count] lies
-// in GPU memory like the arenas, ascending in offset and disjoint, each offset a multiple of 8. *norm in GPU
-// memory; nothing changes when it is not finite.
+// in GPU memory like the arenas, ascending in offset and disjoint, each offset a multiple of 8. *norm and *step
+// in GPU memory; nothing changes when the norm is not finite.
 void adamw_update(Cuda&, float* master, act* weights, float* moment1, float* moment2, const float* gradients,
-                  const ParameterSpan* spans, int count, const float* norm, const AdamwStep&);
+                  const ParameterSpan* spans, int count, const float* norm, const AdamwStep*);
 void sgd_update(Cuda&, float* master, act* weights, float* moment, const float* gradients,
-                const ParameterSpan* spans, int count, const float* norm, const SgdStep&);
+                const ParameterSpan* spans, int count, const float* norm, const SgdStep*);
 
 // weights [n] act = master [n] float, rounded to nearest even
 void round_weights(Cuda&, act* weights, const float* master, size_t n);

@@ -4,10 +4,11 @@
 // in gdn/model.h, its layers in gdn/cpu_layers.h and gdn_kernels.cuh, the scaling constants in mup.h, data in
 // dataloader.h.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <deque>
+#include <exception>
 #include <filesystem>
 #include <memory>
 #include <stdexcept>
@@ -27,6 +28,7 @@
 #include "gdn/options.h"
 #include "gdn/report.h"
 #include "gdn/speed_of_light.h"
+#include "gdn/training_step.h"
 
 namespace gdn {
 namespace {
@@ -40,10 +42,6 @@ void install_signal_handlers() {
   action.sa_flags = SA_RESETHAND | SA_RESTART;
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
-}
-
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 std::string numbered(const char* format, double x) {
@@ -121,6 +119,8 @@ class Run {
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer);
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
                                              Recompute(o_.recompute));
+    training_step_ = std::make_unique<TrainingStep<Device>>(parameters_, *model_, *optimizer_, o_.global_batch,
+                                                            o_.micro_batch, o_.seq_len);
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
     targets_.resize(inputs_.size());
   }
@@ -139,31 +139,37 @@ class Run {
     load_optimizer(*optimizer_, parameters_, checkpoint);
     const TrainingCounters counters = read_counters(checkpoint);
     step_ = saved_step_ = counters.step;
-    loader_.seek(counters.position);
+    position_ = counters.position;
+    loader_.seek(position_);
     newest_checkpoint_ = checkpoint.path;
   }
 
-  // Trains to the last step, or to a signal.
+  // Trains to the last step, or to a signal. While the GPU does a step, the next one is queued, and the batch
+  // after it read; what a validation, a sample or a checkpoint is due after is waited for first.
   void train() {
     log_ = std::make_unique<CsvLog>(o_.output + "/log.csv", step_);
     describe();
-    const double peak = measure_peak_flops(dev_);
-    report_.say("peak matrix product: " + numbered("%.2f TFLOP/s", peak / 1e12) + ", output in " + o_.output);
-    const double tokens = double(o_.global_batch) * o_.seq_len;
-    while (step_ < o_.steps && !signal_received) {
-      StepReport r;
-      const double start = seconds_now();
-      train_step(r);
-      const double seconds = seconds_now() - start;
-      r.milliseconds = 1000 * seconds;
-      r.tokens_per_second = tokens / seconds;
-      r.speed_of_light = flops_per_token(parameters_.config) * tokens / (seconds * peak);
-      report_.step(r);
-      log_->train(r);
-      const auto due = [&](int64_t every) { return every > 0 && step_ % every == 0 && step_ < o_.steps; };
-      if (due(o_.validate_every)) validate(o_.validation_sequences);
-      if (due(o_.sample_every)) sample();
-      if (due(o_.save_every)) save();
+    peak_ = measure_peak_flops(dev_);
+    report_.say("peak matrix product: " + numbered("%.2f TFLOP/s", peak_ / 1e12) + ", output in " + o_.output);
+    const int64_t first = step_ + 1;
+    for (;;) {
+      const int64_t newest = step_ + int64_t(queued_.size());  // the last step queued
+      bool go_on = newest < o_.steps && !signal_received && (queued_.empty() || !anything_due(newest));
+      if (go_on && !have_batch_) read_batch();
+      if (go_on && batch_error_) {
+        if (queued_.empty()) fail_batch();
+        go_on = false;  // what is queued is finished first
+      }
+      if (go_on) queue_step();
+      if (queued_.empty()) break;
+      if (!go_on || int(queued_.size()) > kAhead) {
+        finish_step();
+        if (step_ == first) report_.say("first step after " + numbered("%.2f s", seconds_since_process_start()));
+        if (due(o_.validate_every, step_)) validate(o_.validation_sequences);
+        if (due(o_.sample_every, step_)) sample();
+        if (due(o_.save_every, step_)) save();
+      }
+      if (go_on && kAhead > 0 && newest + 1 < o_.steps) read_batch();
     }
     if (signal_received)
       report_.say("signal " + std::to_string(int(signal_received)) + ": stopped after step " +
@@ -199,30 +205,59 @@ class Run {
     if (!validation_) report_.say("no validation data (-j)");
   }
 
-  // One step over a global batch. Throws when the loss or the gradient is not finite; the weights are then
-  // still those of the step before.
-  void train_step(StepReport& r) {
-    const int64_t rows = o_.global_batch, length = o_.seq_len;
-    r.step = step_ + 1;
-    r.steps = o_.steps;
+  bool due(int64_t every, int64_t step) const { return every > 0 && step % every == 0 && step < o_.steps; }
+  bool anything_due(int64_t step) const {
+    return due(o_.validate_every, step) || due(o_.sample_every, step) || due(o_.save_every, step);
+  }
+
+  // Reads the next step's batch. What is wrong with it (a token outside the vocabulary, far into the data) is
+  // said when the steps before it are done.
+  void read_batch() {
+    have_batch_ = true;
     try {
-      r.floor = loader_.next(inputs_.data(), targets_.data());
-    } catch (
-        const std::exception&) {  // a token outside the vocabulary, far into the data: keep what was learned
-      if (step_ > saved_step_) save();
-      throw;
+      batch_floor_ = loader_.next(inputs_.data(), targets_.data());
+      training_step_->load(inputs_.data(), targets_.data());
+    } catch (const std::exception&) {
+      batch_error_ = std::current_exception();
     }
-    r.learning_rate = schedule_.learning_rate(r.step);
-    parameters_.zero_gradients();
-    for (int64_t row = 0; row < rows; row += o_.micro_batch) {
-      model_->forward_backward(&inputs_[row * length], &targets_[row * length], o_.micro_batch, o_.seq_len,
-                               float(1.0 / double(rows * length)));
-      r.loss += model_->loss_sum() / double(rows * length);
-    }
+  }
+
+  [[noreturn]] void fail_batch() {
+    if (step_ > saved_step_) save();  // keep what was learned
+    std::rethrow_exception(batch_error_);
+  }
+
+  // Queues a step over the batch that was read.
+  void queue_step() {
+    QueuedStep q;
+    q.report.step = step_ + int64_t(queued_.size()) + 1;
+    q.report.steps = o_.steps;
+    q.report.floor = batch_floor_;
+    q.report.learning_rate = schedule_.learning_rate(q.report.step);
+    q.position = loader_.position();
+    training_step_->queue(q.report.step, q.report.learning_rate);
+    queued_.push_back(q);
+    have_batch_ = false;
+  }
+
+  // Waits for the oldest queued step and reports it. Throws when its loss or gradient is not finite; it has then
+  // changed nothing.
+  void finish_step() {
+    StepReport r = queued_.front().report;
+    const typename TrainingStep<Device>::Result result = training_step_->wait();
+    r.loss = result.loss;
+    r.norm = result.norm;
     if (!std::isfinite(r.loss)) fail_not_finite("loss", r);
-    r.norm = optimizer_->step(r.step, r.learning_rate);
     if (!std::isfinite(r.norm)) fail_not_finite("gradient", r);
     step_ = r.step;
+    position_ = queued_.front().position;
+    queued_.pop_front();
+    const double tokens = double(o_.global_batch) * o_.seq_len;
+    r.milliseconds = 1000 * result.seconds;
+    r.tokens_per_second = tokens / result.seconds;
+    r.speed_of_light = flops_per_token(parameters_.config) * tokens / (result.seconds * peak_);
+    report_.step(r);
+    log_->train(r);
   }
 
   [[noreturn]] void fail_not_finite(const char* what, const StepReport& r) {
@@ -266,7 +301,7 @@ class Run {
   bool save() {
     try {
       newest_checkpoint_ = save_run(o_.output, parameters_, *optimizer_,
-                                    {step_, loader_.position(), table_.values()}, o_.keep);
+                                    {step_, position_, table_.values()}, o_.keep);
       saved_step_ = step_;
       report_.say("saved " + newest_checkpoint_);
       return true;
@@ -275,6 +310,12 @@ class Run {
       return false;
     }
   }
+
+  static constexpr int kAhead = TrainingStep<Device>::kAhead;
+  struct QueuedStep {
+    StepReport report;      // without what the step itself finds out
+    uint64_t position = 0;  // of the data after it
+  };
 
   const Options o_;
   const OptionTable& table_;
@@ -285,10 +326,17 @@ class Run {
   const Schedule schedule_;
   std::unique_ptr<Optimizer<Device>> optimizer_;
   std::unique_ptr<Model<Device>> model_;
+  std::unique_ptr<TrainingStep<Device>> training_step_;
   std::unique_ptr<CsvLog> log_;
   Reporter report_;
   std::vector<int32_t> inputs_, targets_;  // [B,T]
-  int64_t step_ = 0, saved_step_ = 0;      // steps done, and in the newest checkpoint
+  bool have_batch_ = false;  // the next step's has been read
+  double batch_floor_ = 0;
+  std::exception_ptr batch_error_;
+  std::deque<QueuedStep> queued_;
+  int64_t step_ = 0, saved_step_ = 0;  // steps done, and in the newest checkpoint
+  uint64_t position_ = 0;              // in the data after them; the loader may have read on
+  double peak_ = 0;                    // operations per second
   std::string newest_checkpoint_;
 };
 

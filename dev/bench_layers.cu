@@ -266,8 +266,10 @@ void bench_classifier(Cuda& dev, Table& table, const Options& o) {
       gdn::softmax_cross_entropy(dev, logits[i], losses[i], targets.tokens.get(), o.rows, vocab, padded, 1);
     });
   }
-  const Floats losses(dev, o.rows), total(dev, 1);
-  table.memory("sum_losses", 4.0 * o.rows, [&](int i) { gdn::sum_losses(dev, total[i], losses[i], o.rows); });
+  const Floats losses(dev, o.rows);
+  const Buffer<Cuda, double> total(dev, 1, "a benchmark");
+  cuda_check(cudaMemsetAsync(total.get(), 0, total.bytes(), dev.stream));
+  table.memory("sum_losses", 4.0 * o.rows, [&](int i) { gdn::sum_losses(dev, total.get(), losses[i], o.rows); });
 }
 
 void bench_optimizer(Cuda& dev, Table& table, const Options& o) {
@@ -295,15 +297,19 @@ void bench_optimizer(Cuda& dev, Table& table, const Options& o) {
                [&](int i) { gdn::global_norm(dev, norm[0], gradients[i], n, scratch.get()); });
   gdn::AdamwStep adamw;
   adamw.learning_rate = 1e-3f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;
+  const Buffer<Cuda, gdn::AdamwStep> dev_adamw(dev, 1, "a benchmark");
+  dev.upload(dev_adamw.get(), &adamw, sizeof(adamw));
   table.memory("adamw_update", 30.0 * n, [&](int i) {
     gdn::adamw_update(dev, master[i], weights[i], moment1[i], moment2[i], gradients[i], dev_spans.get(),
-                      count, norm[0], adamw);
+                      count, norm[0], dev_adamw.get());
   });
   gdn::SgdStep sgd;
   sgd.learning_rate = 1e-3f, sgd.momentum = 0.9f;
+  const Buffer<Cuda, gdn::SgdStep> dev_sgd(dev, 1, "a benchmark");
+  dev.upload(dev_sgd.get(), &sgd, sizeof(sgd));
   table.memory("sgd_update", 22.0 * n, [&](int i) {
     gdn::sgd_update(dev, master[i], weights[i], moment1[i], gradients[i], dev_spans.get(), count, norm[0],
-                    sgd);
+                    dev_sgd.get());
   });
   table.memory("round_weights", 6.0 * n, [&](int i) { gdn::round_weights(dev, weights[i], master[i], n); });
 }

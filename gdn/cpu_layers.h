@@ -452,12 +452,12 @@ void softmax_cross_entropy(Cpu<Real>&, Real* logits, Real* losses, const int32_t
   }
 }
 
-// *total = sum of losses [n], always in the same order
+// *total += sum of losses [n], always in the same order
 template <class Real>
-void sum_losses(Cpu<Real>&, Real* total, const Real* losses, int rows) {
+void sum_losses(Cpu<Real>&, double* total, const Real* losses, int rows) {
   double sum = 0;
   for (int m = 0; m < rows; m++) sum += losses[m];
-  *total = Real(sum);
+  *total += sum;
 }
 
 // ---- optimizer
@@ -483,6 +483,12 @@ size_t global_norm_scratch_bytes(Cpu<Real>&, size_t) {
   return 0;
 }
 
+// *norm = NaN where *loss is not finite: the update then changes nothing.
+template <class Real>
+void check_loss(Cpu<Real>&, Real* norm, const double* loss) {
+  if (!std::isfinite(*loss)) *norm = std::numeric_limits<Real>::quiet_NaN();
+}
+
 // min(1, clip / norm), or 1 where clip is 0
 template <class Real>
 Real clip_factor(Real norm, Real clip) {
@@ -497,13 +503,12 @@ Real clip_factor(Real norm, Real clip) {
 template <class Real>
 void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* moment2,
                   const Real* gradients, const ParameterSpan* spans, int count, const Real* norm,
-                  const AdamwStep& step) {
+                  const AdamwStep* step) {
   if (!std::isfinite(*norm)) return;
-  const Real clip = clip_factor(*norm, Real(step.clip)), b1 = step.beta1, b2 = step.beta2;
-  const Real correction1 = Real(1 - std::pow(double(step.beta1), double(step.step)));
-  const Real correction2 = Real(1 - std::pow(double(step.beta2), double(step.step)));
+  const Real clip = clip_factor(*norm, Real(step->clip)), b1 = step->beta1, b2 = step->beta2;
+  const Real correction1 = Real(step->correction1), correction2 = Real(step->correction2);
   for (int s = 0; s < count; s++) {
-    const Real lr = Real(step.learning_rate) * spans[s].learning_rate_scale,
+    const Real lr = Real(step->learning_rate) * spans[s].learning_rate_scale,
                decay = 1 - lr * spans[s].weight_decay;
 #pragma omp parallel for simd schedule(static)
     for (size_t i = spans[s].offset; i < spans[s].offset + spans[s].size; i++) {
@@ -511,7 +516,7 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
       moment1[i] = b1 * moment1[i] + (1 - b1) * g;
       moment2[i] = b2 * moment2[i] + (1 - b2) * g * g;
       master[i] = decay * master[i] - lr * (moment1[i] / correction1) /
-                                          (std::sqrt(moment2[i] / correction2) + Real(step.epsilon));
+                                          (std::sqrt(moment2[i] / correction2) + Real(step->epsilon));
       weights[i] = master[i];
     }
   }
@@ -521,11 +526,11 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
 //   g = clip * gradient + wd p;   m = mom m + g;   p -= lr (g + mom m)
 template <class Real>
 void sgd_update(Cpu<Real>&, Real* master, Real* weights, Real* moment, const Real* gradients,
-                const ParameterSpan* spans, int count, const Real* norm, const SgdStep& step) {
+                const ParameterSpan* spans, int count, const Real* norm, const SgdStep* step) {
   if (!std::isfinite(*norm)) return;
-  const Real clip = clip_factor(*norm, Real(step.clip)), momentum = step.momentum;
+  const Real clip = clip_factor(*norm, Real(step->clip)), momentum = step->momentum;
   for (int s = 0; s < count; s++) {
-    const Real lr = Real(step.learning_rate) * spans[s].learning_rate_scale, decay = spans[s].weight_decay;
+    const Real lr = Real(step->learning_rate) * spans[s].learning_rate_scale, decay = spans[s].weight_decay;
 #pragma omp parallel for simd schedule(static)
     for (size_t i = spans[s].offset; i < spans[s].offset + spans[s].size; i++) {
       const Real g = clip * gradients[i] + decay * master[i];

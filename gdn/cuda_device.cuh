@@ -13,6 +13,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "device.h"
 
@@ -50,6 +52,58 @@ struct MatmulPlan {
   cublasLtMatmulAlgo_t algorithm = {};
 };
 
+// The ranges' own times on the GPU: what ran while a range was the innermost open one. An event is recorded
+// wherever a range begins or ends.
+class RangeTimes {
+ public:
+  explicit RangeTimes(cudaStream_t stream) : stream_(stream) { mark(); }
+  ~RangeTimes() {
+    for (cudaEvent_t event : events_) cudaEventDestroy(event);
+  }
+  RangeTimes(const RangeTimes&) = delete;
+  RangeTimes& operator=(const RangeTimes&) = delete;
+
+  void push(const char* name) {
+    mark();
+    open_.push_back(name);
+  }
+  void pop() {
+    mark();
+    open_.pop_back();
+  }
+  // Milliseconds by the names of the open ranges, "outer / inner", in the order in which they were first met.
+  // Waits for the device.
+  std::vector<std::pair<std::string, double>> milliseconds() const {
+    cuda_check(cudaEventSynchronize(events_.back()));
+    std::vector<std::pair<std::string, double>> sums;
+    std::map<std::string, size_t> place;
+    for (size_t i = 1; i < events_.size(); i++) {
+      float ms = 0;
+      cuda_check(cudaEventElapsedTime(&ms, events_[i - 1], events_[i]));
+      const auto [at, first] = place.emplace(ended_[i], sums.size());
+      if (first) sums.emplace_back(ended_[i], 0);
+      sums[at->second].second += double(ms);
+    }
+    return sums;
+  }
+
+ private:
+  void mark() {
+    std::string names;
+    for (const char* name : open_) names += (names.empty() ? "" : " / ") + std::string(name);
+    cudaEvent_t event = nullptr;
+    cuda_check(cudaEventCreate(&event));
+    events_.push_back(event);
+    ended_.push_back(names);
+    cuda_check(cudaEventRecord(event, stream_));
+  }
+
+  cudaStream_t stream_;
+  std::vector<const char*> open_;
+  std::vector<cudaEvent_t> events_;
+  std::vector<std::string> ended_;  // of the interval that ends at the event: its open ranges
+};
+
 struct Cuda {
   using real = float;
   using act = __nv_bfloat16;
@@ -65,6 +119,7 @@ struct Cuda {
   std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
   std::map<std::tuple<int, int, int, int>, MatmulPlan>
       matmul_plans;  // by kind of product and its three sizes
+  RangeTimes* range_times = nullptr;  // where set, ranges are timed; graphs are then no use
 
   Cuda() {
     const std::string reason = unavailable();
@@ -134,12 +189,101 @@ struct Cuda {
     cuda_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
     synchronize();
   }
+  // Host memory must be pinned, and not be read before an event recorded afterwards has been waited for.
+  void download_later(void* host, const void* device, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
+  }
+  void copy(void* to, const void* from, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+  }
   void zero(void* p, size_t bytes) { cuda_check(cudaMemsetAsync(p, 0, bytes, stream)); }
   void synchronize() { cuda_check(cudaStreamSynchronize(stream)); }
-  void range_push(const char* range) { nvtxRangePushA(range); }
-  void range_pop() { nvtxRangePop(); }
+
+  // Pinned host memory.
+  void* allocate_host(size_t bytes) {
+    void* p = nullptr;
+    cuda_check(cudaMallocHost(&p, bytes ? bytes : 1));
+    return p;
+  }
+  void release_host(void* p) noexcept {
+    cudaStreamSynchronize(stream);  // a copy may still be on its way
+    cudaFreeHost(p);
+  }
+
+  struct Event {
+    cudaEvent_t event = nullptr;
+    Event() = default;
+    ~Event() {
+      if (event) cudaEventDestroy(event);
+    }
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+  };
+  void record(Event& e) {
+    if (!e.event) cuda_check(cudaEventCreate(&e.event));
+    cuda_check(cudaEventRecord(e.event, stream));
+  }
+  void wait(const Event& e) { cuda_check(cudaEventSynchronize(e.event)); }
+  // Both events have been reached.
+  double seconds(const Event& from, const Event& to) {
+    float ms = 0;
+    cuda_check(cudaEventElapsedTime(&ms, from.event, to.event));
+    return double(ms) / 1000;
+  }
+
+  struct Graph {
+    cudaGraphExec_t executable = nullptr;
+    size_t nodes = 0;  // kernels, copies and the like
+    bool warm = false;
+    Graph() = default;
+    ~Graph() {
+      if (executable) cudaGraphExecDestroy(executable);
+    }
+    Graph(const Graph&) = delete;
+    Graph& operator=(const Graph&) = delete;
+  };
+  // The first time calls() simply runs: kernels are loaded then, and algorithms chosen. The second time it is
+  // recorded; from then on the recording runs. calls() launches on the stream and touches no host memory.
+  template <class Calls>
+  void replay(Graph& graph, const Calls& calls) {
+    if (!graph.warm) {
+      calls();
+      graph.warm = true;
+      return;
+    }
+    if (!graph.executable) record_graph(graph, calls);
+    cuda_check(cudaGraphLaunch(graph.executable, stream));
+  }
+
+  void range_push(const char* range) {
+    nvtxRangePushA(range);
+    if (range_times) range_times->push(range);
+  }
+  void range_pop() {
+    if (range_times) range_times->pop();
+    nvtxRangePop();
+  }
 
  private:
+  template <class Calls>
+  void record_graph(Graph& graph, const Calls& calls) {
+    cudaGraph_t recorded = nullptr;
+    cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    try {
+      calls();
+    } catch (...) {
+      cudaStreamEndCapture(stream, &recorded);
+      if (recorded) cudaGraphDestroy(recorded);
+      cudaGetLastError();  // the exception says what was wrong
+      throw;
+    }
+    cuda_check(cudaStreamEndCapture(stream, &recorded));
+    cudaError_t status = cudaGraphGetNodes(recorded, nullptr, &graph.nodes);
+    if (status == cudaSuccess) status = cudaGraphInstantiate(&graph.executable, recorded, 0);
+    cudaGraphDestroy(recorded);
+    cuda_check(status);
+  }
+
   static std::string mebibytes(size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }
 
   static cudaError_t unavailable_reason() noexcept {

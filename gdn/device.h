@@ -9,11 +9,17 @@
 //   using act    activations, gradients of activations, and the weights that enter matrix products
 //   void* allocate(bytes, what, remedy), release(p)         throws one line when there is not enough memory
 //   allocated                                               bytes asked for so far, by what they are for
-//   upload / download / zero(…), synchronize()       ordered after the layers called before
+//   upload / download / copy / zero(…), synchronize()       ordered after the layers called before
+//   allocate_host(bytes), release_host(p)                   host memory the device reads and writes by itself
+//   download_later(…)                  into such memory; there when an event recorded after it has been waited for
+//   Event, record(event), wait(event), seconds(from, to)    a point in the device's work, and the time between two
+//   Graph, replay(graph, calls)        runs the layers that calls() calls; on the GPU from the third time on as one
+//                                      recorded graph, so calls() must always call the same with the same arguments
 //   range_push(name), range_pop()                           profiler ranges (NVTX on the GPU, nothing on the
 //   CPU)
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -44,8 +50,33 @@ struct Cpu {
   void release(void* p) { std::free(p); }
   void upload(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
   void download(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
+  void download_later(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
+  void copy(void* to, const void* from, size_t bytes) { std::memcpy(to, from, bytes); }
   void zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
   void synchronize() {}
+
+  void* allocate_host(size_t bytes) {
+    void* p = std::malloc(bytes ? bytes : 1);
+    if (!p) throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB on the host");
+    return p;
+  }
+  void release_host(void* p) { std::free(p); }
+
+  struct Event {
+    std::chrono::steady_clock::time_point at;
+  };
+  void record(Event& event) { event.at = std::chrono::steady_clock::now(); }
+  void wait(const Event&) {}
+  double seconds(const Event& from, const Event& to) {
+    return std::chrono::duration<double>(to.at - from.at).count();
+  }
+
+  struct Graph {};
+  template <class Calls>
+  void replay(Graph&, const Calls& calls) {
+    calls();
+  }
+
   void range_push(const char*) {}
   void range_pop() {}
 };
@@ -82,6 +113,22 @@ class Buffer {
   Device* device_ = nullptr;
   T* data_ = nullptr;
   size_t size_ = 0;
+};
+
+// Owns `size` elements of T of host memory that the device reads and writes by itself.
+template <class Device, class T>
+class HostBuffer {
+ public:
+  HostBuffer(Device& device, size_t size)
+      : device_(device), data_(static_cast<T*>(device.allocate_host(size * sizeof(T)))) {}
+  ~HostBuffer() { device_.release_host(data_); }
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  Device& device_;
+  T* data_;
 };
 
 // Names a layer or phase in a profiler's timeline for as long as it lives.

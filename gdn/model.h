@@ -26,6 +26,13 @@ inline void sort_rows_by_token(int32_t* order, const int32_t* tokens, int rows, 
   for (int m = 0; m < rows; m++) order[start[size_t(tokens[m])]++] = m;
 }
 
+// A batch as the device gets it, in one piece: `packed` [3,rows] = tokens, targets, and the rows sorted by token.
+inline void pack_batch(int32_t* packed, const int32_t* tokens, const int32_t* targets, int rows, int vocab) {
+  std::copy_n(tokens, rows, packed);
+  std::copy_n(targets, rows, packed + rows);
+  sort_rows_by_token(packed + 2 * size_t(rows), tokens, rows, vocab);
+}
+
 // What the recurrent form carries from token to token: per layer the last inputs of the short convolution
 // [B,3,conv_channels] and the state [B,Hv,dk,dv]; its size does not depend on how many tokens came before.
 template <class Device>
@@ -118,10 +125,9 @@ class Model {
                           [&](size_t n) { return keep(bytes_, n, "delta rule states"); });
       layers_.push_back(x);
     }
-    tokens_ = keep(tokens_memory_, M, "tokens");
-    targets_ = keep(tokens_memory_, M, "tokens");
+    batch_ = Buffer<Device, int32_t>(dev_, 3 * M, "tokens", kRemedy);
     losses_ = statistics(M);
-    loss_sum_ = statistics(1);
+    loss_sum_ = Buffer<Device, double>(dev_, 1, "statistics", kRemedy);
     branch_ = activations(M * d);
     x_out_ = activations(M * d);
     h_out_ = activations(M * d);
@@ -133,7 +139,6 @@ class Model {
     size_t scratch = std::max(gated_delta_rule_scratch_bytes(dev_, shape_),
                               logit_rows_ * config_.padded_vocab * sizeof(act));
     if (training) {
-      order_ = keep(tokens_memory_, M, "tokens");
       dx_ = activations(M * d);
       dh_ = branch_;  // a branch's output lives in the forward, its input's gradient in the backward
       // The mixer's backward and the mlp's take turns in one piece of memory.
@@ -162,31 +167,49 @@ class Model {
   // nothing: read the loss with loss_sum() when it is needed. tokens, targets [B,T] on the host.
   void forward_backward(const int32_t* tokens, const int32_t* targets, int batch, int length,
                         float loss_weight) {
-    forward(tokens, batch, length, nullptr);
-    upload_targets(targets);
+    std::vector<int32_t> packed(3 * size_t(batch) * length);
+    pack_batch(packed.data(), tokens, targets, batch * length, config_.padded_vocab);
+    upload_batch(packed.data(), batch, length);
+    zero_loss();
+    forward_backward(loss_weight);
+  }
+
+  // The same in parts. `packed` [3,B*T] (pack_batch) may be pinned memory, and is then read later.
+  void upload_batch(const int32_t* packed, int batch, int length) {
+    set_shape(batch, length);
+    dev_.upload(tokens_, packed, 3 * size_t(shape_.rows()) * sizeof(int32_t));
+  }
+  void zero_loss() { loss_sum_.zero(); }
+  // Of the batch uploaded last. Launches and touches no host memory; its loss is added to the sum since zero_loss().
+  void forward_backward(float loss_weight) {
+    forward(nullptr);
     classify(loss_weight);
-    backward(tokens);
+    backward();
   }
 
   // The sum of the tokens' losses, in nats, without gradients.
   void forward_loss(const int32_t* tokens, const int32_t* targets, int batch, int length) {
-    forward(tokens, batch, length, nullptr);
-    upload_targets(targets);
+    upload_tokens(tokens, batch, length);
+    dev_.upload(targets_, targets, size_t(shape_.rows()) * sizeof(int32_t));
+    zero_loss();
+    forward(nullptr);
     classify(0);
   }
 
   // Sum over the last call's tokens of -ln p(target). Waits for the device.
   double loss_sum() {
-    real sum = 0;
-    dev_.download(&sum, loss_sum_, sizeof(sum));
-    return double(sum);
+    double sum = 0;
+    dev_.download(&sum, device_loss_sum(), sizeof(sum));
+    return sum;
   }
+  const double* device_loss_sum() const { return loss_sum_.get(); }
 
   // Feeds tokens [B,T] (host) in the recurrent form, from and into `state`; logits [B,padded_vocab] (host) of
   // the last token of each sequence.
   void decode(const int32_t* tokens, int batch, int length, RecurrentState<Device>& state,
               std::vector<real>& logits) {
-    forward(tokens, batch, length, &state);
+    upload_tokens(tokens, batch, length);
+    forward(&state);
     const int d = config_.width, V = config_.padded_vocab;
     if (logit_rows_ < size_t(batch)) throw std::logic_error("decode: more sequences than rows of logits");
     std::vector<act> row(V);
@@ -215,20 +238,26 @@ class Model {
   real* statistics(size_t n) { return keep(reals_, n, "statistics"); }
   const LayerActivations& at(int l) const { return layers_[l]; }
 
-  void upload_targets(const int32_t* targets) {
-    dev_.upload(targets_, targets, size_t(shape_.rows()) * sizeof(int32_t));
-  }
-
-  // With a state the mixers run token by token from it and leave it after the last token; else in chunks from
-  // zero.
-  void forward(const int32_t* tokens, int batch, int length, RecurrentState<Device>* state) {
+  void set_shape(int batch, int length) {
     if (batch * length > max_rows_ || batch < 1 || length < 1)
       throw std::logic_error("Model: a batch of " + std::to_string(batch) + " x " + std::to_string(length) +
                              " tokens in a model made for " + std::to_string(max_rows_));
     shape_.batch = batch;
     shape_.tokens = length;
+    tokens_ = batch_.get();
+    targets_ = tokens_ + shape_.rows();
+    order_ = targets_ + shape_.rows();
+  }
+
+  void upload_tokens(const int32_t* tokens, int batch, int length) {
+    set_shape(batch, length);
+    dev_.upload(tokens_, tokens, size_t(shape_.rows()) * sizeof(int32_t));
+  }
+
+  // With a state the mixers run token by token from it and leave it after the last token; else in chunks from
+  // zero.
+  void forward(RecurrentState<Device>* state) {
     const int M = shape_.rows(), d = config_.width;
-    dev_.upload(tokens_, tokens, size_t(M) * sizeof(int32_t));
     Range<Device> range(dev_, "forward");
     {
       Range<Device> r(dev_, "embedding");
@@ -326,11 +355,11 @@ class Model {
                             logit_scale_);
       linear_backward_weight(dev_, p_.gradients(head), logits_, h, rows, V, d, logit_scale_);
     }
-    sum_losses(dev_, loss_sum_, losses_, M);
+    sum_losses(dev_, loss_sum_.get(), losses_, M);
   }
 
   // dx_ is the gradient of the residual stream; each branch adds its own on the way down.
-  void backward(const int32_t* tokens) {
+  void backward() {
     Range<Device> range(dev_, "backward");
     const int M = shape_.rows(), d = config_.width;
     dev_.zero(dx_, size_t(M) * d * sizeof(act));
@@ -342,9 +371,6 @@ class Model {
       mixer_backward(l);
     }
     Range<Device> r(dev_, "embedding backward");
-    host_order_.resize(M);
-    sort_rows_by_token(host_order_.data(), tokens, M, config_.padded_vocab);
-    dev_.upload(order_, host_order_.data(), size_t(M) * sizeof(int32_t));
     embedding_backward(dev_, p_.gradients(p_.table.embedding), dx_, tokens_, order_, M, d, scratch_);
   }
 
@@ -406,10 +432,11 @@ class Model {
   const Recompute recompute_;
   const real logit_scale_, readout_scale_;  // m_out and s of mup.h
   std::vector<LayerActivations> layers_;
+  Buffer<Device, int32_t> batch_;  // tokens, targets, order [M] of the batch, one behind the other
   int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr;
-  std::vector<int32_t> host_order_;
   act *branch_ = nullptr, *x_out_ = nullptr, *h_out_ = nullptr, *logits_ = nullptr;
-  real *losses_ = nullptr, *loss_sum_ = nullptr, *out_rstd_ = nullptr;
+  Buffer<Device, double> loss_sum_;
+  real *losses_ = nullptr, *out_rstd_ = nullptr;
   size_t logit_rows_ = 0;
   act *dx_ = nullptr, *dh_ = nullptr, *dproj_ = nullptr, *dqkv_ = nullptr, *d_o_ = nullptr, *dy_ = nullptr;
   act *dgate_up_ = nullptr, *dswiglu_ = nullptr;
@@ -418,7 +445,6 @@ class Model {
   std::vector<Buffer<Device, act>> acts_;  // the memory behind all of these
   std::vector<Buffer<Device, real>> reals_;
   std::vector<Buffer<Device, unsigned char>> bytes_;
-  std::vector<Buffer<Device, int32_t>> tokens_memory_;
 };
 
 }  // namespace gdn

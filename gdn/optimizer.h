@@ -37,6 +37,11 @@ template <class Device>
 class Optimizer {
  public:
   using real = typename Device::real;
+  // What a step's update reads in the device's memory.
+  struct Scalars {
+    AdamwStep adamw;
+    SgdStep sgd;
+  };
 
   Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config)
       : config_(config), p_(parameters), dev_(parameters.dev) {
@@ -51,6 +56,7 @@ class Optimizer {
       moment2_.zero();
     }
     norm_ = Buffer<Device, real>(dev_, 1, "gradient norm", remedy);
+    scalars_ = Buffer<Device, Scalars>(dev_, 1, "work space", remedy);
     scratch_ = Buffer<Device, unsigned char>(dev_, global_norm_scratch_bytes(dev_, p_.table.size),
                                              "work space", remedy);
   }
@@ -58,23 +64,36 @@ class Optimizer {
   // Applies the accumulated gradients as step `step` (from 1) and returns their global norm before clipping.
   // When the norm is not finite nothing is changed. Waits for the device.
   double step(int64_t step, double learning_rate) {
-    Range<Device> range(dev_, "optimizer");
-    const int count = int(spans_.size());
-    global_norm(dev_, norm_.get(), p_.gradients(), p_.table.size, scratch_.get());
-    if (config_.kind == OptimizerKind::adamw) {
-      const AdamwStep s{float(learning_rate), config_.beta1, config_.beta2,
-                        config_.epsilon,      config_.clip,  step};
-      adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(),
-                   spans_.get(), count, norm_.get(), s);
-    } else {
-      const SgdStep s{float(learning_rate), config_.momentum, config_.clip};
-      sgd_update(dev_, p_.master(), p_.weights(), moment1_.get(), p_.gradients(), spans_.get(), count,
-                 norm_.get(), s);
-    }
+    Scalars host;
+    upload_scalars(host, step, learning_rate);
+    update(nullptr);
     real norm = 0;
     dev_.download(&norm, norm_.get(), sizeof(norm));
     return double(norm);
   }
+
+  // The same in parts. Fills `host` in and uploads it; pinned memory is read later.
+  void upload_scalars(Scalars& host, int64_t step, double learning_rate) {
+    host.adamw = {float(learning_rate), config_.beta1, config_.beta2, config_.epsilon, config_.clip};
+    host.adamw.set_step(step);
+    host.sgd = {float(learning_rate), config_.momentum, config_.clip};
+    dev_.upload(scalars_.get(), &host, sizeof(host));
+  }
+  // Launches and touches no host memory. Nothing is changed either when *loss (device memory) is not finite; it
+  // may be null.
+  void update(const double* loss) {
+    Range<Device> range(dev_, "optimizer");
+    const int count = int(spans_.size());
+    global_norm(dev_, norm_.get(), p_.gradients(), p_.table.size, scratch_.get());
+    if (loss) check_loss(dev_, norm_.get(), loss);
+    if (config_.kind == OptimizerKind::adamw)
+      adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(),
+                   spans_.get(), count, norm_.get(), &scalars_.get()->adamw);
+    else
+      sgd_update(dev_, p_.master(), p_.weights(), moment1_.get(), p_.gradients(), spans_.get(), count,
+                 norm_.get(), &scalars_.get()->sgd);
+  }
+  const real* device_norm() const { return norm_.get(); }
 
   const OptimizerConfig& config() const { return config_; }
   real* moment1(size_t offset = 0) const { return moment1_.get() + offset; }
@@ -86,6 +105,7 @@ class Optimizer {
   Device& dev_;
   Buffer<Device, ParameterSpan> spans_;
   Buffer<Device, real> moment1_, moment2_, norm_;
+  Buffer<Device, Scalars> scalars_;
   Buffer<Device, unsigned char> scratch_;
 };
 

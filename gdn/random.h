@@ -39,4 +39,12 @@ inline double random_normal(uint64_t key, uint64_t index) {
   return radius * (index & 1 ? std::sin(angle) : std::cos(angle));
 }
 
+// random_normal of 2 * pair and of 2 * pair + 1, for half the work
+inline void random_normal_pair(uint64_t key, uint64_t pair, double (&normal)[2]) {
+  const double radius = std::sqrt(-2 * std::log(random_uniform(key, 2 * pair)));
+  const double angle = 2 * 3.14159265358979323846 * random_uniform(key, 2 * pair + 1);
+  normal[0] = radius * std::cos(angle);
+  normal[1] = radius * std::sin(angle);
+}
+
 }  // namespace gdn

@@ -3,11 +3,14 @@
 #pragma once
 
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -33,6 +36,20 @@ inline std::string clock_text(double seconds) {
   else
     std::snprintf(text, sizeof text, "%d:%02d", int(s / 60), int(s % 60));
   return text;
+}
+
+// Seconds since the kernel started this process, to 0.01: loading the program and its libraries counts.
+inline double seconds_since_process_start() {
+  std::ifstream file("/proc/self/stat");
+  std::string stat;
+  std::getline(file, stat);
+  std::istringstream fields(stat.substr(std::min(stat.size(), stat.rfind(')') + 1)));  // a name may hold spaces
+  std::string field;
+  for (int i = 3; i <= 22; i++) fields >> field;  // 22: ticks from boot to start
+  timespec now = {};
+  clock_gettime(CLOCK_BOOTTIME, &now);
+  return double(now.tv_sec) + 1e-9 * double(now.tv_nsec) -
+         double(std::atoll(field.c_str())) / double(sysconf(_SC_CLK_TCK));
 }
 
 class Reporter {

@@ -1,6 +1,7 @@
 // Sizes that the layers share. B sequences of T tokens; M = B*T rows; d the width of the residual stream.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -39,10 +40,18 @@ struct ParameterSpan {
   float weight_decay = 0;         // this tensor's decay: -wd, or 0 where there is none
 };
 
+// What an update reads of its step. It lies in the device's memory, so that a recorded graph finds there what
+// changes from step to step.
 struct AdamwStep {
   float learning_rate = 0, beta1 = 0, beta2 = 0, epsilon = 1e-8f;
-  float clip = 0;    // gradients are scaled by min(1, clip / |gradient|); 0: never
-  int64_t step = 1;  // counts from 1, for the bias corrections
+  float clip = 0;  // gradients are scaled by min(1, clip / |gradient|); 0: never
+  double correction1 = 1, correction2 = 1;  // 1 - beta^t: the moments start at 0
+
+  // The corrections of step t, which counts from 1.
+  void set_step(int64_t t) {
+    correction1 = 1 - std::pow(double(beta1), double(t));
+    correction2 = 1 - std::pow(double(beta2), double(t));
+  }
 };
 
 struct SgdStep {

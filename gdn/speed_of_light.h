@@ -33,12 +33,15 @@ double measure_peak_flops(Device& dev) {
   Buffer<Device, act> x(dev, size, "peak measurement"), w(dev, size, "peak measurement"),
       y(dev, size, "peak measurement");
   {
-    std::vector<act> pattern(1009 * 512), host(size);  // a length that is no multiple of a row's
+    std::vector<act> pattern(1009 * 512);  // repeated; a length that is no multiple of a row's
     for (size_t i = 0; i < pattern.size(); i++) pattern[i] = act(float(random_uniform(1, i) - 0.5));
-    for (size_t i = 0; i < size; i += pattern.size())
-      std::copy_n(pattern.begin(), std::min(pattern.size(), size - i), host.begin() + i);
-    dev.upload(x.get(), host.data(), size * sizeof(act));
-    dev.upload(w.get(), host.data(), size * sizeof(act));
+    size_t filled = std::min(pattern.size(), size);
+    dev.upload(x.get(), pattern.data(), filled * sizeof(act));
+    for (size_t more; filled < size; filled += more) {
+      more = std::min(filled, size - filled);
+      dev.copy(x.get() + filled, x.get(), more * sizeof(act));
+    }
+    dev.copy(w.get(), x.get(), size * sizeof(act));
   }
   double best = 1e30;  // seconds
   for (int repeat = 0; repeat < 11; repeat++) {

@@ -148,16 +148,16 @@ inline void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const i
 // One block; each thread adds every 1024th loss in double.
 // Floor at n = 32768: 131 KB, so the latency of one launch. Reached on an H200: 0.0083 ms.
 static __global__ void __launch_bounds__(1024)
-    sum_losses_kernel(float* __restrict__ total, const float* __restrict__ losses, int rows) {
+    sum_losses_kernel(double* __restrict__ total, const float* __restrict__ losses, int rows) {
   __shared__ double shared[32];
   double sum = 0;
 #pragma unroll 8
   for (int m = threadIdx.x; m < rows; m += 1024) sum += losses[m];
   sum = block_sum<32>(sum, shared);
-  if (threadIdx.x == 0) *total = float(sum);
+  if (threadIdx.x == 0) *total += sum;
 }
 
-inline void sum_losses(Cuda& dev, float* total, const float* losses, int rows) {
+inline void sum_losses(Cuda& dev, double* total, const float* losses, int rows) {
   Range<Cuda> range(dev, __func__);
   sum_losses_kernel<<<1, 1024, 0, dev.stream>>>(total, losses, rows);
   launched("sum_losses");

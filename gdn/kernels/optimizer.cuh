@@ -72,11 +72,31 @@ inline void global_norm(Cuda& dev, float* norm, const float* gradients, size_t n
   launched("norm_of_sums");
 }
 
+static __global__ void check_loss_kernel(float* norm, const double* loss) {
+  if (!isfinite(*loss)) *norm = NAN;
+}
+
+inline void check_loss(Cuda& dev, float* norm, const double* loss) {
+  Range<Cuda> range(dev, __func__);
+  check_loss_kernel<<<1, 1, 0, dev.stream>>>(norm, loss);
+  launched("check_loss");
+}
+
 // ---- update rules: one number's step ----------------------------------------------------------------------
 
 struct AdamwRule {
+  using Step = AdamwStep;
   static constexpr bool kSecondMoment = true;
   float learning_rate, beta1, beta2, epsilon, clip, correction1, correction2;
+
+  __device__ explicit AdamwRule(const AdamwStep& s)
+      : learning_rate(s.learning_rate),
+        beta1(s.beta1),
+        beta2(s.beta2),
+        epsilon(s.epsilon),
+        clip(s.clip),
+        correction1(float(s.correction1)),
+        correction2(float(s.correction2)) {}
 
   __device__ void operator()(float& p, float& m, float& v, float gradient, float factor,
                              const ParameterSpan& s) const {
@@ -89,8 +109,12 @@ struct AdamwRule {
 };
 
 struct SgdRule {
+  using Step = SgdStep;
   static constexpr bool kSecondMoment = false;
   float learning_rate, momentum, clip;
+
+  __device__ explicit SgdRule(const SgdStep& s)
+      : learning_rate(s.learning_rate), momentum(s.momentum), clip(s.clip) {}
 
   __device__ void operator()(float& p, float& m, float&, float gradient, float factor,
                              const ParameterSpan& s) const {
@@ -123,9 +147,10 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
     update_kernel(float* __restrict__ master, act* __restrict__ weights, float* __restrict__ moment1,
                   float* __restrict__ moment2, const float* __restrict__ gradients,
                   const ParameterSpan* __restrict__ spans, int count, const float* __restrict__ norm,
-                  Rule rule) {
+                  const typename Rule::Step* __restrict__ step) {
   const float length = *norm;
   if (!isfinite(length)) return;
+  const Rule rule(*step);
   const float factor = rule.clip > 0 && length > rule.clip ? rule.clip / length : 1.0f;
   const size_t arena_end = spans[count - 1].offset + spans[count - 1].size;
   int first = 0;
@@ -165,28 +190,20 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
 
 inline void adamw_update(Cuda& dev, float* master, act* weights, float* moment1, float* moment2,
                          const float* gradients, const ParameterSpan* spans, int count, const float* norm,
-                         const AdamwStep& step) {
+                         const AdamwStep* step) {
   Range<Cuda> range(dev, __func__);
   if (count == 0) return;
-  const AdamwRule rule = {step.learning_rate,
-                          step.beta1,
-                          step.beta2,
-                          step.epsilon,
-                          step.clip,
-                          float(1 - std::pow(double(step.beta1), double(step.step))),
-                          float(1 - std::pow(double(step.beta2), double(step.step)))};
-  update_kernel<<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
-      master, weights, moment1, moment2, gradients, spans, count, norm, rule);
+  update_kernel<AdamwRule><<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
+      master, weights, moment1, moment2, gradients, spans, count, norm, step);
   launched("adamw_update");
 }
 
 inline void sgd_update(Cuda& dev, float* master, act* weights, float* moment, const float* gradients,
-                       const ParameterSpan* spans, int count, const float* norm, const SgdStep& step) {
+                       const ParameterSpan* spans, int count, const float* norm, const SgdStep* step) {
   Range<Cuda> range(dev, __func__);
   if (count == 0) return;
-  const SgdRule rule = {step.learning_rate, step.momentum, step.clip};
-  update_kernel<<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
-      master, weights, moment, nullptr, gradients, spans, count, norm, rule);
+  update_kernel<SgdRule><<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
+      master, weights, moment, nullptr, gradients, spans, count, norm, step);
   launched("sgd_update");
 }
 

@@ -456,12 +456,13 @@ Layer<Real> cross_entropy_layer(int rows, int vocab, int padded) {
   Array<Real> logits = random.array<Real>(rows * padded, -5, 5);
   put_columns(logits, padded, vocab, random.array<Real>(rows * (padded - vocab), 100, 200));
   const auto forward = [=](const auto& in, auto&) {
-    Array<Real> untouched = in.at("logits"), losses = unset<Real>(rows), total = unset<Real>(1);
+    Array<Real> untouched = in.at("logits"), losses = unset<Real>(rows);
+    double total = 0;
     softmax_cross_entropy(cpu<Real>, untouched.data(), losses.data(), targets.data(), rows, vocab, padded,
                           Real(0));
-    sum_losses(cpu<Real>, total.data(), losses.data(), rows);
+    sum_losses(cpu<Real>, &total, losses.data(), rows);
     CHECK(untouched == in.at("logits"));
-    return Tensors<Real>{{"losses", total}};
+    return Tensors<Real>{{"losses", {Real(total)}}};
   };
   const auto backward = [=](const auto& in, const auto&, const auto& d_out) {
     Array<Real> dlogits = in.at("logits"), losses = unset<Real>(rows);
@@ -633,9 +634,9 @@ TEST_CASE("cpu gemm, gradient norm, optimizers: the same bits with any number of
     global_norm(cpu<float>, norm.data(), gradients.data(), gradients.size(), nullptr);
     auto master = gradients, weights = gradients, moment1 = gradients, moment2 = Array<float>(size, 0.5f);
     adamw_update(cpu<float>, master.data(), weights.data(), moment1.data(), moment2.data(), gradients.data(),
-                 spans, 2, norm.data(), adamw);
+                 spans, 2, norm.data(), &adamw);
     sgd_update(cpu<float>, master.data(), weights.data(), moment1.data(), gradients.data(), spans, 2,
-               norm.data(), sgd);
+               norm.data(), &sgd);
     return Tensors<float>{{"c", c}, {"norm", norm}, {"master", master}};
   });
 }
@@ -880,18 +881,18 @@ struct Arena {
 
   void update(const double* gradients, const double* norm, const AdamwStep& step) {
     adamw_update(cpu<double>, master.data(), weights.data(), moment1.data(), moment2.data(), gradients,
-                 kSpans, 3, norm, step);
+                 kSpans, 3, norm, &step);
   }
   void update(const double* gradients, const double* norm, const SgdStep& step) {
-    sgd_update(cpu<double>, master.data(), weights.data(), moment1.data(), gradients, kSpans, 3, norm, step);
+    sgd_update(cpu<double>, master.data(), weights.data(), moment1.data(), gradients, kSpans, 3, norm, &step);
   }
   bool operator==(const Arena& other) const {
     return master == other.master && moment1 == other.moment1 && moment2 == other.moment2;
   }
 };
 
-void advance(AdamwStep& step) { step.step++; }
-void advance(SgdStep&) {}
+void set_step(AdamwStep& step, int t) { step.set_step(t); }
+void set_step(SgdStep&, int) {}
 
 // Several steps, without clipping, with a bound that is sometimes reached, and with one always.
 template <class Torch, class Step>
@@ -905,7 +906,8 @@ void check_optimizer(Step step) {
     std::vector<Torch> expected;
     for (double x : start) expected.push_back(Torch{x});
     Random random;
-    for (int i = 0; i < 6; i++, advance(now)) {
+    for (int i = 0; i < 6; i++) {
+      set_step(now, i + 1);
       now.learning_rate = step.learning_rate / (1 + i);  // a schedule
       const auto gradients = random.array<double>(kArena, -1.0 / (1 + i), 1.0 / (1 + i));
       double squares = 0, norm = -1;
@@ -974,6 +976,17 @@ TEST_CASE("global norm: long arrays, none, and what is not finite") {
   CHECK(norm() == doctest::Approx(5e30f));
   gradients.clear();
   CHECK(norm() == 0);
+}
+
+TEST_CASE("check loss: a loss that is not finite makes the norm NaN, another leaves it") {
+  const double losses[] = {1e300, std::numeric_limits<double>::infinity(),
+                           std::numeric_limits<double>::quiet_NaN()};
+  for (double loss : losses) {
+    float norm = 3;
+    check_loss(cpu<float>, &norm, &loss);
+    CHECK((norm == 3) == std::isfinite(loss));
+    CHECK(std::isnan(norm) == !std::isfinite(loss));
+  }
 }
 
 TEST_CASE("round weights: a copy on the CPU") {

@@ -61,8 +61,10 @@ struct Random {
 
 inline act to_element(double v, act) { return __float2bfloat16(float(v)); }
 inline float to_element(double v, float) { return float(v); }
+inline double to_element(double v, double) { return v; }
 inline double from_element(act v) { return __bfloat162float(v); }
 inline double from_element(float v) { return v; }
+inline double from_element(double v) { return v; }
 
 // Numbers in GPU memory, with what they hold before each run.
 template <class T>
@@ -101,6 +103,7 @@ class Array {
 
 using Acts = Array<act>;
 using Floats = Array<float>;
+using Doubles = Array<double>;
 
 struct Scratch {
   Buffer<Cuda, unsigned char> buffer;
@@ -517,7 +520,8 @@ TEST_CASE("cuda: softmax cross-entropy") {
     Numbers losses_ref(c.rows), gradient_ref = logits, total_ref(1);
     const DeviceCopy<int32_t> dev_targets(dev, targets);
     Acts dev_logits(dev, logits);
-    Floats losses(dev, size_t(c.rows)), total(dev, size_t(1));
+    Floats losses(dev, size_t(c.rows));
+    Doubles total(dev, total_ref);
     const std::vector<act> before = dev_logits.elements();
 
     run_twice(
@@ -546,8 +550,9 @@ TEST_CASE("cuda: softmax cross-entropy") {
   }
   Random random;
   const Numbers many = random.fp32(40001, 1, 5);
-  Numbers sum(1);
-  Floats losses(dev, many), total(dev, size_t(1));
+  Numbers sum(1, 7);
+  Floats losses(dev, many);
+  Doubles total(dev, sum);
   run_twice([&] { gdn::sum_losses(dev, total, losses, int(many.size())); }, total);
   gdn::sum_losses(cpu, sum.data(), many.data(), int(many.size()));
   check_close("sum of many", total, sum, 1e-6);
@@ -658,17 +663,19 @@ TEST_CASE("cuda: adamw") {
   step.clip = 1;
   const double norm = 3;
   Numbers weights(t.arena.size);
-  const int steps = 4;
+  std::vector<gdn::AdamwStep> steps(4, step);
+  for (size_t i = 0; i < steps.size(); i++) steps[i].set_step(int64_t(i) + 1);
+  const DeviceCopy<gdn::AdamwStep> dev_steps(dev, steps);
   run_twice(
       [&] {
-        for (step.step = 1; step.step <= steps; step.step++)
+        for (size_t i = 0; i < steps.size(); i++)
           gdn::adamw_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2, t.dev_gradients,
-                            t.dev_spans, t.count, t.norm, step);
+                            t.dev_spans, t.count, t.norm, dev_steps + i);
       },
       t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2);
-  for (step.step = 1; step.step <= steps; step.step++)
+  for (const gdn::AdamwStep& now : steps)
     gdn::adamw_update(cpu, t.master.data(), weights.data(), t.moment1.data(), t.moment2.data(),
-                      t.gradients.data(), t.arena.spans.data(), t.count, &norm, step);
+                      t.gradients.data(), t.arena.spans.data(), t.count, &norm, &now);
   t.check("master", t.dev_master, t.master, 1e-6);
   t.check("first moment", t.dev_moment1, t.moment1, 1e-6);
   t.check("second moment", t.dev_moment2, t.moment2, 1e-6);
@@ -688,17 +695,18 @@ TEST_CASE("cuda: sgd") {
   Numbers weights(t.arena.size);
   for (const float clip : {0.0f, 2.0f}) {
     step.clip = clip;
+    const DeviceCopy<gdn::SgdStep> dev_step(dev, {step});
     Numbers master = t.master, moment = t.moment1;
     run_twice(
         [&] {
           for (int i = 0; i < 3; i++)
             gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.dev_spans,
-                            t.count, t.norm, step);
+                            t.count, t.norm, dev_step);
         },
         t.dev_master, t.dev_weights, t.dev_moment1);
     for (int i = 0; i < 3; i++)
       gdn::sgd_update(cpu, master.data(), weights.data(), moment.data(), t.gradients.data(),
-                      t.arena.spans.data(), t.count, &norm, step);
+                      t.arena.spans.data(), t.count, &norm, &step);
     t.check("master", t.dev_master, master, 1e-6);
     t.check("moment", t.dev_moment1, moment, 1e-6);
     t.check("weights", t.dev_weights, weights, kActTolerance);
@@ -713,6 +721,8 @@ TEST_CASE("cuda: a gradient that is not finite changes nothing") {
   const auto master = t.dev_master.elements(), moment1 = t.dev_moment1.elements(),
              moment2 = t.dev_moment2.elements();
   const auto weights = t.dev_weights.elements();
+  const DeviceCopy<gdn::AdamwStep> adamw(dev, {gdn::AdamwStep{0.1f, 0.9f, 0.9f}});
+  const DeviceCopy<gdn::SgdStep> sgd(dev, {gdn::SgdStep{0.1f, 0.9f}});
   for (const double bad :
        {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
     const Numbers gradients(9, bad);
@@ -720,13 +730,24 @@ TEST_CASE("cuda: a gradient that is not finite changes nothing") {
     Scratch scratch(dev, gdn::global_norm_scratch_bytes(dev, 9));
     gdn::global_norm(dev, t.norm, dev_gradients, 9, scratch);
     gdn::adamw_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2, t.dev_gradients,
-                      t.dev_spans, t.count, t.norm, gdn::AdamwStep{0.1f, 0.9f, 0.9f});
+                      t.dev_spans, t.count, t.norm, adamw);
     gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.dev_spans, t.count,
-                    t.norm, gdn::SgdStep{0.1f, 0.9f});
+                    t.norm, sgd);
     CHECK(t.dev_master.same_bits(master));
     CHECK(t.dev_moment1.same_bits(moment1));
     CHECK(t.dev_moment2.same_bits(moment2));
     CHECK(t.dev_weights.same_bits(weights));
+  }
+}
+
+TEST_CASE("cuda: a loss that is not finite makes the norm NaN, another leaves it") {
+  if (skip_without_gpu("cuda: a loss that is not finite makes the norm NaN, another leaves it")) return;
+  Cuda dev;
+  for (const double loss : {1e300, std::numeric_limits<double>::infinity(), std::nan("")}) {
+    const Floats norm(dev, Numbers(1, 3));
+    gdn::check_loss(dev, norm, Doubles(dev, Numbers(1, loss)));
+    CHECK((norm.numbers()[0] == 3) == std::isfinite(loss));
+    CHECK(std::isnan(norm.numbers()[0]) == !std::isfinite(loss));
   }
 }
 

@@ -13,6 +13,7 @@
 #include "../../dataloader.h"
 #include "../model.h"
 #include "../optimizer.h"
+#include "../training_step.h"
 #include "skip.h"
 
 namespace model_tests {
@@ -260,6 +261,134 @@ TEST_CASE("model: at the base width all parametrizations have the same bits, ini
     }
 }
 
+TEST_CASE("model: initial values are the same number by number as in pieces and pairs") {
+  Cpu<double> dev;
+  Parameters<Cpu<double>> p(dev, make_config(24, 16, 1, 3, 0, 1.5, 50, Parametrization::mup));
+  p.initialize(14);
+  for (const Tensor& t : p.table.tensors) {
+    CAPTURE(t.name);
+    const uint64_t key = stream_key(14, t.name);
+    std::vector<double> one_by_one, in_pieces(t.size);
+    for (size_t i = 0; i < t.size; i++)
+      one_by_one.push_back(initial_value(t, p.config.mup(), key, i));
+    for (size_t first = 0; first < t.size; first += 6)
+      initial_values(&in_pieces[first], t, p.config.mup(), key, first, std::min<size_t>(6, t.size - first));
+    CHECK(std::vector<double>(p.master(t.offset), p.master(t.offset) + t.size) == one_by_one);
+    CHECK(in_pieces == one_by_one);
+  }
+}
+
+// What training leaves, in numbers that must not depend on how its steps are run.
+template <class Device>
+struct Trajectory {
+  std::vector<typename Device::real> master, moment1, moment2;
+  std::vector<double> losses, norms;
+  bool operator==(const Trajectory& other) const {
+    return master == other.master && moment1 == other.moment1 && moment2 == other.moment2 &&
+           losses == other.losses && norms == other.norms;
+  }
+};
+
+enum class How { layer_by_layer, queued, queued_as_graphs };
+
+// Six steps of 4 sequences, `micro_batch` at a time. Queued, a step is read back while the next one runs, and
+// one step's loss is asked for in between as a validation does.
+template <class Device>
+Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
+  constexpr int kBatch = 4, kLength = 70, kSteps = 6;
+  Device dev;
+  Parameters<Device> p(dev, make_config(64, 32, 2, 3, 0, 2, 50, Parametrization::mup));
+  p.allocate_gradients();
+  p.initialize(15);
+  OptimizerConfig settings;
+  settings.kind = kind;
+  Optimizer<Device> optimizer(p, settings);
+  Model<Device> model(p, micro_batch, kLength, Use::training);
+  TrainingStep<Device> training_step(p, model, optimizer, kBatch, micro_batch, kLength,
+                                     how == How::queued_as_graphs);
+  Trajectory<Device> out;
+  const auto wait = [&] {
+    const auto result = training_step.wait();
+    out.losses.push_back(result.loss);
+    out.norms.push_back(result.norm);
+    CHECK(result.seconds > 0);
+  };
+  for (int step = 1; step <= kSteps; step++) {
+    const TestBatch b = random_batch(kBatch, kLength, 50, 40 + step);
+    const double learning_rate = 0.02 / step;
+    if (how != How::layer_by_layer) {
+      training_step.load(b.tokens.data(), b.targets.data());
+      training_step.queue(step, learning_rate);
+      if (step == 4)
+        while (training_step.running()) wait();
+      if (step == 4) loss_of(model, random_batch(1, kLength - 1, 50, 39));
+      if (training_step.running() > 1) wait();
+      continue;
+    }
+    p.zero_gradients();
+    double loss = 0;
+    for (int row = 0; row < kBatch; row += micro_batch) {
+      model.forward_backward(&b.tokens[row * kLength], &b.targets[row * kLength], micro_batch, kLength,
+                             1.0f / (kBatch * kLength));
+      loss += model.loss_sum();
+    }
+    out.losses.push_back(loss / (kBatch * kLength));
+    out.norms.push_back(optimizer.step(step, learning_rate));
+  }
+  while (training_step.running()) wait();
+  const auto all = [&](const typename Device::real* numbers) {
+    std::vector<typename Device::real> host(p.table.size);
+    dev.download(host.data(), numbers, host.size() * sizeof(host[0]));
+    return host;
+  };
+  out.master = all(p.master());
+  out.moment1 = all(optimizer.moment1());
+  if (kind == OptimizerKind::adamw) out.moment2 = all(optimizer.moment2());
+  return out;
+}
+
+template <class Device>
+void check_queued_steps() {
+  for (OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::sgd})
+    for (int micro_batch : {4, 2, 1}) {
+      CAPTURE(micro_batch);
+      const auto expected = train<Device>(kind, micro_batch, How::layer_by_layer);
+      CHECK(expected.losses.front() != expected.losses.back());
+      CHECK(train<Device>(kind, micro_batch, How::queued) == expected);
+      CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs) == expected);
+    }
+}
+
+TEST_CASE("training step: queued steps have the bits of steps done layer by layer") {
+  check_queued_steps<Cpu<float>>();
+}
+
+// A step whose loss alone is not finite, then a good one.
+template <class Device>
+void check_bad_loss() {
+  Device dev;
+  Parameters<Device> p(dev, make_config(64, 32, 1, 3, 0, 2, 50, Parametrization::mup));
+  p.allocate_gradients();
+  p.initialize(16);
+  Optimizer<Device> optimizer(p, OptimizerConfig{});
+  const auto master = [&] {
+    std::vector<typename Device::real> host(p.table.size);
+    dev.download(host.data(), p.master(), host.size() * sizeof(host[0]));
+    return host;
+  };
+  const auto before = master();
+  const Buffer<Device, double> loss(dev, 1, "a test");
+  typename Optimizer<Device>::Scalars scalars;
+  optimizer.upload_scalars(scalars, 1, 0.1);
+  for (double value : {std::numeric_limits<double>::infinity(), 1.0}) {
+    dev.upload(loss.get(), &value, sizeof(value));
+    optimizer.update(loss.get());
+    CHECK((master() == before) == !std::isfinite(value));
+  }
+}
+
+TEST_CASE("training step: a loss that is not finite changes nothing") { check_bad_loss<Cpu<float>>(); }
+
 // Trains on the built-in stories and returns the mean of (loss - floor) in nats per token over the last
 // `tail` steps.
 template <class Device>
@@ -443,6 +572,18 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
       CHECK(of_gpu <= (t.size < 64 ? 4 : 1.5) * of_rounded);
     }
   }
+}
+
+TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer") {
+  if (gdn_tests::skip_without_gpu(
+          "CUDA training step: steps queued as graphs have the bits of steps done layer by layer"))
+    return;
+  check_queued_steps<Cuda>();
+}
+
+TEST_CASE("CUDA training step: a loss that is not finite changes nothing") {
+  if (gdn_tests::skip_without_gpu("CUDA training step: a loss that is not finite changes nothing")) return;
+  check_bad_loss<Cuda>();
 }
 
 TEST_CASE("CUDA model: the same seed gives the same bits") {

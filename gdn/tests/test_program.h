@@ -147,9 +147,12 @@ TEST_CASE("program: -h lists every option with its default") {
         std::string::npos);  // the README repeats it
 }
 
-TEST_CASE("program: log.csv has its header, a row a step, and validations") {
+TEST_CASE("program: log.csv has its header, a row a step, and validations; the start is timed") {
   Folder folder;
-  REQUIRE(run(folder, kTiny + std::string("-n 6 -v 3 -vn 2 -o out")).code == 0);
+  const auto start = std::chrono::steady_clock::now();
+  const Outcome o = run(folder, kTiny + std::string("-n 6 -v 3 -vn 2 -o out"));
+  const double wall = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  REQUIRE(o.code == 0);
   const std::string log = read_file(folder.path / "out" / "log.csv");
   CHECK(log.rfind("step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n", 0) == 0);
   for (const char* start : {"\n1,train,", "\n6,train,", "\n3,val,", "\n6,val,"}) {
@@ -157,6 +160,11 @@ TEST_CASE("program: log.csv has its header, a row a step, and validations") {
     CHECK(log.find(start) != std::string::npos);
   }
   CHECK(std::count(log.begin(), log.end(), '\n') == 1 + 6 + 2);
+  const size_t at = o.out.find("first step after ");
+  REQUIRE(at != std::string::npos);
+  const double seconds = std::atof(&o.out[at] + std::strlen("first step after "));
+  CHECK(seconds > 0);
+  CHECK(seconds <= wall + 0.02);  // the start is known to 0.01
 }
 
 // The arrays of a checkpoint, without the counters' file that holds the options.
