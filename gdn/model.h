@@ -182,6 +182,9 @@ class Model {
     return double(sum);
   }
 
+  // What the last forward left in layer l: valid until the next call, and with Recompute::nothing for all layers.
+  const LayerActivations& layer(int l) const { return layers_[l]; }
+
   // Feeds tokens [B,T] (host) in the recurrent form, from and into `state`; logits [B,padded_vocab] (host) of
   // the last token of each sequence.
   void decode(const int32_t* tokens, int batch, int length, RecurrentState<Device>& state,
