@@ -37,6 +37,44 @@ namespace gdn {
 
 constexpr int kCoordSteps[] = {0, 1, 2, 4, 8};
 
+// ---- What mup.h derives, as slopes of log(size) against log(d) -------------------------------------------
+//
+// The one table that test_coord_check.h and scripts/coord_check.py judge by: a slope may leave its range by
+// the judge's tolerance. The derivation is for widths far above the number of tokens: in (W_t - W_0) x the
+// update that token t made meets the input of another token s through x_t . x_s, of which d coordinates with
+// independent signs make a part d^-1/2. With M tokens these parts add up to (M/d)^1/2 of the token's own, so
+// that a batch of M > d tokens shows slopes down to -1/2 where the limit is 0.
+
+struct SlopeRange {
+  double low = NAN, high = NAN;  // NaN: not judged
+};
+struct ExpectedSlopes {
+  SlopeRange rms, change;
+};
+
+inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, int step,
+                                      bool fixed_head_size) {
+  const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
+  const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
+  if (is_gradient) return {};
+  if (is_update) return {{0, 0}, {}};  // (ii) of mup.h
+  // k has coordinates dk^-1/2, and so have the writes k u^T
+  if (activation == "S") return {{-half_dk, -half_dk}, {-half_dk, -half_dk}};
+  // s S^T q is Theta(1) while q and the keys are independent, and dk^1/2 once they are aligned. At step 0
+  // they are independent but for the mean of silu (measured: 0.1).
+  if (activation == "o") return {{0, step == 0 ? half_dk / 5 : half_dk}, {0, half_dk}};
+  // Start at d^-1/2 where h and the rows of W_emb do not align. Their change is ΔW h, Theta(1)
+  // (update:lm_head), and W Δh, which is d^-1/2 until W and h are aligned.
+  if (activation == "logits") return {{-0.5, 0}, {-0.5, 0}};
+  // The same alignment moves q . k from dk^-1/2 to Theta(1): while that is small against its final size, the
+  // normalized o, and all that hears of it, change by dk^1/2 times the step; the norm ends that.
+  const bool hears_of_o = layer > 0 || activation == "o_normalized" || activation == "mixer" ||
+                          activation == "mlp" || activation == "block";
+  return {{0, 0}, {0, hears_of_o ? half_dk : 0}};
+}
+
+// ---- Measuring --------------------------------------------------------------------------------------------
+
 struct CoordRow {
   int step = 0, layer = -1;  // layer -1: of no layer
   std::string activation;
@@ -309,30 +347,33 @@ std::vector<CoordRow> coordinate_check(Device& dev, const ModelConfig& config,
   return rows;
 }
 
-// Writes the rows as CSV to the file `path`, to standard output where that is empty. Throws one line when the
-// file cannot be written.
+// Writes the rows as CSV to the file `path`, to standard output where that is empty; a field that a row does
+// not have stays empty. Throws one line when the file cannot be written.
 inline void write_coord_rows(const std::string& path, const std::vector<CoordRow>& rows,
                              const ModelConfig& config, OptimizerKind optimizer, uint64_t seed) {
-  std::FILE* file = path.empty() ? stdout : std::fopen(path.c_str(), "w");
-  const auto fail = [&] {
-    throw std::runtime_error((path.empty() ? "standard output" : "-o " + path) +
-                             ": cannot be written, expected a CSV file");
+  const auto number = [](double x) {
+    char text[32] = "";
+    if (!std::isnan(x)) std::snprintf(text, sizeof text, "%.6g", x);
+    return std::string(text);
   };
-  if (!file) fail();
-  bool good =
-      std::fprintf(file, "param,optimizer,growth,width,seed,step,layer,activation,rms,rms_change\n") > 0;
+  std::string csv =
+      "param,optimizer,growth,width,seed,step,layer,activation,rms,rms_change_since_step_0,"
+      "rms_slope_min,rms_slope_max,change_slope_min,change_slope_max\n";
+  const std::string start = std::string(name(config.parametrization)) + "," + name(optimizer) + "," +
+                            (config.fixed_head_size ? "heads" : "head_dim") + "," +
+                            std::to_string(config.width) + "," + std::to_string(seed) + ",";
   for (const CoordRow& row : rows) {
-    good = good && std::fprintf(file, "%s,%s,%s,%d,%llu,%d,", name(config.parametrization), name(optimizer),
-                                config.fixed_head_size ? "heads" : "head_dim", config.width,
-                                (unsigned long long)seed, row.step) > 0;
-    if (row.layer >= 0) good = good && std::fprintf(file, "%d", row.layer) > 0;
-    good = good && std::fprintf(file, ",%s,%.6g,", row.activation.c_str(), row.rms) > 0;
-    if (std::isfinite(row.change)) good = good && std::fprintf(file, "%.6g", row.change) > 0;
-    good = good && std::fputc('\n', file) != EOF;
+    const ExpectedSlopes e = expected_slopes(row.activation, row.layer, row.step, config.fixed_head_size);
+    csv += start + std::to_string(row.step) + "," + (row.layer < 0 ? "" : std::to_string(row.layer)) + "," +
+           row.activation + "," + number(row.rms) + "," + number(row.change) + "," + number(e.rms.low) + "," +
+           number(e.rms.high) + "," + number(e.change.low) + "," + number(e.change.high) + "\n";
   }
-  good = std::fflush(file) == 0 && good;
-  if (!path.empty()) good = std::fclose(file) == 0 && good;
-  if (!good) fail();
+  std::FILE* file = path.empty() ? stdout : std::fopen(path.c_str(), "w");
+  bool good = file && std::fwrite(csv.data(), 1, csv.size(), file) == csv.size() && std::fflush(file) == 0;
+  if (file && !path.empty()) good = std::fclose(file) == 0 && good;
+  if (!good)
+    throw std::runtime_error((path.empty() ? "standard output" : "-o " + path) +
+                             ": cannot be written, expected a place for a CSV file");
 }
 
 }  // namespace gdn
