@@ -34,6 +34,11 @@ enum class TensorClass {
   gain,         // weights of the RMSNorms over d
   output_gain,  // w_o [dv], weight of the RMSNorm of a head's output, shared by all heads
 };
+constexpr int kTensorClassCount = 8;
+
+// Alternatives that the derivation leaves to measurement (section 5, open questions 1 and 3).
+enum class VectorRule { vector, hidden };      // gains and conv taps: like vectors, or like hidden weights
+enum class DecayMode { coupled, independent };  // decay per step: its rate times lr, or the same at every width
 
 // ---- 1. What grows ----------------------------------------------------------------------------------------
 //
@@ -57,9 +62,18 @@ struct ModelShape {
   double width, heads, head_dim_k, head_dim_v;  // d, H (value heads), dk, dv
 };
 
+// Exponents of r on top of those of the rules. All are 0 except where a test breaks one entry of the tables, to
+// see that the coordinate check (gdn/coord_check.h) notices.
+struct Perturbation {
+  double init[kTensorClassCount] = {}, learning_rate[kTensorClassCount] = {};
+  double logit_scale = 0, readout_scale = 0;
+};
+
 struct Mup {
   Parametrization parametrization;
   ModelShape shape, base;
+  VectorRule vectors = VectorRule::vector;
+  Perturbation perturbation = {};
 };
 
 inline ModelShape base_with_fixed_heads(const ModelShape& m, double base_width) {
@@ -80,6 +94,9 @@ inline Ratios ratios(const Mup& m) {
   return {m.shape.width / m.base.width, m.shape.heads / m.base.heads, m.shape.head_dim_k / m.base.head_dim_k,
           m.shape.head_dim_v / m.base.head_dim_v};
 }
+
+// r^x, exactly 1 for x = 0.
+inline double power_of_ratio(const Mup& m, double x) { return std::pow(ratios(m).r, x); }
 
 // ---- 2. What is wanted ------------------------------------------------------------------------------------
 //
@@ -123,15 +140,22 @@ inline double init_std(const Mup& m, TensorClass cls) {
   switch (cls) {
     case TensorClass::embedding:
     case TensorClass::unembedding:
-      return kBaseStd;
+      return kBaseStd * power_of_ratio(m, m.perturbation.init[int(cls)]);
     case TensorClass::hidden:
     case TensorClass::gate: {
       const double fan_in = m.parametrization == Parametrization::sp ? 1 : ratios(m).r;
-      return kBaseStd / std::sqrt(fan_in);
+      return kBaseStd / std::sqrt(fan_in) * power_of_ratio(m, m.perturbation.init[int(cls)]);
     }
     default:
       throw std::logic_error(std::string(name(cls)) + " tensors are not drawn from a normal");
   }
+}
+
+// Conv taps are drawn from U(-x, x); this is x.
+inline double conv_init_range(const Mup& m) {
+  const bool by_width = m.parametrization != Parametrization::sp && m.vectors == VectorRule::hidden;
+  return 0.5 / std::sqrt(by_width ? ratios(m).r : 1) *
+         power_of_ratio(m, m.perturbation.init[int(TensorClass::conv)]);
 }
 
 // Logits = m_out W h, with h Theta(1) and the d entries of a row of W Theta(1). The final h and the row of a
@@ -139,7 +163,8 @@ inline double init_std(const Mup& m, TensorClass cls) {
 // token just read): a sum of d aligned terms, Theta(d). So (iii) asks for m_out ~ 1/d. For rows that h does
 // not align with, logits start at Theta(d^-1/2), which (iii) allows.
 inline double logit_scale(const Mup& m) {
-  return m.parametrization == Parametrization::sp ? 1 : 1 / ratios(m).r;
+  if (m.parametrization == Parametrization::sp) return 1;
+  return 1 / ratios(m).r * power_of_ratio(m, m.perturbation.logit_scale);
 }
 
 // The gated delta rule, one head (S is [dk,dv], q and k have length 1, v is Theta(1)):
@@ -167,7 +192,8 @@ inline double logit_scale(const Mup& m) {
 // estimates the one to scale for is the smaller.
 inline double readout_scale(const Mup& m) {
   if (m.parametrization != Parametrization::mup) return 1 / std::sqrt(m.shape.head_dim_k);
-  return 1 / std::sqrt(m.base.head_dim_k) * std::sqrt(ratios(m).r_k);
+  return 1 / std::sqrt(m.base.head_dim_k) * std::sqrt(ratios(m).r_k) *
+         power_of_ratio(m, m.perturbation.readout_scale);
 }
 
 // ---- 4. Backward: the size of a gradient ------------------------------------------------------------------
@@ -220,10 +246,13 @@ struct Growth {
 inline Growth growth(const Mup& m, TensorClass cls) {
   const auto [r, r_H, r_k, r_v] = ratios(m);
   const bool gates_are_special = m.parametrization == Parametrization::mup;
+  const bool is_vector =
+      cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
+  if (is_vector && m.vectors == VectorRule::hidden) cls = TensorClass::hidden;
   // clang-format off
   switch (cls) {
     case TensorClass::embedding:   return {1, 1, 1 / r};
-    case TensorClass::unembedding: return {r, logit_scale(m), logit_scale(m)};
+    case TensorClass::unembedding: return {r, 1 / r, 1 / r};
     case TensorClass::hidden:      return {r, 1, 1 / r};
     case TensorClass::gate:        return {r, 1, gates_are_special ? std::sqrt(r_v) / r : 1 / r};
     case TensorClass::gate_scalar: return {1, 1, gates_are_special ? std::sqrt(r_v) / r : 1 / r_H};
@@ -275,13 +304,21 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
   if (m.parametrization == Parametrization::sp) return 1;
   const Growth c = growth(m, cls);
   const double change_per_entry = c.multiplier * c.fan_in;
-  return optimizer == OptimizerKind::adamw ? 1 / change_per_entry : 1 / (change_per_entry * c.gradient);
+  const double scale =
+      optimizer == OptimizerKind::adamw ? 1 / change_per_entry : 1 / (change_per_entry * c.gradient);
+  return scale * power_of_ratio(m, m.perturbation.learning_rate[int(cls)]);
 }
 
 // Decay pulls a tensor towards 0, which is a meaningful value for matrices that are summed over, but not for
 // gains (1), taps and time scales; rare tokens' embeddings would fade between their occurrences.
 inline bool has_weight_decay(TensorClass cls) {
   return cls == TensorClass::hidden || cls == TensorClass::gate || cls == TensorClass::unembedding;
+}
+
+// What multiplies the decay of a class: a step shrinks its weights by lr learning_rate_scale decay this.
+inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorClass cls, DecayMode mode) {
+  if (!has_weight_decay(cls)) return 0;
+  return mode == DecayMode::coupled ? 1 : 1 / learning_rate_scale(m, optimizer, cls);
 }
 
 // ---- Names, and all constants of one model as text --------------------------------------------------------
@@ -317,6 +354,10 @@ inline const char* name(TensorClass cls) {
   return "";
 }
 
+inline const char* name(VectorRule rule) { return rule == VectorRule::vector ? "vector" : "hidden"; }
+
+inline const char* name(DecayMode mode) { return mode == DecayMode::coupled ? "coupled" : "independent"; }
+
 inline Parametrization parse_parametrization(const std::string& text) {
   for (const Parametrization p : kParametrizations)
     if (text == name(p)) return p;
@@ -327,6 +368,18 @@ inline OptimizerKind parse_optimizer(const std::string& text) {
   for (const OptimizerKind optimizer : kOptimizerKinds)
     if (text == name(optimizer)) return optimizer;
   throw std::runtime_error("optimizer '" + text + "': expected adamw or sgd");
+}
+
+inline VectorRule parse_vector_rule(const std::string& text) {
+  for (const VectorRule rule : {VectorRule::vector, VectorRule::hidden})
+    if (text == name(rule)) return rule;
+  throw std::runtime_error("gains and taps '" + text + "': expected vector or hidden");
+}
+
+inline DecayMode parse_decay_mode(const std::string& text) {
+  for (const DecayMode mode : {DecayMode::coupled, DecayMode::independent})
+    if (text == name(mode)) return mode;
+  throw std::runtime_error("decay mode '" + text + "': expected coupled or independent");
 }
 
 inline std::string mup_table(const Mup& m, OptimizerKind optimizer) {

@@ -21,6 +21,7 @@
 #ifdef __CUDACC__
 #include "gdn_kernels.cuh"
 #endif
+#include "gdn/coord_check.h"
 #include "gdn/generate.h"
 #include "gdn/model.h"
 #include "gdn/model_checkpoint.h"
@@ -76,6 +77,11 @@ void resolve_defaults(Options& o, bool gpu) {
   if (o.validation_sequences < 0) o.validation_sequences = gpu ? 256 : 32;
 }
 
+OptimizerConfig optimizer_config(const Options& o) {
+  return {parse_optimizer(o.optimizer), float(o.weight_decay), float(o.beta1), float(o.beta2),
+          float(o.epsilon),             float(o.momentum),     float(o.clip),  parse_decay_mode(o.decay_mode)};
+}
+
 // The first of run_001, run_002, ... that does not exist, or to resume the last one that does.
 std::string run_folder(bool resume) {
   std::string last;
@@ -109,14 +115,7 @@ class Run {
                                  std::to_string(loader_.source().vocab_size()));
     }
     parameters_.allocate_gradients();
-    const OptimizerConfig optimizer{parse_optimizer(o_.optimizer),
-                                    float(o_.weight_decay),
-                                    float(o_.beta1),
-                                    float(o_.beta2),
-                                    1e-8f,
-                                    float(o_.momentum),
-                                    float(o_.clip)};
-    optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer);
+    optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_));
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
                                              Recompute(o_.recompute));
     training_step_ = std::make_unique<TrainingStep<Device>>(parameters_, *model_, *optimizer_, o_.global_batch,
@@ -345,7 +344,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
   if (checkpoint) {
     const ModelConfig saved = read_config(*checkpoint);
     bool given = false;
-    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param"})
+    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains"})
       given = given || table.given(name);
     if (!given) {
       if (vocab && vocab != saved.vocab)
@@ -354,8 +353,9 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
       return saved;
     }
   }
-  const ModelConfig config = make_config(o.width, o.base_width, o.layers, o.heads, o.head_dim,
-                                         o.value_expansion, vocab, parse_parametrization(o.parametrization));
+  ModelConfig config = make_config(o.width, o.base_width, o.layers, o.heads, o.head_dim, o.value_expansion,
+                                   vocab, parse_parametrization(o.parametrization));
+  config.vectors = parse_vector_rule(o.gains);
   if (checkpoint) require_same_shape(config, read_config(*checkpoint), checkpoint->path);
   return config;
 }
@@ -376,9 +376,26 @@ void generate_and_print(Device& dev, const Options& o) {
   std::printf("\n");
 }
 
+// The coordinate check of the model the options describe (gdn/coord_check.h).
+template <class Device>
+void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
+  if (o.global_batch == 0) o.global_batch = 4;
+  o.micro_batch = o.global_batch;  // one micro-batch a step
+  resolve_defaults(o, Device::is_gpu);
+  DataLoader loader(o.train, o.seq_len, o.global_batch, o.seed);
+  std::vector<int32_t> tokens(size_t(o.global_batch) * o.seq_len), targets(tokens.size());
+  loader.next(tokens.data(), targets.data());
+  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), nullptr);
+  const std::vector<CoordRow> rows =
+      coordinate_check(dev, config, optimizer_config(o), o.learning_rate, o.seed, tokens, targets,
+                       o.global_batch, o.seq_len);
+  write_coord_rows(o.output, rows, config, parse_optimizer(o.optimizer), o.seed);
+}
+
 template <class Device>
 void run_on(Device& dev, Options& o, OptionTable& table) {
   if (o.generate) return generate_and_print(dev, o);
+  if (o.coord_check) return check_coordinates(dev, o, table);
   if (o.output.empty()) o.output = run_folder(o.resume);
   std::unique_ptr<Checkpoint> resumed;
   const std::string newest = find_newest_checkpoint(o.output, warn);
@@ -419,13 +436,17 @@ int run(int argc, char** argv) {
   if (o.device != "auto" && o.device != "cuda" && o.device != "cpu")
     throw std::runtime_error("-d '" + o.device + "': expected auto, cuda or cpu");
   if (o.generate && o.load.empty()) throw std::runtime_error("-gen needs a checkpoint: -load FOLDER");
+  parse_vector_rule(o.gains);
+  parse_decay_mode(o.decay_mode);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
+  if (o.coord_check && (o.resume || o.generate || !o.load.empty()))
+    throw std::runtime_error("-coord_check starts from fresh weights: leave out -resume, -load and -gen");
   install_signal_handlers();
 #ifdef __CUDACC__
   const std::string no_gpu = Cuda::unavailable();
   if (o.device == "cuda" || (o.device == "auto" && no_gpu.empty())) {
     Cuda dev;
-    if (!o.generate) std::printf("device: %s\n", dev.name.c_str());
+    if (!o.generate && !o.coord_check) std::printf("device: %s\n", dev.name.c_str());
     run_on(dev, o, table);
     return 0;
   }
@@ -436,7 +457,7 @@ int run(int argc, char** argv) {
         "-d cuda: this train_gdn was built without nvcc; install the CUDA Toolkit and run make");
 #endif
   Cpu<float> dev;
-  if (!o.generate) std::printf("device: CPU%s\n", o.device == "auto" ? (" (" + no_gpu + ")").c_str() : "");
+  if (!o.generate && !o.coord_check) std::printf("device: CPU%s\n", o.device == "auto" ? (" (" + no_gpu + ")").c_str() : "");
   run_on(dev, o, table);
   return 0;
 }

@@ -204,6 +204,9 @@ class Model {
   }
   const double* device_loss_sum() const { return loss_sum_.get(); }
 
+  // What the last forward left in layer l: valid until the next call, and with Recompute::nothing for all layers.
+  const LayerActivations& layer(int l) const { return layers_[l]; }
+
   // Feeds tokens [B,T] (host) in the recurrent form, from and into `state`; logits [B,padded_vocab] (host) of
   // the last token of each sequence.
   void decode(const int32_t* tokens, int batch, int length, RecurrentState<Device>& state,

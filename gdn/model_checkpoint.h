@@ -45,7 +45,8 @@ inline Json config_json(const ModelConfig& c) {
                       {"train_gdn", Json::Object{{"vocab", c.vocab},
                                                  {"base_width", c.base_width},
                                                  {"fixed_head_size", c.fixed_head_size},
-                                                 {"parametrization", name(c.parametrization)}}}};
+                                                 {"parametrization", name(c.parametrization)},
+                                                 {"gains", name(c.vectors)}}}};
 }
 
 // Throws one line naming the first key of a flash-linear-attention configuration that asks for what this
@@ -115,6 +116,7 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
     c.base_width = int(ours->integer("base_width"));
     c.fixed_head_size = ours->boolean("fixed_head_size");
     c.parametrization = parse_parametrization(ours->string("parametrization"));
+    if (ours->find("gains")) c.vectors = parse_vector_rule(ours->string("gains"));  // older ones: vector
   } else {
     c.vocab = stored_vocab;
     c.base_width = c.width;
@@ -141,6 +143,9 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   same("MLP size", wanted.mlp_size, saved.mlp_size);
   same("vocabulary", wanted.vocab, saved.vocab);
   same("fixed head size (0 or 1)", wanted.fixed_head_size, saved.fixed_head_size);
+  if (wanted.vectors != saved.vectors)
+    throw std::runtime_error(path + ": has -gains " + name(saved.vectors) + ", the options ask for " +
+                             name(wanted.vectors));
   if (wanted.parametrization != saved.parametrization)
     throw std::runtime_error(path + ": has parametrization " + name(saved.parametrization) + ", the options ask for " +
                              name(wanted.parametrization));

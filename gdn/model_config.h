@@ -22,6 +22,8 @@ struct ModelConfig {
   bool tied = true;         // one matrix for embedding and unembedding
   bool neg_eigval = false;  // beta in (0,2)
   Parametrization parametrization = Parametrization::mup;
+  VectorRule vectors = VectorRule::vector;
+  Perturbation perturbation = {};
 
   MixerShape mixer_shape(int batch, int tokens) const {
     return {batch, tokens, heads_k, heads_v, head_dim_k, head_dim_v};
@@ -30,7 +32,8 @@ struct ModelConfig {
     const ModelShape shape{double(width), double(heads_v), double(head_dim_k), double(head_dim_v)};
     return {parametrization, shape,
             fixed_head_size ? base_with_fixed_head_size(shape, base_width)
-                            : base_with_fixed_heads(shape, base_width)};
+                            : base_with_fixed_heads(shape, base_width),
+            vectors, perturbation};
   }
   float beta_max() const { return neg_eigval ? 2.0f : 1.0f; }
 };

@@ -31,16 +31,17 @@ struct Options {
   int64_t steps = 0;                      // by device
   std::string optimizer = "adamw";
   double learning_rate = -1, weight_decay = -1;  // by optimizer
-  double beta1 = 0.9, beta2 = 0.95, momentum = 0.98, clip = 1;
+  std::string decay_mode = "coupled";
+  double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
-  std::string parametrization = "mup", device = "auto";
+  std::string parametrization = "mup", gains = "vector", device = "auto";
   uint64_t seed = 42;
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
   int recompute = 0;
-  bool resume = false, help = false;
+  bool resume = false, coord_check = false, help = false;
   std::string load;
   int64_t generate = 0;
   std::string prompt;
@@ -83,6 +84,8 @@ class OptionTable {
           "none");
     real("ev", "X", o.value_expansion, 1e-3, 64, "value head size over key head size");
     text("param", "mup|mup0|sp", o.parametrization, "parametrization (mup.h)");
+    text("gains", "vector|hidden", o.gains,
+         "norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, open question 1)");
     section("training");
     whole("T", "N", o.seq_len, 1, 1 << 24, "tokens in a sequence", "1024, on the CPU 128");
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",
@@ -98,8 +101,11 @@ class OptionTable {
     whole("warmup", "N", o.warmup, 0, int64_t(1) << 40, "steps of linear warm-up, then a cosine to -min_lr",
           "-n / 10");
     real("wd", "X", o.weight_decay, 0, 1e3, "weight decay of Linear weights", "adamw 0.1, sgd 0");
+    text("wd_mode", "coupled|independent", o.decay_mode,
+         "decay a step: -wd times the tensor's own learning rate, or times -lr at every width");
     real("b1", "X", o.beta1, 0, 1, "AdamW beta1");
     real("b2", "X", o.beta2, 0, 1, "AdamW beta2");
+    real("eps", "X", o.epsilon, 0, 1, "AdamW eps");
     real("mom", "X", o.momentum, 0, 1, "SGD's Nesterov momentum");
     real("clip", "X", o.clip, 0, 1e9, "largest norm of the gradient, 0: no clipping");
     whole("seed", "N", o.seed, 0, std::numeric_limits<int64_t>::max(),
@@ -119,6 +125,10 @@ class OptionTable {
     whole("s", "N", o.sample_every, 0, int64_t(1) << 40, "steps between samples, 0: none", "-n / 10");
     flag("resume", o.resume,
          "go on from the newest complete checkpoint in -o, with its options where none are given");
+    section("coordinate check");
+    flag("coord_check", o.coord_check,
+         "8 steps at a constant -lr on one batch of -B sequences [4], then stop: sizes of activations, gradients and "
+         "updates as CSV, to the file -o or standard output (scripts/coord_check.py)");
     section("generation");
     text("load", "FOLDER", o.load, "start from this checkpoint's weights");
     whole("gen", "N", o.generate, 1, int64_t(1) << 40, "generate N tokens from -load and stop", "none");

@@ -93,7 +93,7 @@ inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64
     case TensorClass::output_gain:
       return 1.0f;
     case TensorClass::conv:
-      return float(random_uniform(key, index) - 0.5);  // U(-1/2, 1/2) = 1/sqrt(4 taps)
+      return float((random_uniform(key, index) - 0.5) * 2 * conv_init_range(mup));  // 1/2 = 1/sqrt(4 taps)
     case TensorClass::gate_scalar: {
       const double u = random_uniform(key, index);
       if (t.name.find("A_log") != std::string::npos) return float(std::log(1e-4 + u * (16 - 1e-4)));
@@ -174,12 +174,13 @@ class Parameters {
   void round() { round_weights(dev, weights(), master(), table.size); }
 
   // The optimizer's view: each tensor's learning rate and decay under the parametrization.
-  std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay) const {
+  std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay,
+                                   DecayMode mode = DecayMode::coupled) const {
     const Mup mup = config.mup();
     std::vector<ParameterSpan> spans;
     for (const Tensor& t : table.tensors)
       spans.push_back({t.offset, t.size, float(learning_rate_scale(mup, optimizer, t.cls)),
-                       has_weight_decay(t.cls) ? weight_decay : 0.0f});
+                       float(weight_decay * weight_decay_scale(mup, optimizer, t.cls, mode))});
     return spans;
   }
 

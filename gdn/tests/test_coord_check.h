@@ -1,0 +1,170 @@
+// The coordinate check at small widths on the CPU: under mup every slope is where mup.h derives it, under sp
+// and with any one exponent of the tables half a power off it is not. Few tokens, one layer, several seeds:
+// the derivation holds for widths far above the number of tokens (gdn/coord_check.h).
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../coord_check.h"
+
+namespace coord_check_tests {
+
+using namespace gdn;
+
+constexpr int kWidths[] = {64, 128, 256};
+constexpr int kTokens = 6, kVocab = 64;
+constexpr double kTolerance = 0.25;  // half of what breaking an exponent moves a slope by
+
+struct Setup {
+  Parametrization parametrization = Parametrization::mup;
+  OptimizerKind optimizer = OptimizerKind::adamw;
+  bool fixed_head_size = false;
+  Perturbation perturbation = {};
+  int seeds = 2, last_step = 1;
+  bool tied = false;  // false: embedding and unembedding are classes of their own
+};
+
+inline ModelConfig config_of(const Setup& s, int width) {
+  ModelConfig c = make_config(width, 256, 1, s.fixed_head_size ? 0 : 3, s.fixed_head_size ? 8 : 0, 2, kVocab,
+                              s.parametrization);
+  c.mlp_size = 3 * width;  // not rounded, so that it grows as the width does
+  c.tied = s.tied;
+  c.perturbation = s.perturbation;
+  return c;
+}
+
+// A size's name, layer, step, and whether it is that of the change since step 0.
+using Size = std::tuple<std::string, int, int, bool>;
+
+// Slopes of log(size) against log(width), sizes pooled over seeds by their mean square.
+inline std::map<Size, double> slopes(const Setup& s) {
+  std::map<Size, std::map<int, double>> mean_squares;
+  for (const int width : kWidths)
+    for (int seed = 1; seed <= s.seeds; seed++) {
+      std::vector<int32_t> tokens, targets;
+      for (int i = 0; i < kTokens; i++) {
+        tokens.push_back(int32_t(random_bits(seed, 2 * i) % kVocab));
+        targets.push_back(int32_t(random_bits(seed, 2 * i + 1) % kVocab));
+      }
+      OptimizerConfig optimizer;
+      optimizer.kind = s.optimizer;
+      optimizer.weight_decay = optimizer.clip = 0;
+      const double learning_rate =
+          s.optimizer == OptimizerKind::adamw ? 1e-4 : 1e-3;  // effects of first order
+      Cpu<float> dev;
+      for (const CoordRow& row : coordinate_check(dev, config_of(s, width), optimizer, learning_rate, seed,
+                                                  tokens, targets, 1, kTokens, s.last_step)) {
+        mean_squares[{row.activation, row.layer, row.step, false}][width] += row.rms * row.rms;
+        if (row.step > 0 && std::isfinite(row.change))
+          mean_squares[{row.activation, row.layer, row.step, true}][width] += row.change * row.change;
+      }
+    }
+  std::map<Size, double> slopes;
+  for (const auto& [size, by_width] : mean_squares) {
+    double n = 0, x = 0, y = 0, xx = 0, xy = 0;
+    for (const auto& [width, mean_square] : by_width) {
+      const double lx = std::log(width), ly = 0.5 * std::log(mean_square);
+      n += 1, x += lx, y += ly, xx += lx * lx, xy += lx * ly;
+    }
+    slopes[size] = (n * xy - x * y) / (n * xx - x * x);
+  }
+  return slopes;
+}
+
+// The slopes that are not where they should be, one line each.
+inline std::string violations(const Setup& s) {
+  std::string text;
+  for (const auto& [size, slope] : slopes(s)) {
+    const auto& [activation, layer, step, is_change] = size;
+    const ExpectedSlopes e = expected_slopes(activation, layer, step, s.fixed_head_size);
+    const SlopeRange range = is_change ? e.change : e.rms;
+    if (std::isnan(range.low)) continue;
+    if (slope >= range.low - kTolerance && slope <= range.high + kTolerance) continue;
+    char line[160];
+    std::snprintf(line, sizeof line, "%s%s at step %d: slope %.2f, wanted %g to %g\n", activation.c_str(),
+                  is_change ? "'s change" : "", step, slope, range.low, range.high);
+    text += line;
+  }
+  return text;
+}
+
+// SGD's updates are as random as the gradients. Those of the gates differ from head to head by orders of
+// magnitude, with the head's time scale, and take many seeds to average over; AdamW divides all that away.
+inline int seeds_for(OptimizerKind optimizer, bool for_gates) {
+  return optimizer == OptimizerKind::adamw ? 2 : for_gates ? 48 : 12;
+}
+
+TEST_CASE("coordinate check: mup passes, sp fails") {
+  for (const bool fixed_head_size : {false, true})
+    for (const OptimizerKind optimizer : kOptimizerKinds) {
+      CAPTURE(fixed_head_size);
+      CAPTURE(std::string(name(optimizer)));
+      Setup s;
+      s.fixed_head_size = fixed_head_size;
+      s.optimizer = optimizer;
+      s.seeds = seeds_for(optimizer, true);
+      s.last_step = 2;
+      for (const bool tied : {false, true}) {
+        s.tied = tied;
+        CAPTURE(tied);
+        CHECK(violations(s) == "");
+      }
+      s.parametrization = Parametrization::sp;
+      s.seeds = 2;
+      CHECK(violations(s) != "");
+    }
+}
+
+TEST_CASE("coordinate check: breaking any one exponent fails it") {
+  for (const bool fixed_head_size : {false, true})
+    for (const double by : {-0.5, 0.5}) {
+      CAPTURE(fixed_head_size);
+      CAPTURE(by);
+      Setup intact;
+      intact.fixed_head_size = fixed_head_size;
+      for (const OptimizerKind optimizer : kOptimizerKinds) {  // with as few seeds as below
+        Setup s = intact;
+        s.optimizer = optimizer;
+        s.seeds = seeds_for(optimizer, false);
+        CHECK(violations(s) == "");
+      }
+      // An initial size or a multiplier may show in the activations or, through the gradients, in SGD's
+      // updates.
+      const auto fails = [&](const Perturbation& perturbation,
+                             std::initializer_list<OptimizerKind> optimizers, bool for_gates = false) {
+        for (const OptimizerKind optimizer : optimizers) {
+          Setup s = intact;
+          s.optimizer = optimizer;
+          s.seeds = seeds_for(optimizer, for_gates);
+          s.perturbation = perturbation;
+          if (violations(s) != "") return true;
+        }
+        return false;
+      };
+      for (const TensorClass cls : kTensorClasses) {
+        CAPTURE(std::string(name(cls)));
+        Perturbation p;
+        p.learning_rate[int(cls)] = by;
+        CHECK(fails(p, {OptimizerKind::adamw}));
+        CHECK(fails(p, {OptimizerKind::sgd}, cls == TensorClass::gate || cls == TensorClass::gate_scalar));
+        if (cls <= TensorClass::gate || cls == TensorClass::conv) {
+          p = {};
+          p.init[int(cls)] = by;
+          CHECK(fails(p, {OptimizerKind::adamw, OptimizerKind::sgd}));
+        }
+      }
+      Perturbation logits, readout;
+      logits.logit_scale = by;
+      readout.readout_scale = by;
+      CHECK(fails(logits, {OptimizerKind::adamw, OptimizerKind::sgd}));
+      CHECK(fails(readout, {OptimizerKind::adamw}));
+    }
+}
+
+}  // namespace coord_check_tests
