@@ -18,6 +18,7 @@
 #include "gdn/tests/skip.h"
 #include "gdn/tests/test_checkpoint.h"
 #include "gdn/tests/test_config.h"
+#include "gdn/tests/test_coord_check.h"
 #include "gdn/tests/test_cpu_layers.h"
 #include "gdn/tests/test_cuda_delta_rule.h"
 #include "gdn/tests/test_cuda_layers.h"

@@ -226,8 +226,93 @@ TEST_CASE("mup: which classes have an init std, and which decay") {
     CHECK(has_weight_decay(cls));
 }
 
+TEST_CASE("mup: gains and taps as hidden weights") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const Parametrization p : kParametrizations) {
+        CAPTURE(std::string(name(p)));
+        CAPTURE(width);
+        const Mup as_vector = model(p, family, width);
+        Mup as_hidden = as_vector;
+        as_hidden.vectors = VectorRule::hidden;
+        const double r = width / kBaseWidth;
+        CHECK(conv_init_range(as_vector) == 0.5);
+        CHECK(conv_init_range(as_hidden) ==
+              doctest::Approx(p == Parametrization::sp ? 0.5 : 0.5 / std::sqrt(r)).epsilon(1e-12));
+        for (const TensorClass cls : kTensorClasses)
+          for (const OptimizerKind optimizer : kOptimizerKinds) {
+            const bool is_vector =
+                cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
+            CHECK(learning_rate_scale(as_hidden, optimizer, cls) ==
+                  learning_rate_scale(as_vector, optimizer, is_vector ? TensorClass::hidden : cls));
+          }
+      }
+  Mup base = model(Parametrization::mup, Family::fixed_heads, kBaseWidth);
+  base.vectors = VectorRule::hidden;
+  CHECK(conv_init_range(base) == 0.5);
+}
+
+TEST_CASE("mup: independent decay is the same at every width, coupled decay follows the learning rate") {
+  using namespace mup_tests;
+  for (const double width : kWidths)
+    for (const OptimizerKind optimizer : kOptimizerKinds)
+      for (const TensorClass cls : kTensorClasses) {
+        const Mup m = model(Parametrization::mup, Family::fixed_heads, width);
+        const double lr = learning_rate_scale(m, optimizer, cls),
+                     coupled = weight_decay_scale(m, optimizer, cls, DecayMode::coupled),
+                     independent = weight_decay_scale(m, optimizer, cls, DecayMode::independent);
+        CHECK(coupled == (has_weight_decay(cls) ? 1 : 0));
+        CHECK(lr * independent == doctest::Approx(coupled).epsilon(1e-12));
+      }
+}
+
+TEST_CASE("mup: a perturbation moves its own entry by its exponent, and no other") {
+  using namespace mup_tests;
+  const Mup intact = model(Parametrization::mup, Family::fixed_heads, 1024);  // r = 4
+  const auto constants = [](const Mup& m) {
+    std::vector<double> all = {logit_scale(m), readout_scale(m), conv_init_range(m)};
+    for (const TensorClass cls : kTensorClasses) {
+      if (cls <= TensorClass::gate) all.push_back(init_std(m, cls));
+      for (const OptimizerKind optimizer : kOptimizerKinds)
+        all.push_back(learning_rate_scale(m, optimizer, cls));
+    }
+    return all;
+  };
+  const auto changed = [&](const Mup& m) {  // how many constants doubled; -1: another change
+    const std::vector<double> before = constants(intact), after = constants(m);
+    int doubled = 0;
+    for (size_t i = 0; i < before.size(); i++) {
+      if (after[i] == before[i]) continue;
+      if (after[i] != doctest::Approx(2 * before[i]).epsilon(1e-12)) return -1;
+      doubled++;
+    }
+    return doubled;
+  };
+  for (const TensorClass cls : kTensorClasses) {
+    Mup m = intact;
+    m.perturbation.learning_rate[int(cls)] = 0.5;
+    CHECK(changed(m) == 2);  // AdamW's and SGD's
+    m = intact;
+    m.perturbation.init[int(cls)] = 0.5;
+    CHECK(changed(m) == (cls <= TensorClass::gate || cls == TensorClass::conv ? 1 : 0));
+  }
+  Mup m = intact;
+  m.perturbation.logit_scale = 0.5;
+  CHECK(changed(m) == 1);
+  m = intact;
+  m.perturbation.readout_scale = 0.5;
+  CHECK(changed(m) == 1);
+}
+
 TEST_CASE("mup: names and parsing") {
   using namespace mup_tests;
+  for (const VectorRule rule : {VectorRule::vector, VectorRule::hidden})
+    CHECK(parse_vector_rule(name(rule)) == rule);
+  for (const DecayMode mode : {DecayMode::coupled, DecayMode::independent})
+    CHECK(parse_decay_mode(name(mode)) == mode);
+  CHECK(error_of([] { parse_vector_rule("gain"); }) == "gains and taps 'gain': expected vector or hidden");
+  CHECK(error_of([] { parse_decay_mode(""); }) == "decay mode '': expected coupled or independent");
   for (const Parametrization p : kParametrizations) CHECK(parse_parametrization(name(p)) == p);
   for (const OptimizerKind optimizer : kOptimizerKinds) CHECK(parse_optimizer(name(optimizer)) == optimizer);
   CHECK(error_of([] { parse_parametrization("muP"); }) == "parametrization 'muP': expected sp, mup0 or mup");

@@ -101,6 +101,12 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"stray", "stray"},
                         Case{"-opt adam", "adam"},
                         Case{"-param up", "up"},
+                        Case{"-gains both", "both"},
+                        Case{"-wd_mode none", "none"},
+                        Case{"-eps -1", "-eps '-1'"},
+                        Case{"-coord_check -resume", "-coord_check"},
+                        Case{"-coord_check -o nowhere/x.csv", "nowhere/x.csv"},
+                        Case{"-coord_check -opt sgd -lr 1e6 -clip 0", "-coord_check"},
                         Case{"-d tpu", "tpu"},
                         Case{"-w 100 -heads 6", "-w 100"},
                         Case{"-head_dim 7 -ev 0.5", "-ev"},
@@ -139,7 +145,8 @@ TEST_CASE("program: -h lists every option with its default") {
        {"-i ",    "-j ",      "-w ",      "-w0 ",    "-L ",   "-heads ", "-head_dim ", "-ev ", "-T ",
         "-b ",    "-B ",      "-n ",      "-opt ",   "-lr ",  "-wd ",    "-b1 ",       "-b2 ", "-mom ",
         "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ",   "-seed ",  "-o ",        "-v ",  "-save ",
-        "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt "}) {
+        "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt ",   "-eps ", "-wd_mode ",
+        "-gains ", "-coord_check "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
