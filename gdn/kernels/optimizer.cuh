@@ -89,14 +89,9 @@ struct AdamwRule {
   static constexpr bool kSecondMoment = true;
   float learning_rate, beta1, beta2, epsilon, clip, correction1, correction2;
 
-  __device__ explicit AdamwRule(const AdamwStep& s)
-      : learning_rate(s.learning_rate),
-        beta1(s.beta1),
-        beta2(s.beta2),
-        epsilon(s.epsilon),
-        clip(s.clip),
-        correction1(float(s.correction1)),
-        correction2(float(s.correction2)) {}
+  __device__ static AdamwRule of(const AdamwStep& s) {
+    return {s.learning_rate, s.beta1, s.beta2, s.epsilon, s.clip, float(s.correction1), float(s.correction2)};
+  }
 
   __device__ void operator()(float& p, float& m, float& v, float gradient, float factor,
                              const ParameterSpan& s) const {
@@ -113,8 +108,7 @@ struct SgdRule {
   static constexpr bool kSecondMoment = false;
   float learning_rate, momentum, clip;
 
-  __device__ explicit SgdRule(const SgdStep& s)
-      : learning_rate(s.learning_rate), momentum(s.momentum), clip(s.clip) {}
+  __device__ static SgdRule of(const SgdStep& s) { return {s.learning_rate, s.momentum, s.clip}; }
 
   __device__ void operator()(float& p, float& m, float&, float gradient, float factor,
                              const ParameterSpan& s) const {
@@ -150,7 +144,9 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
                   const typename Rule::Step* __restrict__ step) {
   const float length = *norm;
   if (!isfinite(length)) return;
-  const Rule rule(*step);
+  __shared__ Rule rule;
+  if (threadIdx.x == 0) rule = Rule::of(*step);
+  __syncthreads();
   const float factor = rule.clip > 0 && length > rule.clip ? rule.clip / length : 1.0f;
   const size_t arena_end = spans[count - 1].offset + spans[count - 1].size;
   int first = 0;
@@ -162,6 +158,7 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
       const size_t span_end = span.offset + span.size, end = min(span_end, begin + kUpdatePiece);
       for (size_t i = begin + threadIdx.x * 4; i < end; i += 4 * kUpdateThreads) {
         if (i < span.offset) continue;
+        asm volatile("" ::: "memory");  // the rule is read again each time, and registers stay free
         if (i + 4 > span_end) {
           for (size_t j = i; j < span_end; j++) {
             float unused = 0;
