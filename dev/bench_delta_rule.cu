@@ -4,7 +4,7 @@
 //   dev/bench_delta_rule [runs, 30]
 //
 // The floor of a row is the larger of its bytes (each input read once, each output written once) at an H100's
-// 3 TB/s and its products, each counted once however often split operands repeat it, at 600 TFLOP/s.
+// 3 TB/s and its products, at 600 TFLOP/s.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -135,14 +135,14 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   const double square = 2 * C * C * dk, to_state = 2 * C * dk * dv, in_chunk = 2 * C * C * dv;
   const double keys = 2.0 * sizeof(act) * shape.rows() * shape.key_dim(),
                value = double(sizeof(act)) * values;
-  const double states = chunks * dk * dv * sizeof(act), matrices = chunks * 4 * C * C * sizeof(act);
+  const double states = chunks * dk * dv * sizeof(__half), matrices = chunks * 2 * C * C * sizeof(__half);
   const double input = keys + value;
   const Cost prepare = {keys + matrices, chunks * 2 * square};
-  const Cost forward_pass = {input + matrices + value + states + 2 * value,
+  const Cost forward_pass = {input + matrices + value + states + value,
                              chunks * (3 * to_state + 2 * in_chunk)};
-  const Cost backward_pass = {input + matrices + value + 2 * states + 2 * value,
+  const Cost backward_pass = {input + matrices + value + states + value,
                               chunks * (3 * to_state + 2 * in_chunk)};
-  const Cost gradients = {2 * keys + 5 * value + 3 * states,
+  const Cost gradients = {2 * keys + 3 * value + 2 * states,
                           chunks * (3 * to_state + 2 * in_chunk + 6 * square)};
   const Cost forward = {input + value, prepare.flops + forward_pass.flops};
   const Cost backward = {2 * input + value, backward_pass.flops + gradients.flops};
@@ -166,7 +166,7 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
        [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, scratch.get()); });
   time("forward_pass_kernel", forward_pass,
        [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, scratch.get()); });
-  time("  nothing saved", {forward_pass.bytes - states - 2 * value, forward_pass.flops},
+  time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
        [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, scratch.get()); });
   time("backward_pass_kernel", backward_pass,
        [&] { delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, scratch.get()); });

@@ -120,33 +120,40 @@ inline size_t chunk_count(const MixerShape& shape) {
   return size_t(shape.batch) * shape.heads_v * shape.chunks();
 }
 inline size_t states_bytes(const MixerShape& shape) {
-  return aligned(chunk_count(shape) * shape.head_dim_k * shape.head_dim_v * sizeof(act));
+  return aligned(chunk_count(shape) * shape.head_dim_k * shape.head_dim_v * sizeof(__half));
 }
 inline size_t values_bytes(const MixerShape& shape) {
-  return aligned(size_t(shape.rows()) * shape.value_dim() * sizeof(act));
+  return aligned(size_t(shape.rows()) * shape.value_dim() * sizeof(__half));
+}
+inline size_t exponents_bytes(const MixerShape& shape) {
+  return aligned(chunk_count(shape) * (shape.head_dim_v / 16) * sizeof(int));
 }
 inline size_t matrices_bytes(const MixerShape& shape) {
-  return chunk_count(shape) * 4 * kSquare * sizeof(act);
+  return aligned(chunk_count(shape) * 2 * kSquare * sizeof(__half));
 }
-inline size_t gates_bytes(const MixerShape& shape) { return chunk_count(shape) * kGates * sizeof(float); }
+inline size_t gates_bytes(const MixerShape& shape) {
+  return aligned(chunk_count(shape) * kGates * sizeof(float));
+}
+inline size_t saved_bytes(const MixerShape& shape) {
+  return states_bytes(shape) + values_bytes(shape) + exponents_bytes(shape);
+}
 
 inline Saved saved_at(void* saved, const MixerShape& shape) {
   if (!saved) return {};
-  char* at = static_cast<char*>(saved);
-  return {reinterpret_cast<act*>(at), reinterpret_cast<act*>(at + states_bytes(shape)),
-          reinterpret_cast<act*>(at + states_bytes(shape) + values_bytes(shape))};
+  char* errors = static_cast<char*>(saved) + states_bytes(shape);
+  return {static_cast<__half*>(saved), reinterpret_cast<__half*>(errors),
+          reinterpret_cast<int*>(errors + values_bytes(shape))};
 }
 
-// Scratch: matrices, gates, and in the backward the adjoints.
-inline act* matrices_at(void* scratch) { return static_cast<act*>(scratch); }
+// Scratch: matrices, gates, and in the backward the adjoints, laid out as what is saved.
+inline __half* matrices_at(void* scratch) { return static_cast<__half*>(scratch); }
 inline float* gates_at(void* scratch, const MixerShape& shape) {
   return reinterpret_cast<float*>(static_cast<char*>(scratch) + matrices_bytes(shape));
 }
 inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
-  char* at = static_cast<char*>(scratch) + matrices_bytes(shape) + gates_bytes(shape);
-  char* x = at + 2 * states_bytes(shape);
-  return {reinterpret_cast<act*>(at), reinterpret_cast<act*>(at + states_bytes(shape)),
-          reinterpret_cast<act*>(x), reinterpret_cast<act*>(x + values_bytes(shape))};
+  const Saved at =
+      saved_at(static_cast<char*>(scratch) + matrices_bytes(shape) + gates_bytes(shape), shape);
+  return {at.states, at.errors, at.exponents};
 }
 
 // Calls launch with the smallest compiled size that holds dk.
@@ -161,14 +168,11 @@ void with_head_dim_k(int dk, const Launch& launch) {
 }
 
 // Warps of a pass's block, 16 columns of dv each: many, for they share loads, but as few as it takes to fit
-// shared memory and to give every multiprocessor a block; and slices of equal size. With a small state half
-// as many: then a multiprocessor holds two blocks.
-constexpr int kSmallPassWarps = 4;
-
+// shared memory and to give every multiprocessor a block; and slices of equal size.
 inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK) {
   const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
   const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
-  int warps = std::min(DK <= 64 ? kSmallPassWarps : kMaxPassWarps, tiles);
+  int warps = std::min(kMaxPassWarps, tiles);
   while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
   while (warps > 1 && shape.batch * shape.heads_v * slices(warps) < device.multiprocessors)
     warps = (warps + 1) / 2;
@@ -212,14 +216,36 @@ inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qk
   launched("backward_pass_kernel");
 }
 
+// The most buffers that fit `limit` bytes of shared memory, or no stages. A third stage would reach two items
+// ahead where an item is one step, and there are q and k of two.
+inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
+  const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
+  const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
+  for (const GradientBuffers buffers : {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2},
+                                        GradientBuffers{2, 1}})
+    if (gradient_shared_bytes(dk, PW, group > 1, buffers) <= limit && (steps > 1 || buffers.stages == 2))
+      return buffers;
+  return {0, 0};
+}
+
+// The shared memory a block may have where `blocks` are to share a multiprocessor, which keeps 1 KiB for each.
+inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
+
 template <int PW>
 void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
                       const MixerShape& shape, float s) {
-  const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k);
+  int blocks = gradient_blocks(PW);
+  GradientBuffers buffers = gradient_buffers(shape, PW, shared_bytes_share(blocks));
+  if (buffers.stages == 0) {
+    blocks = 1;
+    buffers = gradient_buffers(shape, PW, shared_bytes_limit());
+  }
+  const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k, buffers);
   allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
-  const dim3 grid(shape.chunks(), shape.heads_k, shape.batch);
-  gradients_kernel<PW>
-      <<<grid, gradient_threads(PW), bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape), s);
+  const int items = shape.chunks() * shape.heads_k * shape.batch;
+  const int grid = std::min(items, blocks * device.multiprocessors);
+  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape),
+                                                                            items, buffers, s);
   launched("gradients_kernel");
 }
 
@@ -227,9 +253,8 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
 inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
                       const act* qkv, const MixerShape& shape, float s, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates_at(scratch, shape)};
-  const int dk = shape.head_dim_k, limit = shared_bytes_limit();
-  const bool grouped = shape.heads_v > shape.heads_k;
-  const auto fits = [&](int width) { return gradient_shared_bytes(dk, width, grouped) <= limit; };
+  const int dk = shape.head_dim_k;
+  const auto fits = [&](int PW) { return gradient_buffers(shape, PW, shared_bytes_limit()).stages > 0; };
   if (dk <= 32) return launch_gradients<32>(device, dqkv, dg, dbeta, in, shape, s);
   if (dk <= 64 || !fits(96)) return launch_gradients<64>(device, dqkv, dg, dbeta, in, shape, s);
   if (dk <= 96 || (dk > 128 && dk <= 192) || !fits(128))
@@ -239,15 +264,15 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
 
 }  // namespace delta_rule
 
-// What the forward keeps for the backward: the states at the chunks' starts, [B,Hv,chunks,dv,dk] bf16, and E
-// [B,T,Hv,dv] as two bf16.
+// What the forward keeps for the backward: the states at the chunks' starts [B,Hv,chunks,dv,dk] and E
+// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16].
 inline size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape& shape) {
-  return delta_rule::states_bytes(shape) + 2 * delta_rule::values_bytes(shape);
+  return delta_rule::saved_bytes(shape);
 }
 
 inline size_t gated_delta_rule_scratch_bytes(Cuda&, const MixerShape& shape) {
   return delta_rule::matrices_bytes(shape) + delta_rule::gates_bytes(shape) +
-         2 * delta_rule::states_bytes(shape) + 2 * delta_rule::values_bytes(shape);
+         delta_rule::saved_bytes(shape);
 }
 
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.

@@ -1,5 +1,10 @@
 // The gated delta rule, last kernel of the backward: the gradients of q, k, beta and g of a chunk, once the
 // passes have left the state at its start (S0), the gradient of the state at its end (dS), E and X.
+//
+// Units. Of each 16 columns j of dv, S0 and E are times 2^a_j, dS and X times 2^b_j. With c = min_j (a_j + b_j),
+// do is taken times 2^(c - a_j), X and E dS^T times 2^(c - a_j - b_j): then all products with columns of dv as
+// their inner dimension are times 2^c, and no operand is larger than it was. Within the chunk's [64,64]
+// matrices one more power of two, `range`, keeps what becomes an fp16 operand below 16.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -11,31 +16,43 @@ namespace delta_rule {
 __host__ __device__ constexpr int gradient_parts(int PW) { return PW == 128 ? 4 : 2; }
 __host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_parts(PW); }
 // Blocks a multiprocessor has room for.
-__host__ __device__ constexpr int gradient_blocks(int PW) { return PW <= 64 ? 2 : 1; }
+__host__ __device__ constexpr int gradient_blocks(int PW) { return PW > 64 ? 1 : 2; }
 constexpr int kMaxGradientParts = 4;
 constexpr int kStep = 32;                // columns of dv a step takes
 constexpr int kTokenStride = kStep + 8;  // row strides in shared memory
-constexpr int kGradientTiles = 5;        // do, E high, E low, X high, X low
+constexpr int kTokenThreads = kChunk * kStep / 8;
 
-// Shared memory: two stages of a step's operands (afterwards the four [64,64] matrices), q, k, gates, small
-// sums, and where value heads share a key head the running sums of dq and dk.
+// What a step needs, in shared memory.
 struct GradientStage {
-  act* tokens;  // [5][64, kTokenStride]
-  act* states;  // S0, dS high, dS low: [3][kStep, PW + 8]
+  act* d_o;                   // [64, kTokenStride]; arrives as bf16 and becomes fp16, in the units above
+  __half *errors, *x;         // the same shape; x arrives times 2^b_j
+  __half *states, *d_states;  // [kStep, PW + 8]
 };
 
 __host__ __device__ constexpr int gradient_stage_bytes(int PW) {
-  return 2 * (kGradientTiles * kChunk * kTokenStride + 3 * kStep * (PW + 8));
-}
-__host__ __device__ constexpr int gradient_stages_bytes(int PW) {
-  const int squares = 4 * 2 * kChunk * kSquareStride, stages = 2 * gradient_stage_bytes(PW);
-  return stages > squares ? stages : squares;
+  return 2 * (3 * kChunk * kTokenStride + 2 * kStep * (PW + 8));
 }
 __host__ __device__ constexpr int key_stride(int dk, int PW) { return (dk + PW - 1) / PW * PW + 8; }
-// Floats of SmallSums: rows, columns, reads, writes 4 times 64 tokens each, and <S0,dS> of the warps.
+__host__ __device__ constexpr int keys_bytes(int dk, int PW) { return 2 * 2 * kChunk * key_stride(dk, PW); }
+
+// What a segment, a value head's share of a chunk, has besides: gates [4,64] and the exponents a_j, b_j. Copied
+// up to three segments ahead.
+constexpr int kSegments = 4, kMaxColumnGroups = 32;
+constexpr int kSegmentBytes = 4 * (kGates + 2 * kMaxColumnGroups);
+
+// Floats of SmallSums: rows, columns, reads, writes 4 times 64 tokens each, and per warp <S0,dS> and its
+// largest product.
 constexpr int kSmallSums = (3 * kMaxGradientParts + 4 + 1) * kChunk;
-__host__ __device__ constexpr int gradient_shared_bytes(int dk, int PW, bool grouped) {
-  return gradient_stages_bytes(PW) + 2 * 2 * kChunk * key_stride(dk, PW) + 4 * (kGates + kSmallSums) +
+
+// Stages of steps in flight, and whether the next chunk's q and k are copied ahead.
+struct GradientBuffers {
+  int stages, keys;
+};
+
+__host__ __device__ constexpr int gradient_shared_bytes(int dk, int PW, bool grouped,
+                                                        GradientBuffers buffers) {
+  return buffers.stages * gradient_stage_bytes(PW) + buffers.keys * keys_bytes(dk, PW) +
+         2 * 2 * kChunk * kSquareStride + kSegments * kSegmentBytes + 4 * (kMaxColumnGroups + kSmallSums) +
          (grouped ? 2 * kChunk * PW * 4 : 0);
 }
 
@@ -49,31 +66,138 @@ struct GradientInputs {
 template <int PW>
 __device__ inline GradientStage gradient_stage(unsigned char* shared, int index) {
   GradientStage stage;
-  stage.tokens = reinterpret_cast<act*>(shared + index * gradient_stage_bytes(PW));
-  stage.states = stage.tokens + kGradientTiles * kChunk * kTokenStride;
+  stage.d_o = reinterpret_cast<act*>(shared + index * gradient_stage_bytes(PW));
+  stage.errors = reinterpret_cast<__half*>(stage.d_o + kChunk * kTokenStride);
+  stage.x = stage.errors + kChunk * kTokenStride;
+  stage.states = stage.x + kChunk * kTokenStride;
+  stage.d_states = stage.states + kStep * (PW + 8);
   return stage;
 }
 
-// The block starts copying columns [e, e + kStep) of dv, and of dk those from `column` on.
+struct Segment {
+  float* gates;                      // [4,64]
+  int *exponents, *d_exponents;      // a_j, b_j
+};
+
+__device__ inline Segment segment_at(unsigned char* segments, int index) {
+  Segment segment;
+  segment.gates = reinterpret_cast<float*>(segments + index % kSegments * kSegmentBytes);
+  segment.exponents = reinterpret_cast<int*>(segment.gates + kGates);
+  segment.d_exponents = segment.exponents + kMaxColumnGroups;
+  return segment;
+}
+
+// A block's place in its work: items (a chunk of a key head) gridDim.x apart; in an item passes over dk, in a
+// pass the value heads that share the key head, in a head steps over dv.
+struct GradientCursor {
+  int item, items_before, segment;      // segment: how many came before
+  int column, head, e;                  // of dk, in the group, of dv
+
+  // Whether q and k are new here, and whether the next step has other gates.
+  __device__ bool starts_item() const { return column == 0 && head == 0 && e == 0; }
+  __device__ bool ends_segment(const Sizes& size) const { return e + kStep >= size.dv; }
+
+  template <int PW>
+  __device__ void advance(const Sizes& size) {
+    e += kStep;
+    if (e < size.dv) return;
+    e = 0;
+    segment++;
+    if (++head < size.heads_v / size.heads_k) return;
+    head = 0;
+    column += PW;
+    if (column < size.dk) return;
+    column = 0;
+    items_before++;
+    item += gridDim.x;
+  }
+
+  __device__ int chunk(const Sizes& size) const { return item % size.chunks; }
+  __device__ int key_head(const Sizes& size) const { return item / size.chunks % size.heads_k; }
+  __device__ int sequence(const Sizes& size) const { return item / (size.chunks * size.heads_k); }
+  __device__ int value_head(const Sizes& size) const {
+    return key_head(size) * (size.heads_v / size.heads_k) + head;
+  }
+  __device__ int64_t row(const Sizes& size) const { return size.first_row(sequence(size), chunk(size)); }
+  __device__ int64_t number(const Sizes& size) const {
+    return size.chunk_number(sequence(size), value_head(size), chunk(size));
+  }
+};
+
+// The block starts copying q and k, [64, ld] each.
+__device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const Sizes& size,
+                                 const GradientCursor& at) {
+  const act* inputs = in.qkv + at.row(size) * size.channels;
+  const int n = size.rows_in(at.chunk(size)), hk = at.key_head(size);
+  copy_tile(q, ld, inputs + size.q_column(hk), size.channels, kChunk, ld, n, size.dk);
+  copy_tile(q + kChunk * ld, ld, inputs + size.k_column(hk), size.channels, kChunk, ld, n, size.dk);
+}
+
+__device__ inline void copy_segment(const Segment& segment, const GradientInputs& in, const Sizes& size,
+                                    const GradientCursor& at) {
+  const int64_t number = at.number(size), first = number * (size.dv / 16);
+  for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
+    copy_16_bytes(segment.gates + 4 * i, in.gates + number * kGates + 4 * i, true);
+  for (int i = threadIdx.x; i < size.dv / 16; i += blockDim.x) {
+    copy_4_bytes(segment.exponents + i, in.saved.exponents + first + i);
+    copy_4_bytes(segment.d_exponents + i, in.adjoints.exponents + first + i);
+  }
+}
+
+// This thread's eight numbers of a step's [64, kStep] tiles; of two halves of a block the first has do and E,
+// the last X.
+struct TokenVector {
+  int row, column;
+  bool first, last;
+};
+__device__ inline TokenVector token_vector() {
+  const int thread = threadIdx.x % kTokenThreads, half = threadIdx.x / kTokenThreads;
+  return {thread / (kStep / 8), 8 * (thread % (kStep / 8)), half == 0,
+          half == int(blockDim.x) / kTokenThreads - 1};
+}
+
+// The block starts copying columns [e, e + kStep) of dv, and of dk those from the cursor's column on.
 template <int PW>
 __device__ inline void copy_step(const GradientStage& stage, const GradientInputs& in, const Sizes& size,
-                                 int b, int h, int chunk, int e, int column) {
-  const int64_t number = size.chunk_number(b, h, chunk), stride = int64_t(size.heads_v) * size.dv;
-  const int64_t at = size.first_row(b, chunk) * stride + h * size.dv + e;
-  const int64_t state_at = (number * size.dv + e) * size.dk + column;
-  const int n = size.rows_in(chunk);
-  const act* tokens[kGradientTiles] = {in.d_o, in.saved.e_high, in.saved.e_low, in.adjoints.x_high,
-                                       in.adjoints.x_low};
-  const act* states[3] = {in.saved.states, in.adjoints.ds_high, in.adjoints.ds_low};
+                                 const GradientCursor& at) {
+  const TokenVector vector = token_vector();
+  const bool valid = vector.row < size.rows_in(at.chunk(size)) && at.e + vector.column < size.dv;
+  const int64_t from = valid ? ((at.row(size) + vector.row) * size.heads_v + at.value_head(size)) * size.dv +
+                                   at.e + vector.column
+                             : 0;
+  const int to = vector.row * kTokenStride + vector.column;
+  if (vector.first) {
+    copy_16_bytes(stage.d_o + to, in.d_o + from, valid);
+    copy_16_bytes(stage.errors + to, in.saved.errors + from, valid);
+  }
+  if (vector.last) copy_16_bytes(stage.x + to, in.adjoints.x + from, valid);
+  const int64_t state_at = (at.number(size) * size.dv + at.e) * size.dk + at.column;
+  copy_tile(stage.states, PW + 8, in.saved.states + state_at, size.dk, kStep, PW, size.dv - at.e,
+            size.dk - at.column);
+  copy_tile(stage.d_states, PW + 8, in.adjoints.d_states + state_at, size.dk, kStep, PW, size.dv - at.e,
+            size.dk - at.column);
+}
+
+// 2^e, zero where that is less than a float's smallest normal number
+__device__ inline float small_power_of_two(int e) { return e < -126 ? 0.f : power_of_two(e); }
+
+// A step's do and X, as this thread copied them, get their units (c: see above).
+__device__ inline void step_into_units(const GradientStage& stage, const Segment& segment, const Sizes& size,
+                                       int e, int c) {
+  const TokenVector vector = token_vector();
+  const int column = e + vector.column, to = vector.row * kTokenStride + vector.column;
+  if (column >= size.dv) return;  // zeros
+  const int a = segment.exponents[column / 16];
+  if (vector.first) to_fp16(stage.d_o + to, small_power_of_two(c - a));
+  if (vector.last) {
+    const __half2 factor =
+        __float2half2_rn(small_power_of_two(c - a - segment.d_exponents[column / 16]));
+    __half2 x[4];
+    *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(stage.x + to);
 #pragma unroll
-  for (int i = 0; i < kGradientTiles; i++)
-    copy_tile(stage.tokens + i * kChunk * kTokenStride, kTokenStride, tokens[i] + at, stride, kChunk, kStep,
-              n, size.dv - e);
-#pragma unroll
-  for (int i = 0; i < 3; i++)
-    copy_tile(stage.states + i * kStep * (PW + 8), PW + 8, states[i] + state_at, size.dk, kStep, PW,
-              size.dv - e, size.dk - column);
-  copies_issued();
+    for (int i = 0; i < 4; i++) x[i] = __hmul2(x[i], factor);
+    *reinterpret_cast<uint4*>(stage.x + to) = *reinterpret_cast<const uint4*>(x);
+  }
 }
 
 // A warp's accumulators: 16 tokens (rows) against kTokens tokens, or against kColumns columns of dk.
@@ -85,86 +209,77 @@ struct GradientSums {
   float d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];  // dO S0^T, X S0^T, E dS^T
 };
 
-// Sum of x (high + low) over a lane's share of a 16x16 block.
-__device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t (&high)[4],
-                                         const uint32_t (&low)[4]) {
+// Sum of x y over a lane's share of a 16x16 block.
+__device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t (&y)[4]) {
   float sum = 0.f;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const float2 a = unpack(x[i]), b = unpack(high[i]), c = unpack(low[i]);
-    sum += a.x * (b.x + c.x);
-    sum += a.y * (b.y + c.y);
+    const float2 a = unpack_fp16(x[i]), b = unpack_fp16(y[i]);
+    sum += a.x * b.x;
+    sum += a.y * b.y;
   }
   return sum;
 }
 
 // One step's products, k = kStep columns of dv; and into states_dot this thread's share of <S0, dS>: of the
-// blocks that all strips read, each takes some.
+// blocks that all strips read, each takes some. factors: 2^(c - a_j - b_j) of the step's first column on.
 template <int PW>
 __device__ inline void add_step(GradientSums<PW>& sums, float& states_dot, const GradientStage& stage,
-                                int strip, int part) {
+                                const float* factors, int strip, int part) {
   using Sums = GradientSums<PW>;
-  const act* rows = stage.tokens + 16 * strip * kTokenStride;
   constexpr uint32_t kTile = 2 * kChunk * kTokenStride, kState = 2 * kStep * (PW + 8);
-  const uint32_t a = walk_rows(rows, kTokenStride);
-  const uint32_t b =
-      walk_columns(stage.tokens + kChunk * kTokenStride + Sums::kTokens * part * kTokenStride, kTokenStride);
+  const uint32_t a = walk_rows(stage.d_o + 16 * strip * kTokenStride, kTokenStride);
+  const uint32_t b = walk_columns(stage.errors + Sums::kTokens * part * kTokenStride, kTokenStride);
   const uint32_t states = walk_rows(stage.states + part * Sums::kColumns, PW + 8);
-#pragma unroll 1
+#pragma unroll
   for (int e = 0; e < kStep; e += 16) {
-    uint32_t d_o[4], high[4], low[4];  // of X, then of E
+    uint32_t d_o[4], x[4], errors[4];
     ldmatrix(d_o, a + 2 * e);
-    ldmatrix(high, a + 3 * kTile + 2 * e);
-    ldmatrix(low, a + 4 * kTile + 2 * e);
+    ldmatrix(errors, a + kTile + 2 * e);
+    ldmatrix(x, a + 2 * kTile + 2 * e);
     if (Sums::kTokens * part < 16 * (strip + 1)) {  // else all above the diagonal
 #pragma unroll
       for (int t = 0; t < Sums::kTokens / 16; t++) {
-        uint32_t b_high[4], b_low[4];
-        ldmatrix(b_high, b + 2 * (16 * t * kTokenStride + e));
-        ldmatrix(b_low, b + kTile + 2 * (16 * t * kTokenStride + e));
-        mma_pair(sums.d_oE[2 * t], sums.d_oE[2 * t + 1], d_o, b_high);
-        mma_pair_split(sums.XE[2 * t], sums.XE[2 * t + 1], high, low, b_high, b_low);
-        mma_pair(sums.d_oE[2 * t], sums.d_oE[2 * t + 1], d_o, b_low);
+        uint32_t other[4];
+        ldmatrix(other, b + 2 * (16 * t * kTokenStride + e));
+        mma_pair(sums.d_oE[2 * t], sums.d_oE[2 * t + 1], d_o, other);
+        mma_pair(sums.XE[2 * t], sums.XE[2 * t + 1], x, other);
       }
+    }
+    const float factor = factors[e / 16];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&errors[i]), __float2half2_rn(factor));
+      errors[i] = *reinterpret_cast<const uint32_t*>(&scaled);
     }
 #pragma unroll
     for (int t = 0; t < Sums::kColumns / 16; t++) {
-      uint32_t s[4];
+      uint32_t s[4], ds[4];
       ldmatrix_transposed(s, states + 2 * (e * (PW + 8) + 16 * t));
-      mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], high, s);
+      ldmatrix_transposed(ds, states + kState + 2 * (e * (PW + 8) + 16 * t));
       mma_pair(sums.d_oS[2 * t], sums.d_oS[2 * t + 1], d_o, s);
-      mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], low, s);
-    }
-    ldmatrix(high, a + kTile + 2 * e);
-    ldmatrix(low, a + 2 * kTile + 2 * e);
-#pragma unroll
-    for (int t = 0; t < Sums::kColumns / 16; t++) {
-      uint32_t ds_high[4], ds_low[4];
-      const uint32_t at = states + 2 * (e * (PW + 8) + 16 * t);
-      ldmatrix_transposed(ds_high, at + kState);
-      ldmatrix_transposed(ds_low, at + 2 * kState);
-      mma_pair_split(sums.EdS[2 * t], sums.EdS[2 * t + 1], high, low, ds_high, ds_low);
-      if ((2 * t + e / 16) % 4 == strip) {
-        uint32_t s[4];
-        ldmatrix_transposed(s, at);
-        states_dot += dot_of_fragments(s, ds_high, ds_low);
-      }
+      mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], x, s);
+      mma_pair(sums.EdS[2 * t], sums.EdS[2 * t + 1], errors, ds);
+      if ((2 * t + e / 16) % 4 == strip) states_dot += factor * dot_of_fragments(s, ds);
     }
   }
 }
 
-// Sums of one value head that become dg, in shared memory; each entry has one writer.
+// Sums of one value head that become dg, in shared memory; each entry has one writer. All but the last two are
+// times `range`.
 struct SmallSums {
-  float* rows;     // sums over j of M_ij (gradients_within_chunk), [parts][64]
-  float* columns;  // sums over i, [4][64] by strip
-  float* reads;    // q . dq + k . dk where S0 is read, [parts][64]
-  float* writes;   // k . dk where it enters S_C, [parts][64]
-  float* states;   // <S0, dS> [warps]
+  float* rows;      // sums over j of M_ij (gradients_within_chunk), [parts][64]
+  float* columns;   // sums over i, [4][64] by strip
+  float* reads;     // q . dq + k . dk where S0 is read, [parts][64]
+  float* writes;    // k . dk where it enters S_C, [parts][64]
+  float* states;    // <S0, dS> [warps]
+  float* largest;   // bounds of dqk and dkk [warps]
 };
 
 __device__ inline SmallSums small_sums(float* at) {
-  constexpr int kParts = kMaxGradientParts * kChunk, kStrips = 4 * kChunk;
-  return {at, at + kParts, at + kParts + kStrips, at + 2 * kParts + kStrips, at + 3 * kParts + kStrips};
+  constexpr int kParts = kMaxGradientParts * kChunk, kStrips = 4 * kChunk, kWarps = 4 * kMaxGradientParts;
+  float* states = at + 3 * kParts + kStrips;
+  return {at, at + kParts, at + kParts + kStrips, at + 2 * kParts + kStrips, states, states + kWarps};
 }
 
 __device__ inline float sum_of_quad(float x) {
@@ -177,15 +292,34 @@ __device__ inline float sum_of_column(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// From dO E^T and X E^T the gradients of q.k and k.k within the chunk, into `squares`: dqk high, low, dkk
-// high, low [4][64, kSquareStride]; the row and column sums of M; dbeta_i = X_i . E_i (null: not wanted).
+// The block's power of two, as an exponent, that brings dqk and dkk below 16; beta is at most 2. Every warp
+// leaves its largest products first.
+template <int PW>
+__device__ inline void leave_largest(const SmallSums& small, const GradientSums<PW>& sums, float s) {
+  float d_oE = 0.f, XE = 0.f;
+#pragma unroll
+  for (int t = 0; t < GradientSums<PW>::kTokenTiles; t++) {
+    d_oE = largest_of(sums.d_oE[t], d_oE);
+    XE = largest_of(sums.XE[t], XE);
+  }
+  const uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(fmaxf(2 * s * d_oE, 4 * XE)));
+  if (threadIdx.x % 32 == 0) small.largest[threadIdx.x / 32] = __uint_as_float(bits);
+}
+__device__ inline int range_of_block(const SmallSums& small) {
+  const float mine = small.largest[threadIdx.x % (blockDim.x / 32)];
+  const int bits = int(__reduce_max_sync(~0u, __float_as_uint(mine)));
+  return bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
+}
+
+// From dO E^T and X E^T the gradients of q.k and k.k within the chunk, into `squares`: dqk, dkk as fp16 [2][64,
+// kSquareStride], times range; the row and column sums of M; dbeta_i = X_i . E_i (null: not wanted).
 //   dqk_ij = s beta_j D_ij (dO_i . E_j), i >= j      dkk_ij = -beta_i beta_j D_ij (X_i . E_j), i > j
 //   M_ij = dqk_ij (q_i . k_j) + dkk_ij (k_i . k_j)
 template <int PW>
-__device__ inline void gradients_within_chunk(act* squares, const SmallSums& small, float* dbeta,
+__device__ inline void gradients_within_chunk(__half* squares, const SmallSums& small, float* dbeta,
                                               int dbeta_stride, int n, const GradientSums<PW>& sums,
                                               const act* q, const act* k, int ld, int dk, const float* gates,
-                                              float s, int strip, int part) {
+                                              float s, float range, float unit, int strip, int part) {
   constexpr int kTokens = GradientSums<PW>::kTokens;
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
   const float *beta = gates + kBeta * kChunk, *G = gates + kLogDecay * kChunk;
@@ -214,10 +348,10 @@ __device__ inline void gradients_within_chunk(act* squares, const SmallSums& sma
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int i = 16 * strip + g + 8 * (e / 2), j = first + 8 * t + c + e % 2;
-        const float decay = i >= j ? expf(fminf(G[i] - G[j], 0.f)) : 0.f;
+        const float decay = i >= j ? range * expf(fminf(G[i] - G[j], 0.f)) : 0.f;
         dqk[e] = i >= j ? s * beta[j] * decay * d_oE[e] : 0.f;
         dkk[e] = i > j ? -beta[i] * beta[j] * decay * XE[e] : 0.f;
-        if (i == j && i < n && dbeta) dbeta[int64_t(i) * dbeta_stride] = XE[e];
+        if (i == j && i < n && dbeta) dbeta[int64_t(i) * dbeta_stride] = unit * XE[e];
         const float M = dqk[e] * qk[t][e] + dkk[e] * kk[t][e];
         row_sum[e / 2] += M;
         column_sum[e % 2] += M;
@@ -226,16 +360,10 @@ __device__ inline void gradients_within_chunk(act* squares, const SmallSums& sma
       for (int e = 0; e < 2; e++) {
         const float sum = sum_of_column(column_sum[e]);
         if (g == 0) small.columns[strip * kChunk + first + 8 * t + c + e] = sum;
-        uint32_t high, low;
         uint32_t* at = reinterpret_cast<uint32_t*>(squares + (16 * strip + g + 8 * e) * kSquareStride +
                                                    first + 8 * t + c);
-        constexpr int kWords = kChunk * kSquareStride / 2;
-        split(high, low, dqk[2 * e], dqk[2 * e + 1]);
-        at[0] = high;
-        at[kWords] = low;
-        split(high, low, dkk[2 * e], dkk[2 * e + 1]);
-        at[2 * kWords] = high;
-        at[3 * kWords] = low;
+        at[0] = pack_fp16(dqk[2 * e], dqk[2 * e + 1]);
+        at[kChunk * kSquareStride / 2] = pack_fp16(dkk[2 * e], dkk[2 * e + 1]);
       }
     }
   }
@@ -246,24 +374,24 @@ __device__ inline void gradients_within_chunk(act* squares, const SmallSums& sma
   }
 }
 
-// Scales the products with the states by their gates: dq into d_oS, dk into XS; and their dots with q and k.
-// q, k: at the pass's first column.
+// Scales the products with the states by their gates: range dq into d_oS, range dk into XS; and their dots with
+// q and k. q, k: fp16, at the pass's first column.
 template <int PW>
 __device__ inline void gradients_through_states(GradientSums<PW>& sums, const SmallSums& small, const act* q,
-                                                const act* k, int ld, const float* gates, float s, int strip,
-                                                int part) {
+                                                const act* k, int ld, const float* gates, float s, float range,
+                                                int strip, int part) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int e = 0; e < 2; e++) {  // row g, row g + 8
     const int i = 16 * strip + lane / 4 + 8 * e;
-    const float beta = gates[kBeta * kChunk + i], from_start = gates[kFromStart * kChunk + i];
-    const float to_end = gates[kToEnd * kChunk + i];
+    const float beta = gates[kBeta * kChunk + i], from_start = range * gates[kFromStart * kChunk + i];
+    const float to_end = range * gates[kToEnd * kChunk + i];
     float reads = 0.f, writes = 0.f;
 #pragma unroll
     for (int t = 0; t < GradientSums<PW>::kColumnTiles; t++) {
       const int at = i * ld + part * GradientSums<PW>::kColumns + 8 * t + 2 * (lane % 4);
-      const float2 q_i = unpack(*reinterpret_cast<const uint32_t*>(q + at));
-      const float2 k_i = unpack(*reinterpret_cast<const uint32_t*>(k + at));
+      const float2 q_i = unpack_fp16(*reinterpret_cast<const uint32_t*>(q + at));
+      const float2 k_i = unpack_fp16(*reinterpret_cast<const uint32_t*>(k + at));
       float *dq = &sums.d_oS[t][2 * e], *dk = &sums.XS[t][2 * e];
       const float end_x = beta * to_end * sums.EdS[t][2 * e], end_y = beta * to_end * sums.EdS[t][2 * e + 1];
       dq[0] *= s * from_start;
@@ -286,54 +414,47 @@ __device__ inline void gradients_through_states(GradientSums<PW>& sums, const Sm
 
 // dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K;  q, k at the pass's first column
 template <int PW>
-__device__ inline void add_products_within_chunk(GradientSums<PW>& sums, const act* squares, const act* q,
+__device__ inline void add_products_within_chunk(GradientSums<PW>& sums, const __half* squares, const act* q,
                                                  const act* k, int ld, int strip, int part) {
   constexpr uint32_t kSquareBytes = 2 * kChunk * kSquareStride;
   constexpr int kColumns = GradientSums<PW>::kColumns;
   const uint32_t rows = walk_rows(squares + 16 * strip * kSquareStride, kSquareStride);
   const uint32_t columns = walk_columns(squares + 16 * strip, kSquareStride);
   const uint32_t q_rows = walk_rows(q + part * kColumns, ld), k_rows = walk_rows(k + part * kColumns, ld);
+#pragma unroll
   for (int p = 0; p < 4; p++) {  // 16 tokens to sum over
     const uint32_t from_rows = rows + 2 * 16 * p, from_columns = columns + 2 * 16 * p * kSquareStride;
+    uint32_t dqk[4], dkk[4], b[4];
     if (p <= strip) {
-      uint32_t dqk_high[4], dqk_low[4], dkk_high[4], dkk_low[4], b[4];
-      ldmatrix(dqk_high, from_rows);
-      ldmatrix(dqk_low, from_rows + kSquareBytes);
-      ldmatrix(dkk_high, from_rows + 2 * kSquareBytes);
-      ldmatrix(dkk_low, from_rows + 3 * kSquareBytes);
+      ldmatrix(dqk, from_rows);
+      ldmatrix(dkk, from_rows + kSquareBytes);
 #pragma unroll
       for (int t = 0; t < kColumns / 16; t++) {
         ldmatrix_transposed(b, k_rows + 2 * (16 * p * ld + 16 * t));
-        mma_pair(sums.d_oS[2 * t], sums.d_oS[2 * t + 1], dqk_high, b);
-        mma_pair(sums.d_oS[2 * t], sums.d_oS[2 * t + 1], dqk_low, b);
-        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk_high, b);
-        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk_low, b);
+        mma_pair(sums.d_oS[2 * t], sums.d_oS[2 * t + 1], dqk, b);
+        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk, b);
       }
     }
     if (p >= strip) {
-      uint32_t dqk_high[4], dqk_low[4], dkk_high[4], dkk_low[4], b[4];
-      ldmatrix_transposed(dqk_high, from_columns);
-      ldmatrix_transposed(dqk_low, from_columns + kSquareBytes);
-      ldmatrix_transposed(dkk_high, from_columns + 2 * kSquareBytes);
-      ldmatrix_transposed(dkk_low, from_columns + 3 * kSquareBytes);
+      ldmatrix_transposed(dqk, from_columns);
+      ldmatrix_transposed(dkk, from_columns + kSquareBytes);
 #pragma unroll
       for (int t = 0; t < kColumns / 16; t++) {
         ldmatrix_transposed(b, q_rows + 2 * (16 * p * ld + 16 * t));
-        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dqk_high, b);
-        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dqk_low, b);
+        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dqk, b);
         ldmatrix_transposed(b, k_rows + 2 * (16 * p * ld + 16 * t));
-        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk_high, b);
-        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk_low, b);
+        mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk, b);
       }
     }
   }
 }
 
 // dg_t = sum_{i >= t} dG_i, dG_i = rows_i - columns_i + reads_i - writes_i, and at the chunk's end all writes
-// and e^{G_C} <S0, dS>. One warp, two tokens a lane; `add`: onto an earlier pass's columns of dk.
+// and e^{G_C} <S0, dS>. One warp, two tokens a lane; `add`: onto an earlier pass's columns of dk. All sums but
+// <S0, dS> are times range; unit takes the result out of it.
 template <int PW>
 __device__ inline void finish_dg(float* dg, int stride, int n, const SmallSums& small, float end_decay,
-                                 bool add) {
+                                 float range, float unit, bool add) {
   const int lane = threadIdx.x % 32;
   float dG[2], writes = 0.f;
 #pragma unroll
@@ -353,14 +474,14 @@ __device__ inline void finish_dg(float* dg, int stride, int n, const SmallSums& 
   for (int step = 16; step > 0; step /= 2) writes += __shfl_xor_sync(~0u, writes, step);
   float states = 0.f;
   for (int warp = 0; warp < 4 * gradient_parts(PW); warp++) states += small.states[warp];
-  if (lane == 31) dG[1] += writes + end_decay * states;
+  if (lane == 31) dG[1] += writes + range * end_decay * states;
   float sum = dG[0] + dG[1];  // becomes the sum from this lane's tokens to the chunk's end
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const float after = __shfl_down_sync(~0u, sum, step);
     if (lane + step < 32) sum += after;
   }
-  const float result[2] = {sum, sum - dG[0]};
+  const float result[2] = {unit * sum, unit * (sum - dG[0])};
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const int i = 2 * lane + e;
@@ -381,6 +502,14 @@ __device__ inline void accumulate(float* running, float (&x)[Tiles][4], bool fir
     }
 }
 
+template <int Tiles>
+__device__ inline void scale_tiles(float (&x)[Tiles][4], float factor) {
+#pragma unroll
+  for (int t = 0; t < Tiles; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[t][e] *= factor;
+}
+
 // Writes a warp's rows [16 tokens, 8 Tiles] to `to`, row g at the strip's first token.
 template <int Tiles>
 __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int valid_columns,
@@ -392,77 +521,122 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
     for (int e = 0; e < 2; e++) {
       const int row = lane / 4 + 8 * e, column = 8 * t + 2 * (lane % 4);
       if (row < valid_rows && column < valid_columns)
-        *reinterpret_cast<uint32_t*>(to + row * stride + column) = pack(x[t][2 * e], x[t][2 * e + 1]);
+        *reinterpret_cast<uint32_t*>(to + row * stride + column) = pack_bf16(x[t][2 * e], x[t][2 * e + 1]);
     }
 }
 
-// One block: a chunk, a key head, a sequence; the value heads that share the key head in order. dk in passes
-// of PW columns. With X, E, S0, dS as the passes left them:
+// Blocks take items, a chunk of a key head of a sequence, gridDim.x apart; in an item the value heads that share
+// the key head in order, dk in passes of PW columns. The next steps' inputs, over the ends of segments and items,
+// arrive meanwhile. With X, E, S0, dS as the passes left them:
 //   dqk = s (dO E^T) diag(beta) . D      dkk = -diag(beta) (X E^T) diag(beta) . D, strictly lower
 //   dq = s e^G dO S0^T + dqk K
 //   dk = -beta e^G X S0^T + e^{G_C - G} beta E dS^T + dqk^T Q + (dkk + dkk^T) K
 //   dbeta_i = X_i . E_i                                   dg: finish_dg
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.60 GB, S0, dS 0.60 GB, writes 0.10 GB:
-// 0.309 ms at the copy rate; 71 GFLOP counted once (125 done). Reached on an H200: 0.621 ms,
-// 50%.
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10 GB:
+// 0.302 ms at the copy rate; 71 GFLOP.
 template <int PW>
 __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
-    gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, float s) {
+    gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int items,
+                     GradientBuffers buffers, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const int chunk = blockIdx.x, hk = blockIdx.y, b = blockIdx.z, group = size.heads_v / size.heads_k;
   const int warp = threadIdx.x / 32, part = warp / 4, ld = key_stride(size.dk, PW);
   const int strip = (warp + 3 * part) % 4;  // the four schedulers get strips of different lengths
-  const int n = size.rows_in(chunk);
-  const int64_t row = size.first_row(b, chunk);
-  act *q = reinterpret_cast<act*>(shared + gradient_stages_bytes(PW)), *k = q + kChunk * ld;
-  float* gates = reinterpret_cast<float*>(k + kChunk * ld);
-  const SmallSums small = small_sums(gates + kGates);
-  float* running = gates + kGates + kSmallSums;  // dq, then dk
-  act* squares = reinterpret_cast<act*>(shared);
-  const act* inputs = in.qkv + row * size.channels;
-  copy_tile(q, ld, inputs + size.q_column(hk), size.channels, kChunk, ld, n, size.dk);
-  copy_tile(k, ld, inputs + size.k_column(hk), size.channels, kChunk, ld, n, size.dk);
+  act* keys = reinterpret_cast<act*>(shared + buffers.stages * gradient_stage_bytes(PW));
+  __half* squares = reinterpret_cast<__half*>(keys + buffers.keys * 2 * kChunk * ld);
+  unsigned char* segments = reinterpret_cast<unsigned char*>(squares + 2 * kChunk * kSquareStride);
+  float* factors = reinterpret_cast<float*>(segments + kSegments * kSegmentBytes);
+  const SmallSums small = small_sums(factors + kMaxColumnGroups);
+  float* running = factors + kMaxColumnGroups + kSmallSums;  // dq, then dk
 
-  for (int column = 0; column < size.dk; column += PW)
-    for (int h = hk * group; h < (hk + 1) * group; h++) {
-      const int64_t number = size.chunk_number(b, h, chunk), head_row = row * size.heads_v + h;
-      for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
-        copy_16_bytes(gates + 4 * i, in.gates + number * kGates + 4 * i, true);
-      copy_step<PW>(gradient_stage<PW>(shared, 0), in, size, b, h, chunk, 0, column);
-      GradientSums<PW> sums = {};
-      float states = 0.f;
-      for (int e = 0, stage = 0; e < size.dv; e += kStep, stage ^= 1) {
-        copies_arrived();
-        __syncthreads();
-        if (e + kStep < size.dv)
-          copy_step<PW>(gradient_stage<PW>(shared, stage ^ 1), in, size, b, h, chunk, e + kStep, column);
-        add_step<PW>(sums, states, gradient_stage<PW>(shared, stage), strip, part);
-      }
-#pragma unroll
-      for (int step = 16; step > 0; step /= 2) states += __shfl_xor_sync(~0u, states, step);
-      if (threadIdx.x % 32 == 0) small.states[warp] = states;
-      gradients_through_states<PW>(sums, small, q + column, k + column, ld, gates, s, strip, part);
-      __syncthreads();  // the stages become the squares
-      gradients_within_chunk<PW>(squares, small, column == 0 ? dbeta + head_row : nullptr, size.heads_v, n,
-                                 sums, q, k, ld, size.dk, gates, s, strip, part);
-      __syncthreads();
-      add_products_within_chunk<PW>(sums, squares, q + column, k + column, ld, strip, part);
-      if (group > 1) {
-        accumulate(running, sums.d_oS, h == hk * group);
-        accumulate(running + kChunk * PW, sums.XS, h == hk * group);
-      }
-      if (h == (hk + 1) * group - 1) {
-        const int first = column + part * GradientSums<PW>::kColumns;
-        act* out = dqkv + (row + 16 * strip) * size.channels + first;
-        store_rows(out + size.q_column(hk), size.channels, n - 16 * strip, size.dk - first, sums.d_oS);
-        store_rows(out + size.k_column(hk), size.channels, n - 16 * strip, size.dk - first, sums.XS);
-      }
-      if (warp == 0)
-        finish_dg<PW>(dg + head_row, size.heads_v, n, small, gates[kFromStart * kChunk + kChunk - 1],
-                      column > 0);
-      __syncthreads();  // before the next head's copies
+  GradientCursor now = {int(blockIdx.x), 0, 0, 0, 0, 0}, next = now;
+  int now_stage = 0, next_stage = 0;
+  const auto keys_of = [&](const GradientCursor& at) {
+    return keys + (buffers.keys == 2 ? at.items_before % 2 : 0) * 2 * kChunk * ld;
+  };
+  const auto copy_next = [&] {
+    if (next.item < items) {
+      if (buffers.keys == 2 && next.starts_item()) copy_keys(keys_of(next), ld, in, size, next);
+      copy_step<PW>(gradient_stage<PW>(shared, next_stage), in, size, next);
+      const bool last = next.ends_segment(size);
+      next.advance<PW>(size);
+      if (last && next.item < items) copy_segment(segment_at(segments, next.segment), in, size, next);
+      if (++next_stage == buffers.stages) next_stage = 0;
     }
+    copies_issued();
+  };
+  copy_segment(segment_at(segments, 0), in, size, now);
+  copies_issued();
+  copies_arrived();
+  __syncthreads();
+  for (int i = 1; i < buffers.stages; i++) copy_next();
+
+  while (now.item < items) {
+    const Segment segment = segment_at(segments, now.segment);
+    act *q = keys_of(now), *k = q + kChunk * ld;
+    if (now.starts_item()) {
+      if (buffers.keys == 1) {
+        __syncthreads();  // the item before is done
+        copy_keys(q, ld, in, size, now);
+        copies_issued();
+      }
+      copies_arrived();
+      copied_to_fp16(q, ld, kChunk, ld);
+      copied_to_fp16(k, ld, kChunk, ld);
+    }
+    const int lane = threadIdx.x % 32, groups = size.dv / 16;
+    const int both = lane < groups ? segment.exponents[lane] + segment.d_exponents[lane] : 1 << 20;
+    const int c = __reduce_min_sync(~0u, both);
+    if (warp == 0 && lane < kMaxColumnGroups) factors[lane] = lane < groups ? small_power_of_two(c - both) : 0.f;
+    GradientSums<PW> sums = {};
+    float states = 0.f;
+    for (int e = 0; e < size.dv; e += kStep) {
+      if (buffers.stages == 3)
+        copies_arrived_but_one();
+      else
+        copies_arrived();
+      const GradientStage stage = gradient_stage<PW>(shared, now_stage);
+      step_into_units(stage, segment, size, e, c);
+      __syncthreads();
+      copy_next();
+      add_step<PW>(sums, states, stage, factors + e / 16, strip, part);
+      if (++now_stage == buffers.stages) now_stage = 0;
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) states += __shfl_xor_sync(~0u, states, step);
+    if (lane == 0) small.states[warp] = states;
+    leave_largest<PW>(small, sums, s);
+    __syncthreads();
+    const int chunk = now.chunk(size), hk = now.key_head(size), n = size.rows_in(chunk);
+    const int64_t row = now.row(size), head_row = row * size.heads_v + now.value_head(size);
+    const int range_exponent = range_of_block(small);
+    const float range = power_of_two(range_exponent);
+    const float unit = power_of_two(-c), result_unit = small_power_of_two(-c - range_exponent);
+    gradients_through_states<PW>(sums, small, q + now.column, k + now.column, ld, segment.gates, s, range,
+                                 strip, part);
+    gradients_within_chunk<PW>(squares, small, now.column == 0 ? dbeta + head_row : nullptr, size.heads_v, n,
+                               sums, q, k, ld, size.dk, segment.gates, s, range, unit, strip, part);
+    __syncthreads();
+    add_products_within_chunk<PW>(sums, squares, q + now.column, k + now.column, ld, strip, part);
+    scale_tiles(sums.d_oS, result_unit);
+    scale_tiles(sums.XS, result_unit);
+    const int group = size.heads_v / size.heads_k;
+    if (group > 1) {
+      accumulate(running, sums.d_oS, now.head == 0);
+      accumulate(running + kChunk * PW, sums.XS, now.head == 0);
+    }
+    if (now.head == group - 1) {
+      const int first = now.column + part * GradientSums<PW>::kColumns;
+      act* out = dqkv + (row + 16 * strip) * size.channels + first;
+      store_rows(out + size.q_column(hk), size.channels, n - 16 * strip, size.dk - first, sums.d_oS);
+      store_rows(out + size.k_column(hk), size.channels, n - 16 * strip, size.dk - first, sums.XS);
+    }
+    if (warp == 0)
+      finish_dg<PW>(dg + head_row, size.heads_v, n, small, segment.gates[kFromStart * kChunk + kChunk - 1],
+                    range, result_unit, now.column > 0);
+    now.e = (size.dv - 1) / kStep * kStep;
+    now.advance<PW>(size);
+  }
 }
 
 }  // namespace delta_rule

@@ -1,12 +1,14 @@
-// Tensor-core pieces of the gated delta rule: warp-level products of 16-row tiles, bf16 operands, fp32
+// Tensor-core pieces of the gated delta rule: warp-level products of 16-row tiles, fp16 or bf16 operands, fp32
 // accumulators.
 //
 // mma.m16n8k16, lane = 4 g + c:
 //   A [16,16]  a0 = (row g, k 2c, 2c+1)       a1 = (row g+8, the same k)    a2, a3 = a0, a1 at k + 8
 //   B [16,8]   b0 = (k 2c, 2c+1, column g)    b1 = b0 at k + 8
 //   C [16,8]   c0, c1 = (row g, columns 2c, 2c+1)       c2, c3 = (row g+8, the same columns)
-// so two neighbouring C tiles, packed to bf16, are an A operand: chains of products stay in registers.
+// so two neighbouring C tiles, packed to 16 bits, are an A operand: chains of products stay in registers.
 #pragma once
+
+#include <cuda_fp16.h>
 
 #include <cstdint>
 
@@ -19,11 +21,13 @@ __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvt
 
 // Shared address of this lane's row for ldmatrix.x4 on a 16x16 block at `block` (row stride ld): the four 8x8
 // parts are taken down the rows first (walk_rows), or along the columns first (walk_columns).
-__device__ inline uint32_t walk_rows(const act* block, int ld) {
+template <class T>
+__device__ inline uint32_t walk_rows(const T* block, int ld) {
   const int lane = threadIdx.x % 32;
   return shared_address(block + (lane & 15) * ld + 8 * (lane >> 4));
 }
-__device__ inline uint32_t walk_columns(const act* block, int ld) {
+template <class T>
+__device__ inline uint32_t walk_columns(const T* block, int ld) {
   const int lane = threadIdx.x % 32;
   return shared_address(block + ((lane & 7) + 8 * (lane >> 4)) * ld + 8 * ((lane >> 3) & 1));
 }
@@ -42,40 +46,55 @@ __device__ inline void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
                : "r"(address));
 }
 
-// c += a b
-__device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// c += a b, operands bf16
+__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two accumulator tiles side by side += a * (the 16 columns of b)
-__device__ inline void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
-                                const uint32_t (&b)[4]) {
-  mma(left, a, b[0], b[1]);
-  mma(right, a, b[2], b[3]);
+// c += a b, operands fp16
+__device__ inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ inline float2 unpack(uint32_t x) {
-  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&x));
+// Two accumulator tiles side by side += a * (the 16 columns of b)
+__device__ inline void mma_pair_bf16(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                     const uint32_t (&b)[4]) {
+  mma_bf16(left, a, b[0], b[1]);
+  mma_bf16(right, a, b[2], b[3]);
 }
-__device__ inline uint32_t pack(float x, float y) {  // x in the low half
+__device__ inline void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
+                                const uint32_t (&b)[4]) {
+  mma_fp16(left, a, b[0], b[1]);
+  mma_fp16(right, a, b[2], b[3]);
+}
+
+__device__ inline float2 unpack_bf16(uint32_t x) {
+  return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+}
+__device__ inline uint32_t pack_bf16(float x, float y) {  // x in the low half
   __nv_bfloat162 word = __floats2bfloat162_rn(x, y);
   return *reinterpret_cast<uint32_t*>(&word);
 }
-
-// What bf16 lost: x = high + low to 16 bits or more.
-__device__ inline uint32_t pack_low(float x, float y, uint32_t high) {
-  const float2 h = unpack(high);
-  return pack(x - h.x, y - h.y);
+__device__ inline float2 unpack_fp16(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+__device__ inline uint32_t pack_fp16(float x, float y) {
+  __half2 word = __floats2half2_rn(x, y);
+  return *reinterpret_cast<uint32_t*>(&word);
 }
+
+// x = high + low to 16 bits or more, both bf16.
 __device__ inline void split(uint32_t& high, uint32_t& low, float x, float y) {
-  high = pack(x, y);
-  low = pack_low(x, y, high);
+  high = pack_bf16(x, y);
+  const float2 h = unpack_bf16(high);
+  low = pack_bf16(x - h.x, y - h.y);
 }
 
-// The A operand of two neighbouring accumulator tiles.
+// The bf16 A operand, high and low, of two neighbouring accumulator tiles.
 __device__ inline void split(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
                              const float (&right)[4]) {
   split(high[0], low[0], left[0], left[1]);
@@ -84,13 +103,21 @@ __device__ inline void split(uint32_t (&high)[4], uint32_t (&low)[4], const floa
   split(high[3], low[3], right[2], right[3]);
 }
 
-// Two tiles += (a high + a low) (b high + b low), without low * low
+// The fp16 A operand of two neighbouring accumulator tiles.
+__device__ inline void operand(uint32_t (&out)[4], const float (&left)[4], const float (&right)[4]) {
+  out[0] = pack_fp16(left[0], left[1]);
+  out[1] = pack_fp16(left[2], left[3]);
+  out[2] = pack_fp16(right[0], right[1]);
+  out[3] = pack_fp16(right[2], right[3]);
+}
+
+// Two tiles += (a high + a low) (b high + b low) in bf16, without low * low
 __device__ inline void mma_pair_split(float (&left)[4], float (&right)[4], const uint32_t (&high)[4],
                                       const uint32_t (&low)[4], const uint32_t (&b_high)[4],
                                       const uint32_t (&b_low)[4]) {
-  mma_pair(left, right, high, b_high);
-  mma_pair(left, right, low, b_high);
-  mma_pair(left, right, high, b_low);
+  mma_pair_bf16(left, right, high, b_high);
+  mma_pair_bf16(left, right, low, b_high);
+  mma_pair_bf16(left, right, high, b_low);
 }
 
 // Two tiles (16 tokens from `token` on): each column times its token's gate.
@@ -103,21 +130,74 @@ __device__ inline void scale_tokens(float (&left)[4], float (&right)[4], const f
   right[0] *= factor * y.x, right[1] *= factor * y.y, right[2] *= factor * y.x, right[3] *= factor * y.y;
 }
 
-// The same columns of the operand for them: out = factor * gate * x, as bf16 high + low.
-__device__ inline void scaled_operand(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
-                                      const float (&right)[4], const float* gate, int token, float factor) {
+// The fp16 operand of two tiles times factor * gate.
+__device__ inline void scaled_operand(uint32_t (&out)[4], const float (&left)[4], const float (&right)[4],
+                                      const float* gate, int token, float factor) {
   float x[4], y[4];
 #pragma unroll
   for (int e = 0; e < 4; e++) x[e] = left[e], y[e] = right[e];
   scale_tokens(x, y, gate, token, factor);
-  split(high, low, x, y);
+  operand(out, x, y);
 }
 
-// An 8x8 block of bf16 held as (row g, columns 2c, 2c+1) -> its transpose, held the same way.
+// ---- powers of two that bring numbers into fp16's range
+
+// fp16 operands are numbers times 2^e, e such that the largest is below 4: then sums of products of a chunk
+// stay below 65504, and what lies 2^16 below the largest still has all its 11 bits.
+constexpr int kMaxExponent = 62;
+
+__device__ inline float power_of_two(int e) { return __int_as_float((e + 127) << 23); }  // -126 <= e <= 127
+
+// The exponent for numbers of which `largest` >= 0, times 2^e already, is the warp's largest: e while it is
+// in [2^-4, 4), else the one that brings it into [2,4); at most +-kMaxExponent. The same in all lanes.
+__device__ inline int range_exponent(float largest, int e) {
+  const int bits = int(__reduce_max_sync(~0u, __float_as_uint(largest)));
+  const int exponent = (bits >> 23) - 127;
+  if (bits == 0 || (exponent >= -4 && exponent <= 1)) return e;
+  return max(-kMaxExponent, min(kMaxExponent, e + 1 - exponent));
+}
+
+__device__ inline float largest_of(const float (&x)[4], float largest) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) largest = fmaxf(largest, fabsf(x[e]));
+  return largest;
+}
+
+// Eight bf16 -> fp16 times `factor`: exact where the result is in fp16's normal range.
+__device__ inline void to_fp16(void* p, float factor) {
+  uint4 v = *static_cast<uint4*>(p);
+  uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 x = unpack_bf16(w[i]);
+    w[i] = pack_fp16(factor * x.x, factor * x.y);
+  }
+  *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// An 8x8 block of 16-bit numbers held as (row g, columns 2c, 2c+1) -> its transpose, held the same way.
 __device__ inline uint32_t transpose_8x8(uint32_t x) {
   uint32_t y;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
   return y;
+}
+
+// Writes four 8x8 blocks held that way transposed: blocks 0, 1 to rows [0,8), columns 0 and 8, blocks 2, 3 to
+// rows [8,16), of a shared tile at `to` with row stride ld.
+template <class T>
+__device__ inline void store_transposed(T* to, int ld, const uint32_t (&r)[4]) {
+  const int lane = threadIdx.x % 32;
+#if __CUDA_ARCH__ >= 900
+  const uint32_t address = shared_address(to + (lane % 8 + 8 * (lane / 16)) * ld + 8 * (lane / 8 % 2));
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    *reinterpret_cast<uint32_t*>(to + (lane / 4 + 8 * (i / 2)) * ld + 8 * (i % 2) + 2 * (lane % 4)) =
+        transpose_8x8(r[i]);
+#endif
 }
 
 // w[j] of lane c of four <-> w[c] of lane j: four words apart become 16 neighbouring bytes.
@@ -143,7 +223,8 @@ __device__ inline void transpose_quad(uint32_t (&w)[4]) {
 
 // Writes 8 rows of four accumulator tiles' packed words to row-major memory: row g at `row`, this lane 8
 // columns.
-__device__ inline void store_32_columns(act* row, uint32_t (&w)[4], int valid_columns) {
+template <class T>
+__device__ inline void store_32_columns(T* row, uint32_t (&w)[4], int valid_columns) {
   transpose_quad(w);
   const int column = 8 * (threadIdx.x & 3);
   if (column < valid_columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
@@ -155,18 +236,40 @@ __device__ inline void copy_16_bytes(void* to, const void* from, bool valid) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
+__device__ inline void copy_4_bytes(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 __device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// All groups of this thread's copies but the newest have arrived.
+__device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// The block starts copying a [rows, columns] bf16 tile to shared memory (row strides ld and stride, in
+// The block starts copying a [rows, columns] tile of 16-bit numbers to shared memory (row strides ld and stride, in
 // elements); zeros from row valid_rows and column valid_columns on. Columns in multiples of 8.
-__device__ inline void copy_tile(act* to, int ld, const act* from, int64_t stride, int rows, int columns,
+template <class T>
+__device__ inline void copy_tile(T* to, int ld, const T* from, int64_t stride, int rows, int columns,
                                  int valid_rows, int valid_columns) {
   const int vectors = columns / 8, step_rows = blockDim.x / vectors, step_vectors = blockDim.x % vectors;
   int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
   while (row < rows) {
     const bool valid = row < valid_rows && 8 * vector < valid_columns;
     copy_16_bytes(to + row * ld + 8 * vector, valid ? from + row * stride + 8 * vector : from, valid);
+    row += step_rows;
+    vector += step_vectors;
+    if (vector >= vectors) {
+      vector -= vectors;
+      row++;
+    }
+  }
+}
+
+// What copy_tile copied of a bf16 tile becomes fp16, times 1: each thread what it copied itself, once its copies
+// have arrived.
+__device__ inline void copied_to_fp16(act* tile, int ld, int rows, int columns) {
+  const int vectors = columns / 8, step_rows = blockDim.x / vectors, step_vectors = blockDim.x % vectors;
+  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
+  while (row < rows) {
+    to_fp16(tile + row * ld + 8 * vector, 1.f);
     row += step_rows;
     vector += step_vectors;
     if (vector >= vectors) {

@@ -2,8 +2,10 @@
 //
 // Each warp owns 16 columns of the state and keeps them transposed, [16 of dv, dk], in fp32 accumulators for
 // the whole sequence. Transposed, every product of a chunk has the state, or the result of the product before
-// it, as its A operand, which registers hold already (split into bf16 high + low, so that operands keep 16
-// bits); B operands are q, k, N, P as they lie in shared memory. Warps exchange nothing; a block's warps
+// it, as its A operand, which registers hold already; B operands are q, k, N, P as they lie in shared memory.
+// Operands are fp16: q, k, N and P are small numbers by nature, and what a warp holds it keeps multiplied by a
+// power of two, 2^e, that brings its largest number near 1. In such units everything below runs; e is constant
+// within a chunk, changes rarely, and goes out with what is saved. Warps exchange nothing; a block's warps
 // share the loads.
 #pragma once
 
@@ -14,8 +16,8 @@ namespace delta_rule {
 
 constexpr int kMaxPassWarps = 8;
 
-// N and P in a stage: two tiles, high and low, each 64 rows of five 16x16 blocks. N_ij lies at (i, j); P_ij
-// at (3 - i, 4 - i + j), in what N's lower triangle leaves.
+// N and P in a stage: one tile of 64 rows of five 16x16 blocks. N_ij lies at (i, j); P_ij at (3 - i, 4 - i +
+// j), in what N's lower triangle leaves.
 constexpr int kTrianglesStride = 5 * 16 + 8, kTriangles = kChunk * kTrianglesStride;
 __device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kTrianglesStride + j); }
 __device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kTrianglesStride + 4 - i + j); }
@@ -23,14 +25,15 @@ __device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kTria
 // What a pass needs of one chunk, in shared memory. `values` is v forward and do backward; its tile also
 // stages what a warp writes to global memory, each warp in its own 16 columns.
 struct PassStage {
-  act *q, *k;    // [64, DK + 8], zeros from column dk on
-  act* values;   // [64, 16 warps + 8]
-  act* squares;  // N and P, high and low: [2][64, kTrianglesStride]
-  float* gates;  // [4, 64]
+  act* q;           // [64, DK + 8], zeros from column dk on; arrives as bf16 and becomes fp16
+  act* k;           // the same
+  act* values;      // [64, 16 warps + 8]
+  __half* squares;  // N and P: [64, kTrianglesStride]
+  float* gates;     // [4, 64]
 };
 
 __host__ __device__ constexpr int pass_stage_bytes(int DK, int warps) {
-  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + 2 * kTriangles) + 4 * kGates;
+  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + kTriangles) + 4 * kGates;
 }
 
 template <int DK>
@@ -39,8 +42,8 @@ __device__ inline PassStage pass_stage(unsigned char* shared, int index, int war
   stage.q = reinterpret_cast<act*>(shared + index * pass_stage_bytes(DK, warps));
   stage.k = stage.q + kChunk * (DK + 8);
   stage.values = stage.k + kChunk * (DK + 8);
-  stage.squares = stage.values + kChunk * (16 * warps + 8);
-  stage.gates = reinterpret_cast<float*>(stage.squares + 2 * kTriangles);
+  stage.squares = reinterpret_cast<__half*>(stage.values + kChunk * (16 * warps + 8));
+  stage.gates = reinterpret_cast<float*>(stage.squares + kTriangles);
   return stage;
 }
 
@@ -49,15 +52,13 @@ struct PassBlock {
   int b, h, hk, warps, first_column;
 };
 
-// The block starts copying N and P, high and low: their 16x16 blocks on and below the diagonal, the only ones
-// there are.
-__device__ inline void copy_lower_blocks(act* to, const act* from) {
-  for (int i = threadIdx.x; i < 4 * kChunk * kChunk / 8; i += blockDim.x) {
-    const int tile = i / (kSquare / 8), row = i / (kChunk / 8) % kChunk, column = 8 * (i % (kChunk / 8));
-    const int block_row = row / 16, block = tile < 2 ? block_of_n(block_row, 0) : block_of_p(block_row, 0);
+// The block starts copying N and P: their 16x16 blocks on and below the diagonal, the only ones there are.
+__device__ inline void copy_lower_blocks(__half* to, const __half* from) {
+  for (int i = threadIdx.x; i < 2 * kSquare / 8; i += blockDim.x) {
+    const int row = i / (kChunk / 8) % kChunk, column = 8 * (i % (kChunk / 8)), block_row = row / 16;
+    const int block = i < kSquare / 8 ? block_of_n(block_row, 0) : block_of_p(block_row, 0);
     if (column / 16 <= block_row)
-      copy_16_bytes(to + tile % 2 * kTriangles + block + row % 16 * kTrianglesStride + column, from + 8 * i,
-                    true);
+      copy_16_bytes(to + block + row % 16 * kTrianglesStride + column, from + 8 * i, true);
   }
 }
 
@@ -66,7 +67,7 @@ __device__ inline void copy_lower_blocks(act* to, const act* from) {
 template <int DK>
 __device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block, const Sizes& size,
                                   int chunk, const act* qkv, const act* values, int64_t values_stride,
-                                  const act* matrices, const float* gates) {
+                                  const __half* matrices, const float* gates) {
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
   const act* inputs = qkv + row * size.channels;
   const int n = size.rows_in(chunk), columns = 16 * block.warps;
@@ -74,29 +75,33 @@ __device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block
   copy_tile(stage.k, DK + 8, inputs + size.k_column(block.hk), size.channels, kChunk, size.dk, n, size.dk);
   copy_tile(stage.values, columns + 8, values + row * values_stride + block.first_column, values_stride,
             kChunk, columns, n, size.dv - block.first_column);
-  copy_lower_blocks(stage.squares, matrices + number * 4 * kSquare);
+  copy_lower_blocks(stage.squares, matrices + number * 2 * kSquare);
   for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
     copy_16_bytes(stage.gates + 4 * i, gates + number * kGates + 4 * i, true);
   copies_issued();
 }
 
-// c [16,64] += a b^T for 16 columns of dk; a as bf16 high + low, b: walk_columns at rows [64,dk] in shared
-// memory
-__device__ inline void add_times_rows(float (&c)[8][4], const uint32_t (&high)[4], const uint32_t (&low)[4],
-                                      uint32_t address, int ld) {
+// Waits for a chunk's inputs; the block sees them after it has synchronised.
+template <int DK>
+__device__ inline void receive_chunk(const PassStage& stage, const Sizes& size) {
+  copies_arrived();
+  copied_to_fp16(stage.q, DK + 8, kChunk, size.dk);
+  copied_to_fp16(stage.k, DK + 8, kChunk, size.dk);
+}
+
+// c [16,64] += a b^T for 16 columns of dk; b: walk_columns at rows [64,dk] in shared memory
+__device__ inline void add_times_rows(float (&c)[8][4], const uint32_t (&a)[4], uint32_t address, int ld) {
   uint32_t b[4][4];
 #pragma unroll
   for (int t = 0; t < 4; t++) ldmatrix(b[t], address + 2 * 16 * t * ld);
 #pragma unroll
-  for (int t = 0; t < 4; t++) mma_pair(c[2 * t], c[2 * t + 1], high, b[t]);
-#pragma unroll
-  for (int t = 0; t < 4; t++) mma_pair(c[2 * t], c[2 * t + 1], low, b[t]);
+  for (int t = 0; t < 4; t++) mma_pair(c[2 * t], c[2 * t + 1], a, b[t]);
 }
 
 // Writes 32 columns of the warp's state, held as two A operands, to rows [16 of dv, dk] of `to`.
-__device__ inline void store_32_of_state(act* to, int dk, int column, const uint32_t (&left)[4],
+__device__ inline void store_32_of_state(__half* to, int dk, int column, const uint32_t (&left)[4],
                                          const uint32_t (&right)[4]) {
-  act* row = to + (threadIdx.x % 32) / 4 * dk + column;
+  __half* row = to + (threadIdx.x % 32) / 4 * dk + column;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     uint32_t w[4] = {left[half], left[half + 2], right[half], right[half + 2]};
@@ -104,60 +109,59 @@ __device__ inline void store_32_of_state(act* to, int dk, int column, const uint
   }
 }
 
-// Everything that reads the state [16 of dv, dk], in one walk over it, so that it is split once:
+// Everything that reads the state [16 of dv, dk], in one walk over it, so that it is rounded once:
 //   from_k [16,64] += state K^T      from_q [16,64] += state Q^T (kWithQ)
-//   its bf16 parts written to high_to, low_to, rows [16 of dv, dk], where these are not null
+//   the fp16 state written to `to`, rows [16 of dv, dk], where that is not null
 template <int DK, bool kWithQ>
 __device__ inline void read_state(float (&from_k)[8][4], float (&from_q)[8][4],
-                                  const float (&state)[DK / 8][4], const act* k, const act* q, act* high_to,
-                                  act* low_to, int dk) {
+                                  const float (&state)[DK / 8][4], const act* k, const act* q, __half* to,
+                                  int dk) {
   const uint32_t k_columns = walk_columns(k, DK + 8), q_columns = walk_columns(q, DK + 8);
 #pragma unroll
   for (int e = 0; e < DK / 32; e++) {
-    uint32_t high[2][4], low[2][4];
+    uint32_t a[2][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int at = 2 * e + half;
-      split(high[half], low[half], state[2 * at], state[2 * at + 1]);
-      add_times_rows(from_k, high[half], low[half], k_columns + 2 * 16 * at, DK + 8);
-      if (kWithQ) add_times_rows(from_q, high[half], low[half], q_columns + 2 * 16 * at, DK + 8);
+      operand(a[half], state[2 * at], state[2 * at + 1]);
+      add_times_rows(from_k, a[half], k_columns + 2 * 16 * at, DK + 8);
+      if (kWithQ) add_times_rows(from_q, a[half], q_columns + 2 * 16 * at, DK + 8);
     }
-    if (high_to) store_32_of_state(high_to, dk, 32 * e, high[0], high[1]);
-    if (low_to) store_32_of_state(low_to, dk, 32 * e, low[0], low[1]);
+    if (to) store_32_of_state(to, dk, 32 * e, a[0], a[1]);
   }
 }
 
 // state [16,dk] += a [16, 16 tokens] rows [16 tokens, dk]; address: walk_rows at the first of the 16 rows
 template <int DK>
-__device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&high)[4],
-                                   const uint32_t (&low)[4], uint32_t address) {
+__device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a)[4], uint32_t address) {
 #pragma unroll
   for (int e = 0; e < DK / 16; e++) {
     uint32_t b[4];
     ldmatrix_transposed(b, address + 2 * 16 * e);
-    mma_pair(state[2 * e], state[2 * e + 1], high, b);
-    mma_pair(state[2 * e], state[2 * e + 1], low, b);
+    mma_pair(state[2 * e], state[2 * e + 1], a, b);
   }
 }
 
-enum Part { kHigh, kLow };
+__device__ inline uint32_t pack_as(const act*, float x, float y) { return pack_bf16(x, y); }
+__device__ inline uint32_t pack_as(const __half*, float x, float y) { return pack_fp16(x, y); }
 
-// Writes x [16 of dv, 64 tokens], its bf16 rounding or what that lost, to rows [tokens, 16] of `to`, the
-// first n. `staging`: the warp's own 16 columns of a shared tile with row stride ld.
-template <Part part>
-__device__ inline void store_tokens(act* to, int64_t stride, int n, act* staging, int ld,
-                                    const float (&x)[8][4]) {
+// Writes factor * x [16 of dv, 64 tokens] to rows [tokens, 16] of `to`, the first n. `staging`: the warp's own
+// 16 columns of a shared tile with row stride ld.
+template <class T>
+__device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, int ld,
+                                    const float (&x)[8][4], float factor) {
   const int lane = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
-  for (int t = 0; t < 8; t++)
+  for (int t = 0; t < 8; t += 2) {
+    uint32_t w[4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint32_t word = pack(x[t][2 * half], x[t][2 * half + 1]);
-      if (part == kLow) word = pack_low(x[t][2 * half], x[t][2 * half + 1], word);
-      act* at = staging + (8 * t + lane / 4) * ld + 8 * half + 2 * (lane % 4);
-      *reinterpret_cast<uint32_t*>(at) = transpose_8x8(word);
+    for (int i = 0; i < 4; i++) {
+      const float(&tile)[4] = x[t + i / 2];
+      w[i] = pack_as(to, factor * tile[2 * (i % 2)], factor * tile[2 * (i % 2) + 1]);
     }
+    store_transposed(staging + 8 * t * ld, ld, w);
+  }
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -178,15 +182,50 @@ __device__ inline PassBlock pass_block(const Sizes& size) {
   return block;
 }
 
-// What the backward needs from the forward: states at the chunks' starts [chunks,dv,dk], E [B,T,Hv,dv] high
-// and low.
+// What the backward needs from the forward, fp16: states at the chunks' starts [chunks,dv,dk] and E
+// [B,T,Hv,dv], both times 2^exponent, exponents [chunks, dv / 16].
 struct Saved {
-  act *states, *e_high, *e_low;  // null: nothing is saved
+  __half *states, *errors;
+  int* exponents;  // all null: nothing is saved
 };
 
-// E = R - N (beta R), R = V - e^G (K S): in place from c = K S. All [16 of dv, 64 tokens]
-__device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage, int ld, int warp) {
-  const uint32_t v_columns = walk_columns(stage.values + 16 * warp, ld);
+template <int DK>
+__device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) state[t][e] *= factor;
+}
+
+// The largest number, up to sign, of a warp's 16 columns of a bf16 tile [64, 16]; this lane's share.
+__device__ inline float largest_of_values(uint32_t columns_address, int ld) {
+  __nv_bfloat162 largest = __float2bfloat162_rn(0.f);
+#pragma unroll
+  for (int t = 0; t < 4; t++) {
+    uint32_t v[4];
+    ldmatrix_transposed(v, columns_address + 2 * 16 * t * ld);
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      largest = __hmax2(largest, __habs2(*reinterpret_cast<__nv_bfloat162*>(&v[e])));
+  }
+  return fmaxf(__low2float(largest), __high2float(largest));
+}
+
+// Before a chunk: the state, which is times 2^exponent, is brought into a range where it and the chunk's
+// values, of which this lane's largest is given, make fp16 operands. Returns the new exponent.
+template <int DK>
+__device__ inline int bring_into_range(float (&state)[DK / 8][4], float largest_value, int exponent) {
+  float largest = power_of_two(exponent) * largest_value;
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++) largest = largest_of(state[t], largest);
+  const int e = range_exponent(largest, exponent);
+  if (e != exponent) scale_state<DK>(state, power_of_two(e - exponent));
+  return e;
+}
+
+// E = R - N (beta R), R = unit V - e^G (K S): in place from c = K S. All [16 of dv, 64 tokens]
+__device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage, uint32_t v_columns, int ld,
+                                       float unit) {
 #pragma unroll
   for (int t = 0; t < 4; t++) {
     scale_tokens(c[2 * t], c[2 * t + 1], stage.gates + kFromStart * kChunk, 16 * t, -1.f);
@@ -194,54 +233,51 @@ __device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage,
     ldmatrix_transposed(v, v_columns + 2 * 16 * t * ld);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const float2 x = unpack(v[e]);
+      const float2 x = unpack_bf16(v[e]);
       float(&tile)[4] = c[2 * t + e / 2];
-      tile[2 * (e % 2)] += x.x;
-      tile[2 * (e % 2) + 1] += x.y;
+      tile[2 * (e % 2)] += unit * x.x;
+      tile[2 * (e % 2) + 1] += unit * x.y;
     }
   }
   // The last 16 tokens first: a block of tokens is read before what comes earlier is taken off it.
-  const uint32_t n_high = walk_columns(stage.squares, kTrianglesStride), n_low = n_high + 2 * kTriangles;
+  const uint32_t n_columns = walk_columns(stage.squares, kTrianglesStride);
 #pragma unroll
   for (int p = 3; p >= 0; p--) {
-    uint32_t high[4], low[4];
-    scaled_operand(high, low, c[2 * p], c[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
+    uint32_t a[4];
+    scaled_operand(a, c[2 * p], c[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
 #pragma unroll
     for (int t = p; t < 4; t++) {
-      uint32_t b_high[4], b_low[4];
-      const uint32_t at = 2 * block_of_n(t, p);
-      ldmatrix(b_high, n_high + at);
-      ldmatrix(b_low, n_low + at);
-      mma_pair_split(c[2 * t], c[2 * t + 1], high, low, b_high, b_low);
+      uint32_t b[4];
+      ldmatrix(b, n_columns + 2 * block_of_n(t, p));
+      mma_pair(c[2 * t], c[2 * t + 1], a, b);
     }
   }
 }
 
-// out [16 of dv, 64 tokens] += (beta E) P^T
-__device__ inline void add_within_chunk(float (&out)[8][4], const float (&E)[8][4], const PassStage& stage) {
-  const uint32_t p_high = walk_columns(stage.squares, kTrianglesStride), p_low = p_high + 2 * kTriangles;
+// out [16 of dv, 64 tokens] += written P^T
+__device__ inline void add_within_chunk(float (&out)[8][4], const float (&written)[8][4],
+                                        const PassStage& stage) {
+  const uint32_t p_columns = walk_columns(stage.squares, kTrianglesStride);
 #pragma unroll
   for (int p = 0; p < 4; p++) {
-    uint32_t high[4], low[4];
-    scaled_operand(high, low, E[2 * p], E[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, 1.f);
+    uint32_t a[4];
+    operand(a, written[2 * p], written[2 * p + 1]);
 #pragma unroll
     for (int t = p; t < 4; t++) {
-      uint32_t b_high[4], b_low[4];
-      const uint32_t at = 2 * block_of_p(t, p);
-      ldmatrix(b_high, p_high + at);
-      ldmatrix(b_low, p_low + at);
-      mma_pair_split(out[2 * t], out[2 * t + 1], high, low, b_high, b_low);
+      uint32_t b[4];
+      ldmatrix(b, p_columns + 2 * block_of_p(t, p));
+      mma_pair(out[2 * t], out[2 * t + 1], a, b);
     }
   }
 }
 
-template <int DK>
-__device__ inline void decay_state(float (&state)[DK / 8][4], float decay) {
+__device__ inline void scale_all_tokens(float (&x)[8][4], const float* gate, float factor) {
 #pragma unroll
-  for (int t = 0; t < DK / 8; t++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) state[t][e] *= decay;
+  for (int t = 0; t < 4; t++) scale_tokens(x[2 * t], x[2 * t + 1], gate, 16 * t, factor);
 }
+
+// Blocks of 8 warps a multiprocessor should hold: with a small state registers allow two.
+__host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1; }
 
 // One block: a sequence, a value head, a slice of dv; chunk after chunk, the next one's inputs arriving
 // meanwhile.
@@ -249,12 +285,11 @@ __device__ inline void decay_state(float (&state)[DK / 8][4], float decay) {
 //   O = s e^G Q S + P (beta E)                     S <- e^{G_C} S + K^T (e^{G_C - G} beta E)
 // Writes o and what Saved names.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.27 GB, writes o, states, E 0.50 GB: 0.183
-// ms at the copy rate; 52 GFLOP, each product counted once (101 done: split operands). Reached on
-// an H200: 0.449 ms, 41%.
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.24 GB, writes o, states, E 0.40 GB: 0.212
+// ms at the copy rate; 52 GFLOP.
 template <int DK>
-__global__ void __launch_bounds__(32 * kMaxPassWarps, 1)
-    forward_pass_kernel(act* o, Saved saved, const act* qkv, const act* matrices, const float* gates,
+__global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
+    forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
                         Sizes size, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
   const PassBlock block = pass_block(size);
@@ -267,96 +302,91 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, 1)
                  gates);
 
   float state[DK / 8][4] = {};
+  int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = 0; chunk < size.chunks; chunk++) {
-    copies_arrived();
+    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    receive_chunk<DK>(stage, size);
     __syncthreads();
     if (chunk + 1 < size.chunks)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
                      values, size.channels, matrices, gates);
     if (!active) continue;
-    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t stride = int64_t(size.heads_v) * size.dv, out = row * stride + block.h * size.dv + column;
     const int n = size.rows_in(chunk);
     act* staging = stage.values + 16 * warp;
+    const uint32_t v_columns = walk_columns(staging, ld);
 
+    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {}, O[8][4] = {};
-    act* state_to = saved.states ? saved.states + (number * size.dv + column) * size.dk : nullptr;
-    read_state<DK, true>(E, O, state, stage.k, stage.q, state_to, nullptr, size.dk);
-    errors_of_chunk(E, stage, ld, warp);
+    __half* state_to = saved.states ? saved.states + (number * size.dv + column) * size.dk : nullptr;
+    read_state<DK, true>(E, O, state, stage.k, stage.q, state_to, size.dk);
+    errors_of_chunk(E, stage, v_columns, ld, power_of_two(exponent));
     if (saved.states) {
-      store_tokens<kHigh>(saved.e_high + out, stride, n, staging, ld, E);
-      store_tokens<kLow>(saved.e_low + out, stride, n, staging, ld, E);
+      store_tokens(saved.errors + out, stride, n, staging, ld, E, 1.f);
+      if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
     }
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-      scale_tokens(O[2 * t], O[2 * t + 1], stage.gates + kFromStart * kChunk, 16 * t, s);
+    scale_all_tokens(O, stage.gates + kFromStart * kChunk, s);
+    scale_all_tokens(E, stage.gates + kBeta * kChunk, 1.f);
     add_within_chunk(O, E, stage);
-    store_tokens<kHigh>(o + out, stride, n, staging, ld, O);
+    store_tokens(o + out, stride, n, staging, ld, O, power_of_two(-exponent));
 
-    decay_state<DK>(state, stage.gates[kFromStart * kChunk + kChunk - 1]);
+    scale_state<DK>(state, stage.gates[kFromStart * kChunk + kChunk - 1]);
     const uint32_t k_rows = walk_rows(stage.k, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-      uint32_t high[4], low[4];
-      scale_tokens(E[2 * p], E[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, 1.f);
-      scaled_operand(high, low, E[2 * p], E[2 * p + 1], stage.gates + kToEnd * kChunk, 16 * p, 1.f);
-      add_16_rows<DK>(state, high, low, k_rows + 2 * 16 * p * (DK + 8));
+      uint32_t a[4];
+      scaled_operand(a, E[2 * p], E[2 * p + 1], stage.gates + kToEnd * kChunk, 16 * p, 1.f);
+      add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
 }
 
-// What the backward pass leaves for gradients_kernel: dS at the chunks' ends [chunks,dv,dk], X [B,T,Hv,dv].
+// What the backward pass leaves for gradients_kernel, fp16: dS at the chunks' ends [chunks,dv,dk] and X
+// [B,T,Hv,dv], both times 2^exponent, exponents [chunks, dv / 16], which keep do's products in range too.
 struct Adjoints {
-  act *ds_high, *ds_low, *x_high, *x_low;
+  __half *d_states, *x;
+  int* exponents;
 };
 
 // x [16 of dv, 64 tokens] += do^T P for the 16 rows of P from 16 p on; d_o those tokens' A operand
 __device__ inline void add_within_chunk_backward(float (&x)[8][4], const uint32_t (&d_o)[4],
                                                  const PassStage& stage, int p) {
-  const uint32_t p_high = walk_rows(stage.squares, kTrianglesStride), p_low = p_high + 2 * kTriangles;
+  const uint32_t p_rows = walk_rows(stage.squares, kTrianglesStride);
 #pragma unroll
-  for (int t = 0; t < 4; t++) {
-    if (t > p) continue;
-    uint32_t b_high[4], b_low[4];
-    const uint32_t at = 2 * block_of_p(p, t);
-    ldmatrix_transposed(b_high, p_high + at);
-    ldmatrix_transposed(b_low, p_low + at);
-    mma_pair(x[2 * t], x[2 * t + 1], d_o, b_high);
-    mma_pair(x[2 * t], x[2 * t + 1], d_o, b_low);
+  for (int t = 0; t <= p; t++) {
+    uint32_t b[4];
+    ldmatrix_transposed(b, p_rows + 2 * block_of_p(p, t));
+    mma_pair(x[2 * t], x[2 * t + 1], d_o, b);
   }
 }
 
 // X = dVn - N^T (beta dVn), in place. The first 16 tokens first.
 __device__ inline void solve_backward(float (&x)[8][4], const PassStage& stage) {
-  const uint32_t n_high = walk_rows(stage.squares, kTrianglesStride), n_low = n_high + 2 * kTriangles;
+  const uint32_t n_rows = walk_rows(stage.squares, kTrianglesStride);
 #pragma unroll
   for (int p = 0; p < 4; p++) {
-    uint32_t high[4], low[4];
-    scaled_operand(high, low, x[2 * p], x[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
+    uint32_t a[4];
+    scaled_operand(a, x[2 * p], x[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
 #pragma unroll
     for (int t = 0; t <= p; t++) {
-      uint32_t b_high[4], b_low[4];
-      const uint32_t at = 2 * block_of_n(p, t);
-      ldmatrix_transposed(b_high, n_high + at);
-      ldmatrix_transposed(b_low, n_low + at);
-      mma_pair_split(x[2 * t], x[2 * t + 1], high, low, b_high, b_low);
+      uint32_t b[4];
+      ldmatrix_transposed(b, n_rows + 2 * block_of_n(p, t));
+      mma_pair(x[2 * t], x[2 * t + 1], a, b);
     }
   }
 }
 
-// s e^G do for 16 tokens, as bf16 high + low
-__device__ inline void scaled_output_gradient(uint32_t (&high)[4], uint32_t (&low)[4],
-                                              const uint32_t (&d_o)[4], const float* from_start, int token,
-                                              float s) {
-  float x[2][4];
+// The bf16 operand d_o times unit, as accumulator tiles.
+__device__ inline void output_gradient(float (&left)[4], float (&right)[4], const uint32_t (&d_o)[4],
+                                       float unit) {
 #pragma unroll
   for (int e = 0; e < 4; e++) {
-    const float2 y = unpack(d_o[e]);
-    x[e / 2][2 * (e % 2)] = y.x;
-    x[e / 2][2 * (e % 2) + 1] = y.y;
+    const float2 y = unpack_bf16(d_o[e]);
+    float(&tile)[4] = e < 2 ? left : right;
+    tile[2 * (e % 2)] = unit * y.x;
+    tile[2 * (e % 2) + 1] = unit * y.y;
   }
-  scaled_operand(high, low, x[0], x[1], from_start, token, s);
 }
 
 // One block: a sequence, a value head, a slice of dv; from the last chunk to the first.
@@ -364,11 +394,11 @@ __device__ inline void scaled_output_gradient(uint32_t (&high)[4], uint32_t (&lo
 //   dS <- e^{G_C} dS + Q^T (s e^G dO) - K^T (beta e^G X)
 // Writes dv into dqkv and, for gradients_kernel, X and each chunk's dS before the update.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.27 GB, writes dv, X, dS 0.70 GB: 0.230
-// ms at the copy rate; 52 GFLOP counted once (97 done). Reached on an H200: 0.520 ms, 44%.
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB: 0.212
+// ms at the copy rate; 52 GFLOP.
 template <int DK>
-__global__ void __launch_bounds__(32 * kMaxPassWarps, 1)
-    backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const act* matrices,
+__global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
+    backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
                          const float* gates, Sizes size, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
   const PassBlock block = pass_block(size);
@@ -382,52 +412,53 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, 1)
                  qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
+  int exponent = 0;
   for (int chunk = size.chunks - 1; chunk >= 0; chunk--) {
-    copies_arrived();
+    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    receive_chunk<DK>(stage, size);
     __syncthreads();
     if (chunk > 0)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
                      values, stride, matrices, gates);
     if (!active) continue;
-    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t out = row * stride + block.h * size.dv + column;
     const int n = size.rows_in(chunk);
     act* staging = stage.values + 16 * warp;
+    const uint32_t do_columns = walk_columns(staging, ld);
     const float* from_start = stage.gates + kFromStart * kChunk;
 
-    const int64_t state_at = (number * size.dv + column) * size.dk;
+    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
+    if (threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     float X[8][4] = {};
-    read_state<DK, false>(X, X, state, stage.k, stage.q, adjoints.ds_high + state_at,
-                          adjoints.ds_low + state_at, size.dk);
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-      scale_tokens(X[2 * t], X[2 * t + 1], stage.gates + kToEnd * kChunk, 16 * t, 1.f);
-    decay_state<DK>(state, from_start[kChunk - 1]);
-    const uint32_t do_columns = walk_columns(staging, ld), q_rows = walk_rows(stage.q, DK + 8);
+    read_state<DK, false>(X, X, state, stage.k, stage.q,
+                          adjoints.d_states + (number * size.dv + column) * size.dk, size.dk);
+    scale_all_tokens(X, stage.gates + kToEnd * kChunk, 1.f);
+    scale_state<DK>(state, from_start[kChunk - 1]);
+    const uint32_t q_rows = walk_rows(stage.q, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-      uint32_t out_gradient[4], high[4], low[4];
-      ldmatrix_transposed(out_gradient, do_columns + 2 * 16 * p * ld);
-      add_within_chunk_backward(X, out_gradient, stage, p);
-      scaled_output_gradient(high, low, out_gradient, from_start, 16 * p, s);
-      add_16_rows<DK>(state, high, low, q_rows + 2 * 16 * p * (DK + 8));
+      uint32_t a[4];
+      float left[4], right[4];
+      ldmatrix_transposed(a, do_columns + 2 * 16 * p * ld);
+      output_gradient(left, right, a, power_of_two(exponent));
+      operand(a, left, right);
+      add_within_chunk_backward(X, a, stage, p);
+      scaled_operand(a, left, right, from_start, 16 * p, s);
+      add_16_rows<DK>(state, a, q_rows + 2 * 16 * p * (DK + 8));
     }
     solve_backward(X, stage);
-    store_tokens<kHigh>(adjoints.x_high + out, stride, n, staging, ld, X);
-    store_tokens<kLow>(adjoints.x_low + out, stride, n, staging, ld, X);
-#pragma unroll
-    for (int t = 0; t < 4; t++)
-      scale_tokens(X[2 * t], X[2 * t + 1], stage.gates + kBeta * kChunk, 16 * t, 1.f);
-    store_tokens<kHigh>(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n,
-                        staging, ld, X);
+    store_tokens(adjoints.x + out, stride, n, staging, ld, X, 1.f);
+    scale_all_tokens(X, stage.gates + kBeta * kChunk, 1.f);
+    store_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging, ld,
+                 X, power_of_two(-exponent));
 
     const uint32_t k_rows = walk_rows(stage.k, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-      uint32_t high[4], low[4];
-      scaled_operand(high, low, X[2 * p], X[2 * p + 1], from_start, 16 * p, -1.f);
-      add_16_rows<DK>(state, high, low, k_rows + 2 * 16 * p * (DK + 8));
+      uint32_t a[4];
+      scaled_operand(a, X[2 * p], X[2 * p + 1], from_start, 16 * p, -1.f);
+      add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
 }

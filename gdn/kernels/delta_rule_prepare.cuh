@@ -9,7 +9,7 @@
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kSquareStride = kChunk + 8;            // row stride of a [64,64] bf16 tile in shared memory
+constexpr int kSquareStride = kChunk + 8;            // row stride of a [64,64] 16-bit tile in shared memory
 constexpr int kSquare = kChunk * kChunk;             // elements of such a tile in global memory
 constexpr int kGates = 4 * kChunk;                   // floats of a chunk's gates
 enum Gate { kBeta, kFromStart, kToEnd, kLogDecay };  // rows of the gates: beta, e^G, e^{G_C - G}, G
@@ -53,30 +53,28 @@ __device__ inline void chunk_gates(float* gates, const float* g, const float* be
   }
 }
 
-// Writes a warp's rows [16, 16 (warp + 1)] of a bf16 high + low matrix from accumulators; high, low: the
-// tile's row 0.
-__device__ inline void store_lower_blocks(act* high, act* low, const float (&x)[8][4], int warp) {
+// Writes a warp's rows [16, 16 (warp + 1)] of a matrix from accumulators as fp16; to: the tile's row 0.
+__device__ inline void store_lower_blocks(__half* to, const float (&x)[8][4], int warp) {
   const int g = (threadIdx.x % 32) / 4;
 #pragma unroll
   for (int row = 0; row < 2; row++)
 #pragma unroll
     for (int t = 0; t < 8; t += 4) {
       if (t / 2 > warp) continue;
-      uint32_t h[4], l[4];
+      uint32_t w[4];
 #pragma unroll
-      for (int e = 0; e < 4; e++) split(h[e], l[e], x[t + e][2 * row], x[t + e][2 * row + 1]);
-      const int at = (16 * warp + g + 8 * row) * kChunk + 8 * t, valid = 16 * (warp + 1) - 8 * t;
-      store_32_columns(high + at, h, valid);
-      store_32_columns(low + at, l, valid);
+      for (int e = 0; e < 4; e++) w[e] = pack_fp16(x[t + e][2 * row], x[t + e][2 * row + 1]);
+      store_32_columns(to + (16 * warp + g + 8 * row) * kChunk + 8 * t, w, 16 * (warp + 1) - 8 * t);
     }
 }
 
 // One 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i} L_ik beta_k
-// N_kj. A warp: column lane % 16, the lower lanes write bf16 high, the upper low. transposed: L's block,
-// [column][kBlockStride rows].
+// N_kj. A warp: column lane % 16, the lower lanes write bf16 high and fp16, the upper bf16 low. transposed: L's
+// block, [column][kBlockStride rows].
 constexpr int kBlockStride = 20;
 
-__device__ inline void solve_diagonal_block(act* high, act* low, const float* transposed, const float* beta) {
+__device__ inline void solve_diagonal_block(__half* fp16, act* high, act* low, const float* transposed,
+                                            const float* beta) {
   const int lane = threadIdx.x % 32, j = lane % 16;
   act* to = lane < 16 ? high : low;
   float sum[16];
@@ -98,16 +96,19 @@ __device__ inline void solve_diagonal_block(act* high, act* low, const float* tr
     }
     const float rounded = __bfloat162float(__float2bfloat16_rn(sum[k]));
     to[k * kSquareStride + j] = __float2bfloat16_rn(lane < 16 ? rounded : sum[k] - rounded);
+    if (lane < 16) fp16[k * kSquareStride + j] = __float2half_rn(sum[k]);
   }
 }
 
 // N from L by blocks of 16, x being row block `warp` of L and what is left of it:
 //   N_ii by substitution        N_ij = (I - N_ii diag(beta_i)) (L_ij - sum_{k=j}^{i-1} L_ik diag(beta_k)
 //   N_kj)
-// The products on tensor cores, operands bf16 high + low, sums fp32. N comes out in shared memory, high and
-// low [64, kSquareStride], and in memory.
-__device__ inline void solve_by_blocks(act* out_high, act* out_low, act* high, act* low, float* transposed,
-                                       float (&x)[8][4], const float* beta, int warp) {
+// The products on tensor cores, operands bf16 high + low, sums fp32. N comes out in shared memory, fp16, bf16
+// high and bf16 low [3][64, kSquareStride] at `tiles`, and as fp16 in memory.
+__device__ inline void solve_by_blocks(__half* out, act* tiles, float* transposed, float (&x)[8][4],
+                                       const float* beta, int warp) {
+  __half* fp16 = reinterpret_cast<__half*>(tiles);
+  act *high = tiles + kChunk * kSquareStride, *low = high + kChunk * kSquareStride;
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
   const auto write_out = [&] {
     __syncwarp();
@@ -115,10 +116,8 @@ __device__ inline void solve_by_blocks(act* out_high, act* out_low, act* high, a
     for (int i = 0; i < 4; i++) {
       const int row = first + 4 * i + lane / 8, column = 8 * (lane % 8);
       if (column >= first + 16) continue;
-      const uint4 h = *reinterpret_cast<const uint4*>(high + row * kSquareStride + column);
-      const uint4 l = *reinterpret_cast<const uint4*>(low + row * kSquareStride + column);
-      *reinterpret_cast<uint4*>(out_high + row * kChunk + column) = h;
-      *reinterpret_cast<uint4*>(out_low + row * kChunk + column) = l;
+      *reinterpret_cast<uint4*>(out + row * kChunk + column) =
+          *reinterpret_cast<const uint4*>(fp16 + row * kSquareStride + column);
     }
   };
   act *diagonal_high = high + first * kSquareStride + first,
@@ -131,14 +130,19 @@ __device__ inline void solve_by_blocks(act* out_high, act* out_low, act* high, a
       for (int e = 0; e < 4; e++)
         transposed[(8 * (t % 2) + c + e % 2) * kBlockStride + g + 8 * (e / 2)] = x[t][e];
   __syncwarp();
-  solve_diagonal_block(diagonal_high, diagonal_low, transposed, beta + first);
+  solve_diagonal_block(fp16 + first * kSquareStride + first, diagonal_high, diagonal_low, transposed,
+                       beta + first);
   if (warp == 0) write_out();
 #pragma unroll
   for (int k = 0; k < 3; k++) {
     __syncthreads();  // row block k of N is there
     if (warp <= k) continue;
     uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
-    scaled_operand(a_high, a_low, x[2 * k], x[2 * k + 1], beta, 16 * k, -1.f);
+    float scaled[2][4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) scaled[0][e] = x[2 * k][e], scaled[1][e] = x[2 * k + 1][e];
+    scale_tokens(scaled[0], scaled[1], beta, 16 * k, -1.f);
+    split(a_high, a_low, scaled[0], scaled[1]);
 #pragma unroll
     for (int j = 0; j <= k; j++) {
       ldmatrix_transposed(b_high, walk_rows(high + 16 * k * kSquareStride + 16 * j, kSquareStride));
@@ -170,6 +174,7 @@ __device__ inline void solve_by_blocks(act* out_high, act* out_low, act* high, a
         const int at = (first + g + 8 * e) * kSquareStride + 8 * t + c;
         *reinterpret_cast<uint32_t*>(high + at) = h;
         *reinterpret_cast<uint32_t*>(low + at) = l;
+        *reinterpret_cast<uint32_t*>(fp16 + at) = pack_fp16(x[t][2 * e], x[t][2 * e + 1]);
       }
     write_out();
   }
@@ -179,23 +184,22 @@ constexpr int kPrepareThreads = 128;
 
 // q and k, afterwards N and the blocks on L's diagonal.
 inline int prepare_tiles_bytes(int dk) {
-  return std::max(2 * kChunk * (dk + 8) * 2, 2 * kChunk * kSquareStride * 2 + 4 * 16 * kBlockStride * 4);
+  return std::max(2 * kChunk * (dk + 8) * 2, 3 * kChunk * kSquareStride * 2 + 4 * 16 * kBlockStride * 4);
 }
 inline int prepare_shared_bytes(int dk) { return kGates * 4 + prepare_tiles_bytes(dk); }
 
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
 //   P_ij = s D_ij (q_i . k_j), i >= j     gates: beta, e^G, e^{G_C - G}, G
-// so that (I + A)^-1 = I - diag(beta) N, and neither the identity nor beta is ever rounded to bf16.
-// N and P go out as bf16 high + low, matrices [chunks][N high, N low, P high, P low][64,64], of which only
+// so that (I + A)^-1 = I - diag(beta) N, and neither the identity nor beta is ever rounded.
+// N and P go out as fp16 (no entry of N exceeds 1, none of P s), matrices [chunks][N, P][64,64], of which only
 // the 16x16 blocks on and below the diagonal are written; gates [chunks][4,64]. k.k and q.k are exact
 // products of bf16; N by blocks (solve_by_blocks). Each warp 16 rows.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 66 MB: 0.040 ms at the copy rate; 6.4
-// GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32. Reached on an
-// H200: 0.076 ms, 53%.
+// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
+// GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
 static __global__ void __launch_bounds__(kPrepareThreads, 5)
-    prepare_kernel(act* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
+    prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), ld = size.dk + 8;
@@ -224,8 +228,8 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
     for (int t = 0; t < 4; t++) {
       if (t > warp) continue;
       ldmatrix(b_k, k_columns + 2 * (16 * t * ld + e));
-      mma_pair(qk[2 * t], qk[2 * t + 1], a_q, b_k);
-      mma_pair(kk[2 * t], kk[2 * t + 1], a_k, b_k);
+      mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b_k);
+      mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b_k);
     }
   }
   const float* G = gates + kLogDecay * kChunk;
@@ -240,12 +244,11 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
       qk[t][e] = i >= j ? s * decay * qk[t][e] : 0.f;
     }
   }
-  act* out = matrices + number * 4 * kSquare;
-  store_lower_blocks(out + 2 * kSquare, out + 3 * kSquare, qk, warp);
+  __half* out = matrices + number * 2 * kSquare;
+  store_lower_blocks(out + kSquare, qk, warp);
   __syncthreads();  // q and k become N and the blocks on L's diagonal
-  act *high = q, *low = high + kChunk * kSquareStride;
-  float* transposed = reinterpret_cast<float*>(low + kChunk * kSquareStride);
-  solve_by_blocks(out, out + kSquare, high, low, transposed, kk, gates + kBeta * kChunk, warp);
+  float* transposed = reinterpret_cast<float*>(q + 3 * kChunk * kSquareStride);
+  solve_by_blocks(out, q, transposed, kk, gates + kBeta * kChunk, warp);
 }
 
 }  // namespace delta_rule
