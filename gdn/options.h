@@ -44,7 +44,9 @@ struct Options {
   bool resume = false, coord_check = false, help = false;
   std::string load;
   int64_t generate = 0;
-  std::string prompt;
+  std::string prompt, vocabulary;
+  double temperature = 0.8, top_p = 1;
+  int64_t top_k = 0;
 };
 
 struct OptionSpec {
@@ -129,10 +131,15 @@ class OptionTable {
     flag("coord_check", o.coord_check,
          "8 steps at a constant -lr on one batch of -B sequences [4], then stop: sizes of activations, gradients and "
          "updates as CSV, to the file -o or standard output (scripts/coord_check.py)");
-    section("generation");
+    section("generation, and samples while training");
     text("load", "FOLDER", o.load, "start from this checkpoint's weights");
     whole("gen", "N", o.generate, 1, int64_t(1) << 40, "generate N tokens from -load and stop", "none");
-    text("prompt", "TEXT", o.prompt, "text to continue (token ids where the model has GPT-2 tokens)");
+    text("prompt", "TEXT", o.prompt, "text to continue (GPT-2 tokens without -vocab: token ids)");
+    text("vocab", "FILE", o.vocabulary,
+         "GPT-2's vocabulary, to have text in and out (scripts/tokenize_text.py writes it)", "none");
+    real("temperature", "X", o.temperature, 0, 100, "logits are divided by it, 0: the most probable token");
+    whole("top_k", "N", o.top_k, 0, 1 << 24, "draw among the N most probable tokens, 0: all");
+    real("top_p", "X", o.top_p, 0, 1, "draw among the most probable tokens that together have probability X");
     flag("h", o.help, "this help");
   }
 

@@ -146,7 +146,7 @@ TEST_CASE("program: -h lists every option with its default") {
         "-b ",    "-B ",      "-n ",      "-opt ",   "-lr ",  "-wd ",    "-b1 ",       "-b2 ", "-mom ",
         "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ",   "-seed ",  "-o ",        "-v ",  "-save ",
         "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt ",   "-eps ", "-wd_mode ",
-        "-gains ", "-coord_check "}) {
+        "-gains ", "-coord_check ", "-vocab ", "-temperature ", "-top_k ", "-top_p "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
