@@ -112,7 +112,7 @@ void rmsnorm_forward(Cpu<Real>&, Real* h, Real* rstd, const Real* x, const Real*
 }
 
 // x_out [M,d] = x + branch (the residual stream), then h and rstd as rmsnorm_forward of x_out. x_out may be
-// x.
+// x or branch.
 template <class Real>
 void residual_rmsnorm_forward(Cpu<Real>& dev, Real* x_out, Real* h, Real* rstd, const Real* x,
                               const Real* branch, const Real* w, int rows, int width) {
@@ -124,9 +124,16 @@ void residual_rmsnorm_forward(Cpu<Real>& dev, Real* x_out, Real* h, Real* rstd, 
 
 // dx [M,d] += gradient through the norm (dx already holds the gradient of the residual stream past it),
 // dw [d] += sum over rows. With n = x * rstd and e = w * dh:  dx += rstd * (e - n * mean(e * n)).
+// h [M,d] (nullptr: not wanted) = what the forward gave, to the bit, for the weight gradient of the Linear
+// that read it; h may be dh.
 template <class Real>
-void rmsnorm_backward(Cpu<Real>&, Real* dx, Real* dw, const Real* dh, const Real* x, const Real* rstd,
-                      const Real* w, int rows, int width, void*) {
+void rmsnorm_backward(Cpu<Real>&, Real* dx, Real* dw, Real* h, const Real* dh, const Real* x,
+                      const Real* rstd, const Real* w, int rows, int width, void*) {
+#pragma omp parallel for schedule(static)
+  for (int c0 = 0; c0 < width; c0 += 16)
+    for (int m = 0; m < rows; m++)
+      for (int c = c0; c < std::min(c0 + 16, width); c++)
+        dw[c] += dh[int64_t(m) * width + c] * x[int64_t(m) * width + c] * rstd[m];
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < rows; m++) {
     const Real* xm = x + int64_t(m) * width;
@@ -137,12 +144,9 @@ void rmsnorm_backward(Cpu<Real>&, Real* dx, Real* dw, const Real* dh, const Real
     for (int c = 0; c < width; c++) mean += w[c] * dhm[c] * xm[c];
     mean *= rstd[m] / width;
     for (int c = 0; c < width; c++) dxm[c] += rstd[m] * (w[c] * dhm[c] - xm[c] * rstd[m] * mean);
+    if (!h) continue;
+    for (int c = 0; c < width; c++) h[int64_t(m) * width + c] = w[c] * xm[c] * rstd[m];
   }
-#pragma omp parallel for schedule(static)
-  for (int c0 = 0; c0 < width; c0 += 16)
-    for (int m = 0; m < rows; m++)
-      for (int c = c0; c < std::min(c0 + 16, width); c++)
-        dw[c] += dh[int64_t(m) * width + c] * x[int64_t(m) * width + c] * rstd[m];
 }
 
 template <class Real>
@@ -223,12 +227,12 @@ void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, co
 }
 
 // Columns [0,C) of dproj [M,P] = gradient of proj, dtaps [C,4] +=; dqkv [M,C] is overwritten as work space
-// (on return it holds the gradient of u). u is computed again from proj. No history: training starts at t =
-// 0.
+// (on return it holds the gradient of u). u, p and q are computed again from proj. No history: training
+// starts at t = 0.
 //   dp = rnorm * (dq - q (q . dq))    du = dp * silu'(u)    dx_t = sum_j taps[j] du_{t+3-j}    dtaps[j] =
 //   sum_t du_t x_{t-3+j}
 template <class Real>
-void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const Real* qkv, const Real* rnorm,
+void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const Real* rnorm,
                          const Real* proj, const Real* taps, const MixerShape& shape, void*) {
   const int C = shape.conv_channels(), P = shape.columns(), T = shape.tokens, K = kConvTaps;
 #pragma omp parallel for collapse(2) schedule(static)
@@ -236,15 +240,19 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
     for (int t = 0; t < T; t++) {
       const int64_t m = int64_t(b) * T + t;
       Real* du = dqkv + m * C;
-      for (int h = 0; h < 2 * shape.heads_k; h++) {
-        const int n = shape.head_dim_k;
-        const Real* q = qkv + m * C + h * n;
-        const Real r = rnorm[m * 2 * shape.heads_k + h], along = dot(q, du + h * n, n);
-        for (int c = 0; c < n; c++) du[h * n + c] = r * (du[h * n + c] - q[c] * along);
-      }
-      std::vector<Real> u(C);
+      std::vector<Real> u(C), q(2 * shape.key_dim());
       for (int j = std::max(0, K - 1 - t); j < K; j++)
         for (int c = 0; c < C; c++) u[c] += taps[c * K + j] * proj[(m - (K - 1) + j) * P + c];
+#pragma omp simd
+      for (int c = 0; c < 2 * shape.key_dim(); c++) q[c] = silu(u[c]);
+      for (int h = 0; h < 2 * shape.heads_k; h++) {
+        const int n = shape.head_dim_k;
+        Real *dq = du + h * n, *qh = q.data() + h * n;
+        const Real r = rnorm[m * 2 * shape.heads_k + h];
+        for (int c = 0; c < n; c++) qh[c] *= r;
+        const Real along = dot(qh, dq, n);
+        for (int c = 0; c < n; c++) dq[c] = r * (dq[c] - qh[c] * along);
+      }
 #pragma omp simd
       for (int c = 0; c < C; c++) du[c] *= silu_derivative(u[c]);
     }
@@ -267,11 +275,6 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
           for (int j = std::max(0, K - 1 - t); j < K; j++)
             dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
       }
-}
-
-template <class Real>
-size_t short_conv_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
-  return 0;
 }
 
 // ---- gates
@@ -321,8 +324,32 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
     }
 }
 
+// ---- short convolution and gates
+// ----------------------------------------------------------------------------------
+
+// The two layers above in one call, as the GPU has them: all that the delta rule reads.
 template <class Real>
-size_t gates_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
+void short_conv_gates_forward(Cpu<Real>& dev, Real* qkv, Real* rnorm, Real* g, Real* beta, const Real* proj,
+                              const Real* taps, const Real* A_log, const Real* dt_bias, Real* history,
+                              const MixerShape& shape, Real beta_max) {
+  short_conv_forward(dev, qkv, rnorm, proj, taps, history, shape);
+  gates_forward(dev, g, beta, proj, A_log, dt_bias, shape, beta_max);
+}
+
+// Every column of dproj but those of z; dqkv is work space, as in short_conv_backward.
+template <class Real>
+void short_conv_gates_backward(Cpu<Real>& dev, Real* dproj, Real* dtaps, Real* dA_log, Real* ddt_bias,
+                               Real* dqkv, const Real* dg, const Real* dbeta, const Real* rnorm,
+                               const Real* g, const Real* beta, const Real* proj, const Real* taps,
+                               const Real* A_log, const Real* dt_bias, const MixerShape& shape, Real beta_max,
+                               void* scratch) {
+  short_conv_backward(dev, dproj, dtaps, dqkv, rnorm, proj, taps, shape, scratch);
+  gates_backward(dev, dproj, dA_log, ddt_bias, dg, dbeta, g, beta, proj, A_log, dt_bias, shape, beta_max,
+                 scratch);
+}
+
+template <class Real>
+size_t short_conv_gates_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
   return 0;
 }
 
@@ -335,6 +362,13 @@ namespace gdn {
 // ---- output norm and gate
 // -----------------------------------------------------------------------------------------
 
+// One head of one row: y [n] = w_o * o * rstd * silu(z)
+template <class Real>
+void output_norm_head(Real* y, const Real* o, const Real* z, const Real* w_o, Real rstd, int n) {
+#pragma omp simd
+  for (int c = 0; c < n; c++) y[c] = w_o[c] * o[c] * rstd * silu(z[c]);
+}
+
 // y [M,Hv*dv] = w_o * o * rstd * silu(z), per head: rstd [M,Hv] = 1/sqrt(mean(o^2) + eps), w_o [dv] shared by
 // heads, z the columns of proj.
 template <class Real>
@@ -346,37 +380,21 @@ void output_norm_forward(Cpu<Real>&, Real* y, Real* rstd, const Real* o, const R
     for (int h = 0; h < H; h++) {
       const Real* om = o + (int64_t(m) * H + h) * n;
       const Real* z = proj + int64_t(m) * shape.columns() + shape.z_column() + h * n;
-      Real* ym = y + (int64_t(m) * H + h) * n;
       const Real r = 1 / std::sqrt(dot(om, om, n) / n + Real(kNormEps));
       rstd[int64_t(m) * H + h] = r;
-#pragma omp simd
-      for (int c = 0; c < n; c++) ym[c] = w_o[c] * om[c] * r * silu(z[c]);
+      output_norm_head(y + (int64_t(m) * H + h) * n, om, z, w_o, r, n);
     }
 }
 
 // d_o [M,Hv*dv], the z columns of dproj, dw_o [dv] +=. With n = o rstd and e = w_o silu(z) dy:
 //   d_o = rstd (e - n mean(e n))    dz = w_o n dy silu'(z)    dw_o = sum over rows and heads of n silu(z) dy
+// y [M,Hv*dv] = what the forward gave, to the bit, for the weight gradient of the Linear that read it. d_o
+// may be dy.
 template <class Real>
-void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, const Real* dy, const Real* o,
-                          const Real* rstd, const Real* proj, const Real* w_o, const MixerShape& shape,
-                          void*) {
+void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, Real* y, const Real* dy,
+                          const Real* o, const Real* rstd, const Real* proj, const Real* w_o,
+                          const MixerShape& shape, void*) {
   const int H = shape.heads_v, n = shape.head_dim_v, P = shape.columns();
-#pragma omp parallel for schedule(static)
-  for (int m = 0; m < shape.rows(); m++)
-    for (int h = 0; h < H; h++) {
-      const int64_t row = (int64_t(m) * H + h) * n, column = int64_t(m) * P + shape.z_column() + h * n;
-      const Real r = rstd[int64_t(m) * H + h];
-      Real mean = 0;
-#pragma omp simd reduction(+ : mean)
-      for (int c = 0; c < n; c++) mean += w_o[c] * silu(proj[column + c]) * dy[row + c] * o[row + c] * r;
-      mean /= n;
-#pragma omp simd
-      for (int c = 0; c < n; c++) {
-        const Real z = proj[column + c], normed = o[row + c] * r;
-        d_o[row + c] = r * (w_o[c] * silu(z) * dy[row + c] - normed * mean);
-        dproj[column + c] = w_o[c] * normed * dy[row + c] * silu_derivative(z);
-      }
-    }
 #pragma omp parallel for schedule(static)
   for (int c = 0; c < n; c++) {
     Real sum = 0;
@@ -388,6 +406,23 @@ void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, const 
       }
     dw_o[c] += sum;
   }
+#pragma omp parallel for schedule(static)
+  for (int m = 0; m < shape.rows(); m++)
+    for (int h = 0; h < H; h++) {
+      const int64_t row = (int64_t(m) * H + h) * n, column = int64_t(m) * P + shape.z_column() + h * n;
+      const Real r = rstd[int64_t(m) * H + h];
+      output_norm_head(y + row, o + row, proj + column, w_o, r, n);
+      Real mean = 0;
+#pragma omp simd reduction(+ : mean)
+      for (int c = 0; c < n; c++) mean += w_o[c] * silu(proj[column + c]) * dy[row + c] * o[row + c] * r;
+      mean /= n;
+#pragma omp simd
+      for (int c = 0; c < n; c++) {
+        const Real z = proj[column + c], normed = o[row + c] * r, gradient = dy[row + c];
+        d_o[row + c] = r * (w_o[c] * silu(z) * gradient - normed * mean);
+        dproj[column + c] = w_o[c] * normed * gradient * silu_derivative(z);
+      }
+    }
 }
 
 template <class Real>
@@ -398,20 +433,28 @@ size_t output_norm_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
 // ---- SwiGLU
 // -------------------------------------------------------------------------------------------------------
 
+// One row: out [I] = silu(gate) * up
+template <class Real>
+void swiglu_row(Real* out, const Real* gate, const Real* up, int inner) {
+#pragma omp simd
+  for (int c = 0; c < inner; c++) out[c] = silu(gate[c]) * up[c];
+}
+
 // out [M,I] = silu(gate) * up, gate_up [M,2I]: gate in the first I columns, up in the last
 template <class Real>
 void swiglu_forward(Cpu<Real>&, Real* out, const Real* gate_up, int rows, int inner) {
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < rows; m++) {
     const Real *gate = gate_up + int64_t(m) * 2 * inner, *up = gate + inner;
-#pragma omp simd
-    for (int c = 0; c < inner; c++) out[int64_t(m) * inner + c] = silu(gate[c]) * up[c];
+    swiglu_row(out + int64_t(m) * inner, gate, up, inner);
   }
 }
 
-// dgate_up [M,2I] from dout [M,I]
+// dgate_up [M,2I] from dout [M,I]; out [M,I] = what the forward gave, to the bit, for the weight gradient of
+// the Linear that read it. out may be dout.
 template <class Real>
-void swiglu_backward(Cpu<Real>&, Real* dgate_up, const Real* dout, const Real* gate_up, int rows, int inner) {
+void swiglu_backward(Cpu<Real>&, Real* dgate_up, Real* out, const Real* dout, const Real* gate_up, int rows,
+                     int inner) {
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < rows; m++) {
     const Real *gate = gate_up + int64_t(m) * 2 * inner, *up = gate + inner;
@@ -422,6 +465,7 @@ void swiglu_backward(Cpu<Real>&, Real* dgate_up, const Real* dout, const Real* g
       dgate[c] = dy * up[c] * silu_derivative(gate[c]);
       dup[c] = dy * silu(gate[c]);
     }
+    swiglu_row(out + int64_t(m) * inner, gate, up, inner);
   }
 }
 

@@ -93,8 +93,8 @@ class OptionTable {
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",
           "at most 32, divides -B");
     whole("recompute", "0|1|2", o.recompute, 0, 2,
-          "what the backward computes again to save memory: 0 nothing, 1 norms, gates and activations, 2 "
-          "whole layers");
+          "what the backward computes again to save memory: 0 nothing, 1 the short convolution, 2 whole "
+          "layers");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");

@@ -146,7 +146,7 @@ template <class Device>
 std::vector<std::vector<typename Device::real>> gradients_by_recompute(Parameters<Device>& p,
                                                                        const TestBatch& b) {
   std::vector<std::vector<typename Device::real>> gradients;
-  for (Recompute recompute : {Recompute::nothing, Recompute::elementwise, Recompute::layers}) {
+  for (Recompute recompute : {Recompute::nothing, Recompute::convolution, Recompute::layers}) {
     Model<Device> model(p, b.batch, b.length, Use::training, recompute);
     p.zero_gradients();
     add_gradient(model, b);
@@ -166,7 +166,7 @@ TEST_CASE("model: recomputing activations changes no bit of the gradients, and s
   CHECK(gradients[0] == gradients[1]);
   CHECK(gradients[0] == gradients[2]);
   std::vector<size_t> bytes;
-  for (Recompute recompute : {Recompute::nothing, Recompute::elementwise, Recompute::layers}) {
+  for (Recompute recompute : {Recompute::nothing, Recompute::convolution, Recompute::layers}) {
     dev.allocated.clear();
     Model<Cpu<float>> model(p, b.batch, b.length, Use::training, recompute);
     bytes.push_back(dev.allocated["activations"] + dev.allocated["delta rule states"]);
@@ -450,10 +450,11 @@ inline void residual_rmsnorm_forward(Rounded& dev, float* x_out, float* h, float
   round_all(x_out, int64_t(rows) * width);
   rmsnorm_forward(dev, h, rstd, x_out, w, rows, width);
 }
-inline void rmsnorm_backward(Rounded& dev, float* dx, float* dw, const float* dh, const float* x,
+inline void rmsnorm_backward(Rounded& dev, float* dx, float* dw, float* h, const float* dh, const float* x,
                              const float* rstd, const float* w, int rows, int width, void* scratch) {
-  rmsnorm_backward(static_cast<Cpu<float>&>(dev), dx, dw, dh, x, rstd, w, rows, width, scratch);
+  rmsnorm_backward(static_cast<Cpu<float>&>(dev), dx, dw, h, dh, x, rstd, w, rows, width, scratch);
   round_all(dx, int64_t(rows) * width);
+  if (h) round_all(h, int64_t(rows) * width);
 }
 inline void linear_forward(Rounded& dev, float* y, const float* x, const float* w, int rows, int out, int in,
                            float scale = 1) {
@@ -465,16 +466,22 @@ inline void linear_backward_input(Rounded& dev, float* dx, const float* dy, cons
   linear_backward_input(static_cast<Cpu<float>&>(dev), dx, dy, w, rows, out, in, scale);
   round_all(dx, int64_t(rows) * in);
 }
-inline void short_conv_forward(Rounded& dev, float* qkv, float* rnorm, const float* proj, const float* taps,
-                               float* history, const MixerShape& shape) {
-  short_conv_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, proj, taps, history, shape);
+inline void short_conv_gates_forward(Rounded& dev, float* qkv, float* rnorm, float* g, float* beta,
+                                     const float* proj, const float* taps, const float* A_log,
+                                     const float* dt_bias, float* history, const MixerShape& shape,
+                                     float beta_max) {
+  short_conv_gates_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, g, beta, proj, taps, A_log, dt_bias,
+                           history, shape, beta_max);
   round_all(qkv, int64_t(shape.rows()) * shape.conv_channels());
 }
-inline void short_conv_backward(Rounded& dev, float* dproj, float* dtaps, float* dqkv, const float* qkv,
-                                const float* rnorm, const float* proj, const float* taps,
-                                const MixerShape& shape, void* scratch) {
-  short_conv_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dqkv, qkv, rnorm, proj, taps, shape,
-                      scratch);
+inline void short_conv_gates_backward(Rounded& dev, float* dproj, float* dtaps, float* dA_log,
+                                      float* ddt_bias, float* dqkv, const float* dg, const float* dbeta,
+                                      const float* rnorm, const float* g, const float* beta,
+                                      const float* proj, const float* taps, const float* A_log,
+                                      const float* dt_bias, const MixerShape& shape, float beta_max,
+                                      void* scratch) {
+  short_conv_gates_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dA_log, ddt_bias, dqkv, dg, dbeta,
+                            rnorm, g, beta, proj, taps, A_log, dt_bias, shape, beta_max, scratch);
   round_all(dproj, int64_t(shape.rows()) * shape.columns());  // all of dproj is filled by now
 }
 inline void gated_delta_rule_forward(Rounded& dev, float* o, void* saved, const float* qkv, const float* g,
@@ -494,20 +501,22 @@ inline void output_norm_forward(Rounded& dev, float* y, float* rstd, const float
   output_norm_forward(static_cast<Cpu<float>&>(dev), y, rstd, o, proj, w_o, shape);
   round_all(y, int64_t(shape.rows()) * shape.value_dim());
 }
-inline void output_norm_backward(Rounded& dev, float* d_o, float* dproj, float* dw_o, const float* dy,
-                                 const float* o, const float* rstd, const float* proj, const float* w_o,
-                                 const MixerShape& shape, void* scratch) {
-  output_norm_backward(static_cast<Cpu<float>&>(dev), d_o, dproj, dw_o, dy, o, rstd, proj, w_o, shape,
+inline void output_norm_backward(Rounded& dev, float* d_o, float* dproj, float* dw_o, float* y,
+                                 const float* dy, const float* o, const float* rstd, const float* proj,
+                                 const float* w_o, const MixerShape& shape, void* scratch) {
+  output_norm_backward(static_cast<Cpu<float>&>(dev), d_o, dproj, dw_o, y, dy, o, rstd, proj, w_o, shape,
                        scratch);
+  round_all(y, int64_t(shape.rows()) * shape.value_dim());
   round_all(d_o, int64_t(shape.rows()) * shape.value_dim());
 }
 inline void swiglu_forward(Rounded& dev, float* out, const float* gate_up, int rows, int inner) {
   swiglu_forward(static_cast<Cpu<float>&>(dev), out, gate_up, rows, inner);
   round_all(out, int64_t(rows) * inner);
 }
-inline void swiglu_backward(Rounded& dev, float* dgate_up, const float* dout, const float* gate_up, int rows,
-                            int inner) {
-  swiglu_backward(static_cast<Cpu<float>&>(dev), dgate_up, dout, gate_up, rows, inner);
+inline void swiglu_backward(Rounded& dev, float* dgate_up, float* out, const float* dout,
+                            const float* gate_up, int rows, int inner) {
+  swiglu_backward(static_cast<Cpu<float>&>(dev), dgate_up, out, dout, gate_up, rows, inner);
+  round_all(out, int64_t(rows) * inner);
   round_all(dgate_up, int64_t(rows) * 2 * inner);
 }
 inline void softmax_cross_entropy(Rounded& dev, float* logits, float* losses, const int32_t* targets,
