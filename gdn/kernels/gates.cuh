@@ -13,19 +13,20 @@ __device__ inline float device_softplus(float x) {
 }
 
 // What the gates read besides proj, and where a and b stand in its rows.
-struct Gates {
+struct GateInputs {
   const float *A_log, *dt_bias;  // [Hv]
   float beta_max;
   int heads, columns, a, b;  // Hv, P
 };
 
-inline Gates gates_of(const float* A_log, const float* dt_bias, float beta_max, const MixerShape& s) {
+inline GateInputs gates_of(const float* A_log, const float* dt_bias, float beta_max, const MixerShape& s) {
   return {A_log, dt_bias, beta_max, s.heads_v, s.columns(), s.a_column(), s.b_column()};
 }
 
 // g and beta [M,Hv] of rows [begin, end), by the whole block: a thread a row and head.
 __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restrict__ beta,
-                                          const act* __restrict__ proj, const Gates& at, int begin, int end) {
+                                          const act* __restrict__ proj, const GateInputs& at, int begin,
+                                          int end) {
   for (int i = begin * at.heads + int(threadIdx.x); i < end * at.heads; i += int(blockDim.x)) {
     const int m = i / at.heads, h = i - m * at.heads;
     const act* row = proj + int64_t(m) * at.columns;
@@ -40,7 +41,7 @@ template <int kWarps>
 __device__ void gates_backward_rows(act* __restrict__ dproj, float* __restrict__ sums,
                                     const float* __restrict__ dg, const float* __restrict__ dbeta,
                                     const float* __restrict__ g, const float* __restrict__ beta,
-                                    const act* __restrict__ proj, const Gates& at, int begin, int end) {
+                                    const act* __restrict__ proj, const GateInputs& at, int begin, int end) {
   __shared__ float shared[kWarps];
   for (int h = 0; h < at.heads; h++) {
     const float rate = expf(at.A_log[h]), shift = at.dt_bias[h];

@@ -108,7 +108,7 @@ static __global__ void __launch_bounds__(kConvThreads, 5)
     short_conv_gates_forward_kernel(act* __restrict__ qkv, float* __restrict__ rnorm, float* __restrict__ g,
                                     float* __restrict__ beta, const act* __restrict__ proj,
                                     const float* __restrict__ taps, const act* __restrict__ history,
-                                    ConvLayout at, Gates gates) {
+                                    ConvLayout at, GateInputs gates) {
   constexpr int kGroups = kConvForwardGroups;
   __shared__ uint4 slots[kGroups * kConvGroup][kConvThreads];
   const int sequence = blockIdx.z, begin = blockIdx.y * at.tile, end = min(begin + at.tile, at.tokens);
@@ -213,7 +213,7 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
                                      const float* __restrict__ dbeta, const float* __restrict__ rnorm,
                                      const float* __restrict__ g, const float* __restrict__ beta,
                                      const act* __restrict__ proj, const float* __restrict__ taps,
-                                     ConvLayout at, Gates gates) {
+                                     ConvLayout at, GateInputs gates) {
   constexpr int kGroups = kConvBackwardGroups, kSlots = kGroups * kConvGroup;
   __shared__ uint4 x_slots[kSlots][kConvThreads], dq_slots[kSlots][kConvThreads];
   __shared__ float r_slots[kSlots][kConvThreads];
