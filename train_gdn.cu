@@ -82,6 +82,8 @@ OptimizerConfig optimizer_config(const Options& o) {
           float(o.epsilon),             float(o.momentum),     float(o.clip),  parse_decay_mode(o.decay_mode)};
 }
 
+int separator(const Options& o) { return o.mask_docs ? kEndOfText : kNoSeparator; }
+
 Sampling sampling(const Options& o) { return {o.temperature, o.top_k, o.top_p, o.seed}; }
 
 // The first of run_001, run_002, ... that does not exist, or to resume the last one that does.
@@ -116,10 +118,13 @@ class Run {
                                  std::to_string(validation_->source().vocab_size()) + ", -i one of " +
                                  std::to_string(loader_.source().vocab_size()));
     }
+    if (o_.mask_docs && loader_.source().is_bytes())
+      throw std::runtime_error("-mask_docs: needs token shards (-i FILES.bin), whose documents begin with token " +
+                               std::to_string(kEndOfText));
     parameters_.allocate_gradients();
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_));
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
-                                             Recompute(o_.recompute));
+                                             Recompute(o_.recompute), separator(o_));
     training_step_ = std::make_unique<TrainingStep<Device>>(parameters_, *model_, *optimizer_, o_.global_batch,
                                                             o_.micro_batch, o_.seq_len);
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
@@ -294,7 +299,7 @@ class Run {
   void sample() {
     std::string text;
     generate<Device>(
-        parameters_, prompt_, codec_->is_bytes() ? 400 : 64, sampling(o_),
+        parameters_, prompt_, codec_->is_bytes() ? 400 : 64, sampling(o_), separator(o_),
         [&](int token) { text += codec_->text(token); }, [] { return signal_received != 0; });
     report_.say("sample after step " + std::to_string(step_) + ":\n" + codec_->shown(o_.prompt) + text + "\n");
   }
@@ -378,7 +383,8 @@ void generate_and_print(Device& dev, const Options& o) {
     std::fwrite(text.data(), 1, text.size(), stdout);  // may hold zero bytes
     std::fflush(stdout);
   };
-  generate<Device>(parameters, prompt, o.generate, sampling(o), emit, [] { return signal_received != 0; });
+  generate<Device>(parameters, prompt, o.generate, sampling(o), separator(o), emit,
+                   [] { return signal_received != 0; });
   std::printf("\n");
 }
 
@@ -445,8 +451,9 @@ int run(int argc, char** argv) {
   parse_vector_rule(o.gains);
   parse_decay_mode(o.decay_mode);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
-  if (o.coord_check && (o.resume || o.generate || !o.load.empty()))
-    throw std::runtime_error("-coord_check starts from fresh weights: leave out -resume, -load and -gen");
+  if (o.coord_check && (o.resume || o.generate || !o.load.empty() || o.mask_docs))
+    throw std::runtime_error(
+        "-coord_check starts from fresh weights and whole sequences: leave out -resume, -load, -gen and -mask_docs");
   install_signal_handlers();
 #ifdef __CUDACC__
   const std::string no_gpu = Cuda::unavailable();

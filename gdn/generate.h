@@ -127,31 +127,34 @@ class TextCodec {
 
 constexpr int kPromptPiece = 64;  // tokens of a prompt at a time
 
-// Feeds a prompt in pieces, each as one batch of matrix products; `logits` are those after its last token.
-// The model must be made for kPromptPiece tokens.
+// Feeds tokens in pieces, each as one batch of matrix products; `logits` are those after the last token. The model
+// must be made for kPromptPiece tokens. Where it masks documents, each begins with a state of zeros.
 template <class Device>
-void feed_prompt(Model<Device>& model, const std::vector<int32_t>& prompt, RecurrentState<Device>& state,
-                 std::vector<typename Device::real>& logits) {
-  for (size_t at = 0; at < prompt.size(); at += kPromptPiece)
-    model.decode(&prompt[at], 1, int(std::min<size_t>(kPromptPiece, prompt.size() - at)), state, logits);
+void feed(Model<Device>& model, const std::vector<int32_t>& tokens, RecurrentState<Device>& state,
+          std::vector<typename Device::real>& logits) {
+  for (size_t at = 0, end; at < tokens.size(); at = end) {
+    if (tokens[at] == model.separator()) state.reset();
+    for (end = at + 1; end < tokens.size() && end < at + kPromptPiece && tokens[end] != model.separator();) end++;
+    model.decode(&tokens[at], 1, int(end - at), state, logits);
+  }
 }
 
 // Feeds `prompt`, then draws `count` tokens and hands each to `emit`, until `stop` says so. The tokens depend
-// on the weights, the prompt and `sampling` alone.
+// on the weights, the prompt and `sampling` alone. separator: as the model was trained with (Model::separator).
 template <class Device>
 void generate(Parameters<Device>& parameters, const std::vector<int32_t>& prompt, int64_t count,
-              const Sampling& sampling, const std::function<void(int)>& emit,
+              const Sampling& sampling, int separator, const std::function<void(int)>& emit,
               const std::function<bool()>& stop) {
-  Model<Device> model(parameters, 1, kPromptPiece, Use::inference);
+  Model<Device> model(parameters, 1, kPromptPiece, Use::inference, Recompute::nothing, separator);
   RecurrentState<Device> state(parameters.dev, parameters.config, 1);
   std::vector<typename Device::real> logits;
-  feed_prompt(model, prompt, state, logits);
+  feed(model, prompt, state, logits);
   const uint64_t key = stream_key(sampling.seed, "samples");
   for (int64_t i = 0; i < count && !stop(); i++) {
     const int32_t token =
         sample_token(logits.data(), parameters.config.vocab, sampling, random_uniform(key, uint64_t(i)));
     emit(token);
-    if (i + 1 < count) model.decode(&token, 1, 1, state, logits);
+    if (i + 1 < count) feed(model, {token}, state, logits);
   }
 }
 

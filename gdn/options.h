@@ -41,7 +41,7 @@ struct Options {
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
   int recompute = 0;
-  bool resume = false, coord_check = false, help = false;
+  bool mask_docs = false, resume = false, coord_check = false, help = false;
   std::string load;
   int64_t generate = 0;
   std::string prompt, vocabulary;
@@ -95,6 +95,8 @@ class OptionTable {
     whole("recompute", "0|1|2", o.recompute, 0, 2,
           "what the backward computes again to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
+    flag("mask_docs", o.mask_docs,
+         "of shards: state and convolution see nothing before a document's start (token 50256); also with -gen");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");
@@ -176,7 +178,7 @@ class OptionTable {
   std::vector<std::pair<std::string, std::string>> values() const {
     std::vector<std::pair<std::string, std::string>> values;
     for (const OptionSpec& s : specs_)
-      if (s.set && s.argument && !about_this_call(s.name)) values.emplace_back(s.name, s.show());
+      if (s.set && !about_this_call(s.name)) values.emplace_back(s.name, s.show());
     return values;
   }
 
@@ -202,13 +204,16 @@ class OptionTable {
 
  private:
   static bool about_this_call(const std::string& name) {
-    return name == "o" || name == "d" || name == "load" || name == "gen" || name == "prompt";
+    for (const char* mine : {"o", "d", "load", "gen", "prompt", "resume", "coord_check", "h"})
+      if (name == mine) return true;
+    return false;
   }
 
   void section(const char* title) { specs_.push_back({title, nullptr, "", "", nullptr, nullptr}); }
 
   void flag(const char* name, bool& target, const std::string& help) {
-    specs_.push_back({name, nullptr, help, "", [&target](const std::string&) { target = true; }, nullptr});
+    specs_.push_back({name, nullptr, help, "", [&target](const std::string& value) { target = value != "0"; },
+                      [&target] { return target ? "1" : "0"; }});
   }
 
   void text(const char* name, const char* argument, std::string& target, const std::string& help,

@@ -349,8 +349,9 @@ TEST_CASE("cuda: short convolution and gates") {
   Reference cpu;
   std::vector<MixerShape> shapes = mixer_shapes();
   shapes.push_back({2, 300, 6, 6, 128, 256});  // several tiles of the longest, the last one ragged
-  for (const MixerShape& s : shapes) {
-    INFO(describe(s) << ", seed " << seed());
+  for (const MixerShape& s : shapes)
+    for (bool documents : {false, true}) {
+    INFO(describe(s) << ", seed " << seed() << (documents ? ", documents" : ""));
     Random random;
     const int M = s.rows(), C = s.conv_channels(), P = s.columns(), H = s.heads_v;
     const double beta_max = M % 2 ? 1 : 2;
@@ -364,17 +365,27 @@ TEST_CASE("cuda: short convolution and gates") {
     Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), g_ref(n), beta_ref(n), history_ref = history_start;
     const Acts dev_proj(dev, proj);
     const Floats dev_taps(dev, taps), dev_A(dev, A_log), dev_dt(dev, dt_bias);
+    // documents of one to six tokens, and at the edges of tiles
+    std::vector<int32_t> position(M);
+    for (int m = 0; m < M; m++) {
+      const int t = m % s.tokens;
+      const bool starts = t == 0 || t % 32 == 0 || t % 32 == 31 || random.uniform(0, 4) < 1;
+      position[m] = starts ? 0 : position[m - 1] + 1;
+    }
+    const DeviceCopy<int32_t> dev_position(dev, position);
+    const int32_t *masked = documents ? static_cast<int32_t*>(dev_position) : nullptr,
+                  *masked_ref = documents ? position.data() : nullptr;
     Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
     Floats rnorm(dev, norms), g(dev, n), beta(dev, n);
 
     const auto forward = [&](act* from) {
       gdn::short_conv_gates_forward(dev, qkv, rnorm, g, beta, dev_proj, dev_taps, dev_A, dev_dt, from, s,
-                                    float(beta_max));
+                                    float(beta_max), masked);
     };
     const auto forward_ref = [&](double* from) {
       gdn::short_conv_gates_forward(cpu, qkv_ref.data(), rnorm_ref.data(), g_ref.data(), beta_ref.data(),
                                     proj.data(), taps.data(), A_log.data(), dt_bias.data(), from, s,
-                                    beta_max);
+                                    beta_max, masked_ref);
     };
     run_twice([&] { forward(history); }, qkv, rnorm, g, beta, history);
     forward_ref(history_ref.data());
@@ -400,13 +411,13 @@ TEST_CASE("cuda: short convolution and gates") {
         [&] {
           gdn::short_conv_gates_backward(dev, dproj, dtaps, dA, ddt, dev_dqkv, dev_dg, dev_dbeta, rnorm, g,
                                          beta, dev_proj, dev_taps, dev_A, dev_dt, s, float(beta_max),
-                                         scratch);
+                                         scratch, masked);
         },
         dproj, dtaps, dA, ddt, dev_dqkv);
     gdn::short_conv_gates_backward(cpu, dproj_ref.data(), dtaps_ref.data(), dA_ref.data(), ddt_ref.data(),
                                    work.data(), dg.data(), dbeta.data(), rnorm_used.data(), g_used.data(),
                                    beta_used.data(), proj.data(), taps.data(), A_log.data(), dt_bias.data(),
-                                   s, beta_max, nullptr);
+                                   s, beta_max, nullptr, masked_ref);
     check_columns("dproj", dproj, dproj_ref, P, 0, C);
     check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
     check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);

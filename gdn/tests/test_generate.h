@@ -249,7 +249,7 @@ TEST_CASE("generate: tokens depend on the seed alone; memory not on how many the
     std::vector<int> tokens;
     const auto prompts = model_tests::random_batch(1, prompt, p.config.vocab, 32).tokens;
     generate<Cpu<float>>(
-        p, prompts, count, sampling, [&](int token) { tokens.push_back(token); }, [] { return false; });
+        p, prompts, count, sampling, kNoSeparator, [&](int token) { tokens.push_back(token); }, [] { return false; });
     return tokens;
   };
   const Sampling one{1, 20, 0.95, 1}, two{1, 20, 0.95, 2};
@@ -293,16 +293,17 @@ std::vector<double> training_logits(Model<Device>& model, const std::vector<int3
 // The relative error of the logits that generate() draws from against the training forward's: after prompts
 // of each length, and after five more tokens one at a time.
 template <class Device>
-void check_logits(Parameters<Device>& p, double tolerance) {
+void check_logits(Parameters<Device>& p, double tolerance, int separator = kNoSeparator) {
   constexpr int kAfter = 5;
   const int vocab = p.config.vocab;
   const std::vector<int> prompts = {1, 3, 4, 63, 64, 65, 200};
   const auto tokens = model_tests::random_batch(1, prompts.back() + kAfter, vocab, 41).tokens;
-  Model<Device> training(p, 1, int(tokens.size()), Use::training), model(p, 1, kPromptPiece, Use::inference);
+  Model<Device> training(p, 1, int(tokens.size()), Use::training, Recompute::nothing, separator);
+  Model<Device> model(p, 1, kPromptPiece, Use::inference, Recompute::nothing, separator);
   std::vector<typename Device::real> logits;
   for (int prompt : prompts) {
     RecurrentState<Device> state(p.dev, p.config, 1);
-    feed_prompt(model, {tokens.begin(), tokens.begin() + prompt}, state, logits);
+    feed(model, {tokens.begin(), tokens.begin() + prompt}, state, logits);
     for (int length = prompt;; length++) {
       CAPTURE(prompt);
       CAPTURE(length);
@@ -312,7 +313,7 @@ void check_logits(Parameters<Device>& p, double tolerance) {
         CHECK(model_tests::relative_error(generated.data(), expected.data(), size_t(vocab)) <= tolerance);
       }
       if (length == prompt + kAfter) break;
-      model.decode(&tokens[size_t(length)], 1, 1, state, logits);
+      feed(model, {tokens[size_t(length)]}, state, logits);
     }
   }
 }
@@ -323,6 +324,7 @@ TEST_CASE("generate: the training forward's logits, at any prompt length (CPU)")
     Parameters<Cpu<float>> p(dev, config);
     model_tests::scatter(p, 42);
     check_logits(p, 2e-5);
+    check_logits(p, 2e-5, model_tests::random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
   }
 }
 
