@@ -119,8 +119,9 @@ class Run {
                                  std::to_string(loader_.source().vocab_size()));
     }
     if (o_.mask_docs && loader_.source().is_bytes())
-      throw std::runtime_error("-mask_docs: needs token shards (-i FILES.bin), whose documents begin with token " +
-                               std::to_string(kEndOfText));
+      throw std::runtime_error(
+          "-mask_docs: needs token shards (-i FILES.bin), whose documents begin with token " +
+          std::to_string(kEndOfText));
     parameters_.allocate_gradients();
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_));
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
@@ -453,7 +454,8 @@ int run(int argc, char** argv) {
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
   if (o.coord_check && (o.resume || o.generate || !o.load.empty() || o.mask_docs))
     throw std::runtime_error(
-        "-coord_check starts from fresh weights and whole sequences: leave out -resume, -load, -gen and -mask_docs");
+        "-coord_check starts from fresh weights and whole sequences: leave out -resume, -load, -gen and "
+        "-mask_docs");
   install_signal_handlers();
 #ifdef __CUDACC__
   const std::string no_gpu = Cuda::unavailable();

@@ -187,8 +187,8 @@ void linear_backward_weight(Cpu<Real>&, Real* dw, const Real* dy, const Real* x,
 //   eps)
 // qkv [M,C]; rnorm [M,2 Hk] (q heads, then k heads); taps [C,4].
 // history [B,3,C]: the three inputs before t = 0 (nullptr: zeros); overwritten with the last three of this
-// call, so that a sequence can be fed in pieces. position [M] (same_document): inputs of another document count as
-// zeros; nullptr: all are of one.
+// call, so that a sequence can be fed in pieces. position [M] (same_document): inputs of another document
+// count as zeros; nullptr: all are of one.
 template <class Real>
 void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, const Real* taps, Real* history,
                         const MixerShape& shape, const int32_t* position = nullptr) {
@@ -276,7 +276,8 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
         const int64_t m = int64_t(b) * T + t;
         for (int c = c0; c < std::min(c0 + 16, C); c++)
           for (int j = std::max(0, K - 1 - t); j < K; j++)
-            if (same_document(position, m, K - 1 - j)) dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
+            if (same_document(position, m, K - 1 - j))
+              dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
       }
 }
 
@@ -284,8 +285,8 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
 // --------------------------------------------------------------------------------------------------------
 
 // g [M,Hv] = -exp(A_log) * softplus(a + dt_bias) <= 0, the logarithm of the decay alpha;
-// beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed. Where position [M]
-// is 0, a document's first token, g = kDocumentDecay instead.
+// beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed. Where
+// position [M] is 0, a document's first token, g = kDocumentDecay instead.
 template <class Real>
 void gates_forward(Cpu<Real>&, Real* g, Real* beta, const Real* proj, const Real* A_log, const Real* dt_bias,
                    const MixerShape& shape, Real beta_max, const int32_t* position = nullptr) {

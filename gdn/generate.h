@@ -127,20 +127,22 @@ class TextCodec {
 
 constexpr int kPromptPiece = 64;  // tokens of a prompt at a time
 
-// Feeds tokens in pieces, each as one batch of matrix products; `logits` are those after the last token. The model
-// must be made for kPromptPiece tokens. Where it masks documents, each begins with a state of zeros.
+// Feeds tokens in pieces, each as one batch of matrix products; `logits` are those after the last token. The
+// model must be made for kPromptPiece tokens. Where it masks documents, each begins with a state of zeros.
 template <class Device>
 void feed(Model<Device>& model, const std::vector<int32_t>& tokens, RecurrentState<Device>& state,
           std::vector<typename Device::real>& logits) {
   for (size_t at = 0, end; at < tokens.size(); at = end) {
     if (tokens[at] == model.separator()) state.reset();
-    for (end = at + 1; end < tokens.size() && end < at + kPromptPiece && tokens[end] != model.separator();) end++;
+    for (end = at + 1; end < tokens.size() && end < at + kPromptPiece && tokens[end] != model.separator();)
+      end++;
     model.decode(&tokens[at], 1, int(end - at), state, logits);
   }
 }
 
 // Feeds `prompt`, then draws `count` tokens and hands each to `emit`, until `stop` says so. The tokens depend
-// on the weights, the prompt and `sampling` alone. separator: as the model was trained with (Model::separator).
+// on the weights, the prompt and `sampling` alone. separator: as the model was trained with
+// (Model::separator).
 template <class Device>
 void generate(Parameters<Device>& parameters, const std::vector<int32_t>& prompt, int64_t count,
               const Sampling& sampling, int separator, const std::function<void(int)>& emit,

@@ -27,13 +27,14 @@ inline void sort_rows_by_token(int32_t* order, const int32_t* tokens, int rows, 
 }
 
 // Each row's steps since its document began, with a token `separator`, or else its sequence. tokens [B,T].
-inline void document_positions(int32_t* position, const int32_t* tokens, int batch, int length, int separator) {
+inline void document_positions(int32_t* position, const int32_t* tokens, int batch, int length,
+                               int separator) {
   for (int m = 0; m < batch * length; m++)
     position[m] = m % length == 0 || tokens[m] == separator ? 0 : position[m - 1] + 1;
 }
 
-// A batch as the device gets it, in one piece: `packed` [4,B*T] = tokens, targets, the rows sorted by token, and
-// document_positions.
+// A batch as the device gets it, in one piece: `packed` [4,B*T] = tokens, targets, the rows sorted by token,
+// and document_positions.
 constexpr int kPackedRows = 4;
 inline void pack_batch(int32_t* packed, const int32_t* tokens, const int32_t* targets, int batch, int length,
                        int vocab, int separator) {
@@ -192,8 +193,8 @@ class Model {
     set_shape(batch, length);
     dev_.upload(tokens_, packed, kPackedRows * size_t(shape_.rows()) * sizeof(int32_t));
   }
-  // The token that starts a document where the chunked form masks them: state and convolution then see nothing
-  // before it.
+  // The token that starts a document where the chunked form masks them: state and convolution then see
+  // nothing before it.
   int separator() const { return separator_; }
   void zero_loss() { loss_sum_.zero(); }
   // Of the batch uploaded last. Launches and touches no host memory; its loss is added to the sum since zero_loss().

@@ -96,7 +96,8 @@ class OptionTable {
           "what the backward computes again to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
     flag("mask_docs", o.mask_docs,
-         "of shards: state and convolution see nothing before a document's start (token 50256); also with -gen");
+         "of shards: state and convolution see nothing before a document's start (token 50256); also with "
+         "-gen");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");

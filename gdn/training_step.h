@@ -50,7 +50,8 @@ class TrainingStep {
     const int rows = micro_batch_ * length_;
     for (int i = 0; i < micro_batches_; i++)
       pack_batch(next().batch.get() + kPackedRows * size_t(i) * rows, inputs + size_t(i) * rows,
-                 targets + size_t(i) * rows, micro_batch_, length_, p_.config.padded_vocab, model_.separator());
+                 targets + size_t(i) * rows, micro_batch_, length_, p_.config.padded_vocab,
+                 model_.separator());
   }
 
   // Queues step `step` (from 1) over the batch loaded last. Where its loss or gradient is not finite it changes

@@ -23,8 +23,8 @@ inline GateInputs gates_of(const float* A_log, const float* dt_bias, float beta_
   return {A_log, dt_bias, beta_max, s.heads_v, s.columns(), s.a_column(), s.b_column()};
 }
 
-// g and beta [M,Hv] of rows [begin, end), by the whole block: a thread a row and head. position [M] or nullptr:
-// where it is 0, g = kDocumentDecay.
+// g and beta [M,Hv] of rows [begin, end), by the whole block: a thread a row and head. position [M] or
+// nullptr: where it is 0, g = kDocumentDecay.
 __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restrict__ beta,
                                           const act* __restrict__ proj, const int32_t* __restrict__ position,
                                           const GateInputs& at, int begin, int end) {
@@ -39,7 +39,8 @@ __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restri
 }
 
 // Columns a, b and the padding (zeros) of dproj, rows [begin, end), by the whole block of kWarps warps: a
-// thread a row. sums [2 Hv] = of dA_log and of ddt_bias, what these rows add. Where position is 0, dg counts as 0.
+// thread a row. sums [2 Hv] = of dA_log and of ddt_bias, what these rows add. Where position is 0, dg counts
+// as 0.
 template <int kWarps>
 __device__ void gates_backward_rows(act* __restrict__ dproj, float* __restrict__ sums,
                                     const float* __restrict__ dg, const float* __restrict__ dbeta,

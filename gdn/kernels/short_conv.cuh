@@ -118,8 +118,8 @@ __device__ inline void load_positions(int (&to)[kConvGroup], const int32_t* posi
   for (int i = 0; i < kConvGroup; i++) to[i] = t + i < end ? position[t + i] : kConvHalo;
 }
 
-// A block does a tile of one sequence. position [M], read where kMasked: steps since the row's document began.
-// Floor at M = 32768, C = 3072: 403 MB (the columns of proj in, qkv out), 0.0951 ms at the copy rate.
+// A block does a tile of one sequence. position [M], read where kMasked: steps since the row's document
+// began. Floor at M = 32768, C = 3072: 403 MB (the columns of proj in, qkv out), 0.0951 ms at the copy rate.
 template <bool kMasked>
 static __global__ void __launch_bounds__(kConvThreads, 5)
     short_conv_gates_forward_kernel(act* __restrict__ qkv, float* __restrict__ rnorm, float* __restrict__ g,
@@ -215,7 +215,8 @@ inline void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g
   Range<Cuda> range(dev, __func__);
   const ConvLayout at = conv_layout(shape, kConvForwardTile);
   if (shape.rows() == 0) return;
-  const auto kernel = position ? short_conv_gates_forward_kernel<true> : short_conv_gates_forward_kernel<false>;
+  const auto kernel =
+      position ? short_conv_gates_forward_kernel<true> : short_conv_gates_forward_kernel<false>;
   kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(qkv, rnorm, g, beta, proj, taps, history, position, at,
                                                      gates_of(A_log, dt_bias, beta_max, shape));
   launched("short_conv_gates_forward");
@@ -351,9 +352,10 @@ inline void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float
   if (shape.rows() == 0) return;
   const int count = at.batch * at.tiles(), stride = conv_partials_stride(shape), heads = shape.heads_v;
   float *partials = static_cast<float*>(scratch), *of_gates = partials + at.channels * kConvTaps;
-  const auto kernel = position ? short_conv_gates_backward_kernel<true> : short_conv_gates_backward_kernel<false>;
-  kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(dproj, partials, stride, dqkv, dg, dbeta, rnorm, g, beta, proj,
-                                                     taps, position, at,
+  const auto kernel =
+      position ? short_conv_gates_backward_kernel<true> : short_conv_gates_backward_kernel<false>;
+  kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(dproj, partials, stride, dqkv, dg, dbeta, rnorm, g, beta,
+                                                     proj, taps, position, at,
                                                      gates_of(A_log, dt_bias, beta_max, shape));
   launched("short_conv_gates_backward");
   add_partials(dev, {{{dtaps, partials, count, at.channels * kConvTaps, stride},

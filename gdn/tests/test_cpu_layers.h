@@ -279,7 +279,9 @@ Layer<Real> linear_layer(int rows, int out, int in_width, Real scale) {
 // The mixer's layers see their own columns of proj; the others are NaN, and must stay NaN in dproj.
 using Positions = std::vector<int32_t>;  // none: documents are not masked
 
-inline const int32_t* data_or_null(const Positions& position) { return position.empty() ? nullptr : position.data(); }
+inline const int32_t* data_or_null(const Positions& position) {
+  return position.empty() ? nullptr : position.data();
+}
 
 template <class Real>
 Layer<Real> short_conv_layer(const MixerShape& shape, const Positions& position = {}) {
@@ -298,12 +300,14 @@ Layer<Real> short_conv_layer(const MixerShape& shape, const Positions& position 
     Array<Real> dproj = unset<Real>(M * P), dqkv = d_out.at("qkv");
     Accumulator<Real> dtaps(C * kConvTaps);
     short_conv_backward(cpu<Real>, dproj.data(), dtaps.data(), dqkv.data(), saved.at("rnorm").data(),
-                        saved.at("proj").data(), in.at("taps").data(), shape, nullptr, data_or_null(position));
+                        saved.at("proj").data(), in.at("taps").data(), shape, nullptr,
+                        data_or_null(position));
     CHECK(all_nan(columns(dproj, P, C, P - C)));
     return Tensors<Real>{{"proj", columns(dproj, P, 0, C)}, {"taps", dtaps.added()}};
   };
   Random random;
-  return {(position.empty() ? "short conv, T = " : "short conv of documents, T = ") + std::to_string(shape.tokens),
+  return {(position.empty() ? "short conv, T = " : "short conv of documents, T = ") +
+              std::to_string(shape.tokens),
           {{"proj", random.array<Real>(M * C, -2, 2)}, {"taps", random.array<Real>(C * kConvTaps)}},
           forward,
           backward};

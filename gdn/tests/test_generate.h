@@ -249,7 +249,8 @@ TEST_CASE("generate: tokens depend on the seed alone; memory not on how many the
     std::vector<int> tokens;
     const auto prompts = model_tests::random_batch(1, prompt, p.config.vocab, 32).tokens;
     generate<Cpu<float>>(
-        p, prompts, count, sampling, kNoSeparator, [&](int token) { tokens.push_back(token); }, [] { return false; });
+        p, prompts, count, sampling, kNoSeparator, [&](int token) { tokens.push_back(token); },
+        [] { return false; });
     return tokens;
   };
   const Sampling one{1, 20, 0.95, 1}, two{1, 20, 0.95, 2};
@@ -324,7 +325,8 @@ TEST_CASE("generate: the training forward's logits, at any prompt length (CPU)")
     Parameters<Cpu<float>> p(dev, config);
     model_tests::scatter(p, 42);
     check_logits(p, 2e-5);
-    check_logits(p, 2e-5, model_tests::random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
+    check_logits(p, 2e-5,
+                 model_tests::random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
   }
 }
 

@@ -222,8 +222,9 @@ TEST_CASE("model: the recurrent form gives the chunked form's losses, in pieces 
 
 constexpr int kSeparator = 7;
 
-// Documents in a batch of at least 130 tokens a sequence: one cut off at the start, one of one token, ones shorter
-// than the convolution and than a chunk, starts at and beside a chunk's edge, and one over a whole chunk.
+// Documents in a batch of at least 130 tokens a sequence: one cut off at the start, one of one token, ones
+// shorter than the convolution and than a chunk, starts at and beside a chunk's edge, and one over a whole
+// chunk.
 inline TestBatch with_documents(TestBatch b) {
   for (int32_t& token : b.tokens)
     if (token == kSeparator) token++;
@@ -618,9 +619,9 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
     int width, heads, head_dim, batch, length;
     bool documents;
   };
-  for (const Size& size : {Size{256, 6, 0, 2, 100, false}, Size{512, 6, 0, 1, 130, false},
-                           Size{256, 0, 64, 3, 65, false}, Size{768, 6, 0, 1, 64, false},
-                           Size{256, 6, 0, 2, 200, true}}) {
+  for (const Size& size :
+       {Size{256, 6, 0, 2, 100, false}, Size{512, 6, 0, 1, 130, false}, Size{256, 0, 64, 3, 65, false},
+        Size{768, 6, 0, 1, 64, false}, Size{256, 6, 0, 2, 200, true}}) {
     CAPTURE(size.width);
     CAPTURE(size.head_dim);
     CAPTURE(size.documents);

@@ -143,11 +143,12 @@ TEST_CASE("program: -h lists every option with its default") {
   const Outcome o = run(folder, "-h");
   CHECK(o.code == 0);
   for (const char* option :
-       {"-i ",    "-j ",      "-w ",      "-w0 ",    "-L ",   "-heads ", "-head_dim ", "-ev ", "-T ",
-        "-b ",    "-B ",      "-n ",      "-opt ",   "-lr ",  "-wd ",    "-b1 ",       "-b2 ", "-mom ",
-        "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ",   "-seed ",  "-o ",        "-v ",  "-save ",
-        "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt ",   "-eps ", "-wd_mode ",
-        "-gains ", "-coord_check ", "-vocab ", "-temperature ", "-top_k ", "-top_p ", "-mask_docs "}) {
+       {"-i ",      "-j ",           "-w ",     "-w0 ",          "-L ",      "-heads ",  "-head_dim ",
+        "-ev ",     "-T ",           "-b ",     "-B ",           "-n ",      "-opt ",    "-lr ",
+        "-wd ",     "-b1 ",          "-b2 ",    "-mom ",         "-clip ",   "-warmup ", "-min_lr ",
+        "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
+        "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
+        "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
