@@ -219,14 +219,13 @@ TEST_CASE("sampling: temperature, top-k and top-p give the probabilities of thei
         std::map<int, int> counts;
         for (int i = 0; i < kGrid; i++)
           counts[sample_token(logits.data(), kVocab, sampling, (i + 0.5) / kGrid)]++;
-        for (const auto& [v, count] : counts) {
-          CAPTURE(v);
-          CHECK(expected.count(v) == 1);
+        for (const auto& drawn : counts) {
+          CAPTURE(drawn.first);
+          CHECK(expected.count(drawn.first) == 1);
         }
-        for (const auto& [v, probability] : expected) {
-          CAPTURE(v);
-          CHECK(std::abs(counts[v] - probability * kGrid) <=
-                1.01);  // each token has one interval of the grid
+        for (const auto& token : expected) {  // each has one interval of the grid
+          CAPTURE(token.first);
+          CHECK(std::abs(counts[token.first] - token.second * kGrid) <= 1.01);
         }
       }
 }
@@ -377,7 +376,7 @@ TEST_CASE(
   std::vector<int32_t> ids;
   for (int32_t id; numbers >> id;) ids.push_back(id);
   CHECK(greedy == decoded(vocabulary, ids) + "\n");
-  for (const auto& [options, part] :
+  for (const auto& bad :
        std::vector<std::pair<std::string, std::string>>{{"-vocab nowhere.txt", "nowhere.txt"},
                                                         {"-vocab s.bin", "s.bin: line 1"},
                                                         {"-vocab short.txt", "-vocab short.txt: has 50256"},
@@ -385,11 +384,11 @@ TEST_CASE(
                                                         {"-top_p 1.5", "-top_p '1.5'"},
                                                         {"-top_k -1", "-top_k '-1'"},
                                                         {"-prompt '50257'", "-prompt '50257'"}}) {
-    CAPTURE(options);
-    const auto outcome = run(folder, "-d cpu -load out -gen 5 " + options);
+    CAPTURE(bad.first);
+    const auto outcome = run(folder, "-d cpu -load out -gen 5 " + bad.first);
     CHECK(outcome.code == 1);
     CHECK(std::count(outcome.err.begin(), outcome.err.end(), '\n') == 1);
-    CHECK(outcome.err.find(part) != std::string::npos);
+    CHECK(outcome.err.find(bad.second) != std::string::npos);
   }
 }
 
