@@ -68,17 +68,20 @@ void linear_backward_weight(Cuda&, float* dw, const act* dy, const act* x, int r
 
 // qkv [M,C] act from the first C = conv_channels columns of proj [M,P] act; rnorm [M,2 Hk] float; g, beta
 // [M,Hv] float from the a and b columns of proj; taps [C,4], A_log, dt_bias [Hv] float; history [B,3,C] act:
-// inputs before t = 0 and, on return, the last three inputs (nullptr: zeros, nothing kept).
+// inputs before t = 0 and, on return, the last three inputs (nullptr: zeros, nothing kept). position [M]: steps
+// since the row's document began; the convolution sees nothing before it, and its first token has g =
+// kDocumentDecay (nullptr: one document).
 void short_conv_gates_forward(Cuda&, act* qkv, float* rnorm, float* g, float* beta, const act* proj,
                               const float* taps, const float* A_log, const float* dt_bias, act* history,
-                              const MixerShape&, float beta_max);
+                              const MixerShape&, float beta_max, const int32_t* position = nullptr);
 
 // Every column of dproj [M,P] act but those of z; dtaps [C,4], dA_log, ddt_bias [Hv] float +=. dqkv [M,C] act
 // is work space: do not read it afterwards. dg, dbeta [M,Hv] float.
 void short_conv_gates_backward(Cuda&, act* dproj, float* dtaps, float* dA_log, float* ddt_bias, act* dqkv,
                                const float* dg, const float* dbeta, const float* rnorm, const float* g,
                                const float* beta, const act* proj, const float* taps, const float* A_log,
-                               const float* dt_bias, const MixerShape&, float beta_max, void* scratch);
+                               const float* dt_bias, const MixerShape&, float beta_max, void* scratch,
+                               const int32_t* position = nullptr);
 size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape&);
 
 // ---- gated delta rule -------------------------------------------------------------------------------------

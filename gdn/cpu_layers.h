@@ -187,10 +187,11 @@ void linear_backward_weight(Cpu<Real>&, Real* dw, const Real* dy, const Real* x,
 //   eps)
 // qkv [M,C]; rnorm [M,2 Hk] (q heads, then k heads); taps [C,4].
 // history [B,3,C]: the three inputs before t = 0 (nullptr: zeros); overwritten with the last three of this
-// call, so that a sequence can be fed in pieces.
+// call, so that a sequence can be fed in pieces. position [M] (same_document): inputs of another document
+// count as zeros; nullptr: all are of one.
 template <class Real>
 void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, const Real* taps, Real* history,
-                        const MixerShape& shape) {
+                        const MixerShape& shape, const int32_t* position = nullptr) {
   const int C = shape.conv_channels(), P = shape.columns(), T = shape.tokens, K = kConvTaps;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < shape.batch; b++)
@@ -203,7 +204,7 @@ void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, co
         const Real* x = from >= 0 ? proj + (m - (K - 1) + j) * P
                         : history ? history + (int64_t(b) * (K - 1) + from + K - 1) * C
                                   : nullptr;
-        if (x)
+        if (x && same_document(position, m, K - 1 - j))
           for (int c = 0; c < C; c++) out[c] += taps[c * K + j] * x[c];
       }
 #pragma omp simd
@@ -233,7 +234,8 @@ void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, co
 //   sum_t du_t x_{t-3+j}
 template <class Real>
 void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const Real* rnorm,
-                         const Real* proj, const Real* taps, const MixerShape& shape, void*) {
+                         const Real* proj, const Real* taps, const MixerShape& shape, void*,
+                         const int32_t* position = nullptr) {
   const int C = shape.conv_channels(), P = shape.columns(), T = shape.tokens, K = kConvTaps;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < shape.batch; b++)
@@ -242,7 +244,8 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
       Real* du = dqkv + m * C;
       std::vector<Real> u(C), q(2 * shape.key_dim());
       for (int j = std::max(0, K - 1 - t); j < K; j++)
-        for (int c = 0; c < C; c++) u[c] += taps[c * K + j] * proj[(m - (K - 1) + j) * P + c];
+        if (same_document(position, m, K - 1 - j))
+          for (int c = 0; c < C; c++) u[c] += taps[c * K + j] * proj[(m - (K - 1) + j) * P + c];
 #pragma omp simd
       for (int c = 0; c < 2 * shape.key_dim(); c++) q[c] = silu(u[c]);
       for (int h = 0; h < 2 * shape.heads_k; h++) {
@@ -263,7 +266,7 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
       Real* dx = dproj + m * P;
       std::fill_n(dx, C, Real(0));
       for (int j = 0; j < K; j++)
-        if (t + K - 1 - j < T)
+        if (t + K - 1 - j < T && same_document(position, m + K - 1 - j, K - 1 - j))
           for (int c = 0; c < C; c++) dx[c] += taps[c * K + j] * dqkv[(m + K - 1 - j) * C + c];
     }
 #pragma omp parallel for schedule(static)
@@ -273,7 +276,8 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
         const int64_t m = int64_t(b) * T + t;
         for (int c = c0; c < std::min(c0 + 16, C); c++)
           for (int j = std::max(0, K - 1 - t); j < K; j++)
-            dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
+            if (same_document(position, m, K - 1 - j))
+              dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
       }
 }
 
@@ -281,16 +285,19 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
 // --------------------------------------------------------------------------------------------------------
 
 // g [M,Hv] = -exp(A_log) * softplus(a + dt_bias) <= 0, the logarithm of the decay alpha;
-// beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed.
+// beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed. Where
+// position [M] is 0, a document's first token, g = kDocumentDecay instead.
 template <class Real>
 void gates_forward(Cpu<Real>&, Real* g, Real* beta, const Real* proj, const Real* A_log, const Real* dt_bias,
-                   const MixerShape& shape, Real beta_max) {
+                   const MixerShape& shape, Real beta_max, const int32_t* position = nullptr) {
   const int H = shape.heads_v;
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < shape.rows(); m++) {
     const Real* row = proj + int64_t(m) * shape.columns();
     for (int h = 0; h < H; h++) {
-      g[int64_t(m) * H + h] = -std::exp(A_log[h]) * softplus(row[shape.a_column() + h] + dt_bias[h]);
+      g[int64_t(m) * H + h] = position && position[m] == 0
+                                  ? Real(kDocumentDecay)
+                                  : -std::exp(A_log[h]) * softplus(row[shape.a_column() + h] + dt_bias[h]);
       beta[int64_t(m) * H + h] = beta_max * sigmoid(row[shape.b_column() + h]);
     }
   }
@@ -299,11 +306,15 @@ void gates_forward(Cpu<Real>&, Real* g, Real* beta, const Real* proj, const Real
 // Columns a, b and the padding (zeros) of dproj; dA_log [Hv], ddt_bias [Hv] +=.
 //   da = -dg exp(A_log) sigmoid(a + dt_bias)    db = dbeta beta (1 - beta/beta_max)    dA_log = sum dg g
 //   ddt_bias = sum da
+// Where position [M] is 0, g is a constant: dg counts as 0.
 template <class Real>
 void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const Real* dg, const Real* dbeta,
                     const Real* g, const Real* beta, const Real* proj, const Real* A_log, const Real* dt_bias,
-                    const MixerShape& shape, Real beta_max, void*) {
+                    const MixerShape& shape, Real beta_max, void*, const int32_t* position = nullptr) {
   const int H = shape.heads_v, P = shape.columns();
+  const auto dg_of = [&](int m, int h) {
+    return position && position[m] == 0 ? Real(0) : dg[int64_t(m) * H + h];
+  };
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < shape.rows(); m++) {
     const Real* row = proj + int64_t(m) * P;
@@ -311,7 +322,7 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
     for (int h = 0; h < H; h++) {
       const int64_t i = int64_t(m) * H + h;
       drow[shape.a_column() + h] =
-          -dg[i] * std::exp(A_log[h]) * sigmoid(row[shape.a_column() + h] + dt_bias[h]);
+          -dg_of(m, h) * std::exp(A_log[h]) * sigmoid(row[shape.a_column() + h] + dt_bias[h]);
       drow[shape.b_column() + h] = dbeta[i] * beta[i] * (1 - beta[i] / beta_max);
     }
     std::fill(drow + shape.b_column() + H, drow + P, Real(0));
@@ -319,7 +330,7 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
   for (int m = 0; m < shape.rows(); m++)
     for (int h = 0; h < H; h++) {
       const int64_t i = int64_t(m) * H + h;
-      dA_log[h] += dg[i] * g[i];
+      dA_log[h] += dg_of(m, h) * g[i];
       ddt_bias[h] += dproj[int64_t(m) * P + shape.a_column() + h];
     }
 }
@@ -331,9 +342,9 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
 template <class Real>
 void short_conv_gates_forward(Cpu<Real>& dev, Real* qkv, Real* rnorm, Real* g, Real* beta, const Real* proj,
                               const Real* taps, const Real* A_log, const Real* dt_bias, Real* history,
-                              const MixerShape& shape, Real beta_max) {
-  short_conv_forward(dev, qkv, rnorm, proj, taps, history, shape);
-  gates_forward(dev, g, beta, proj, A_log, dt_bias, shape, beta_max);
+                              const MixerShape& shape, Real beta_max, const int32_t* position = nullptr) {
+  short_conv_forward(dev, qkv, rnorm, proj, taps, history, shape, position);
+  gates_forward(dev, g, beta, proj, A_log, dt_bias, shape, beta_max, position);
 }
 
 // Every column of dproj but those of z; dqkv is work space, as in short_conv_backward.
@@ -342,10 +353,10 @@ void short_conv_gates_backward(Cpu<Real>& dev, Real* dproj, Real* dtaps, Real* d
                                Real* dqkv, const Real* dg, const Real* dbeta, const Real* rnorm,
                                const Real* g, const Real* beta, const Real* proj, const Real* taps,
                                const Real* A_log, const Real* dt_bias, const MixerShape& shape, Real beta_max,
-                               void* scratch) {
-  short_conv_backward(dev, dproj, dtaps, dqkv, rnorm, proj, taps, shape, scratch);
+                               void* scratch, const int32_t* position = nullptr) {
+  short_conv_backward(dev, dproj, dtaps, dqkv, rnorm, proj, taps, shape, scratch, position);
   gates_backward(dev, dproj, dA_log, ddt_bias, dg, dbeta, g, beta, proj, A_log, dt_bias, shape, beta_max,
-                 scratch);
+                 scratch, position);
 }
 
 template <class Real>

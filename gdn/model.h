@@ -26,11 +26,23 @@ inline void sort_rows_by_token(int32_t* order, const int32_t* tokens, int rows, 
   for (int m = 0; m < rows; m++) order[start[size_t(tokens[m])]++] = m;
 }
 
-// A batch as the device gets it, in one piece: `packed` [3,rows] = tokens, targets, and the rows sorted by token.
-inline void pack_batch(int32_t* packed, const int32_t* tokens, const int32_t* targets, int rows, int vocab) {
+// Each row's steps since its document began, with a token `separator`, or else its sequence. tokens [B,T].
+inline void document_positions(int32_t* position, const int32_t* tokens, int batch, int length,
+                               int separator) {
+  for (int m = 0; m < batch * length; m++)
+    position[m] = m % length == 0 || tokens[m] == separator ? 0 : position[m - 1] + 1;
+}
+
+// A batch as the device gets it, in one piece: `packed` [4,B*T] = tokens, targets, the rows sorted by token,
+// and document_positions.
+constexpr int kPackedRows = 4;
+inline void pack_batch(int32_t* packed, const int32_t* tokens, const int32_t* targets, int batch, int length,
+                       int vocab, int separator) {
+  const int rows = batch * length;
   std::copy_n(tokens, rows, packed);
   std::copy_n(targets, rows, packed + rows);
   sort_rows_by_token(packed + 2 * size_t(rows), tokens, rows, vocab);
+  document_positions(packed + 3 * size_t(rows), tokens, batch, length, separator);
 }
 
 // What the recurrent form carries from token to token: per layer the last inputs of the short convolution
@@ -56,6 +68,8 @@ struct RecurrentState {
 };
 
 enum class Use { training, inference };
+
+constexpr int kNoSeparator = -1;  // documents are not masked
 
 // What a training model computes again in the backward, by extra work, instead of keeping it for every layer;
 // the gradients keep their bits.
@@ -83,13 +97,14 @@ class Model {
   };
 
   Model(Parameters<Device>& parameters, int batch, int tokens, Use use,
-        Recompute recompute = Recompute::nothing)
+        Recompute recompute = Recompute::nothing, int separator = kNoSeparator)
       : p_(parameters),
         dev_(parameters.dev),
         config_(parameters.config),
         shape_(config_.mixer_shape(batch, tokens)),
         max_rows_(shape_.rows()),
         recompute_(recompute),
+        separator_(separator),
         logit_scale_(real(logit_scale(config_.mup()))),
         readout_scale_(real(readout_scale(config_.mup()))) {
     const size_t M = max_rows_, d = config_.width, I = config_.mlp_size, values = shape_.value_dim();
@@ -122,7 +137,7 @@ class Model {
                           [&](size_t n) { return keep(bytes_, n, "delta rule states"); });
       layers_.push_back(x);
     }
-    batch_ = Buffer<Device, int32_t>(dev_, 3 * M, "tokens", kRemedy);
+    batch_ = Buffer<Device, int32_t>(dev_, kPackedRows * M, "tokens", kRemedy);
     losses_ = statistics(M);
     loss_sum_ = Buffer<Device, double>(dev_, 1, "statistics", kRemedy);
     branch_ = x_out_ = activations(M * d);
@@ -166,18 +181,21 @@ class Model {
   // nothing: read the loss with loss_sum() when it is needed. tokens, targets [B,T] on the host.
   void forward_backward(const int32_t* tokens, const int32_t* targets, int batch, int length,
                         float loss_weight) {
-    std::vector<int32_t> packed(3 * size_t(batch) * length);
-    pack_batch(packed.data(), tokens, targets, batch * length, config_.padded_vocab);
+    std::vector<int32_t> packed(kPackedRows * size_t(batch) * length);
+    pack_batch(packed.data(), tokens, targets, batch, length, config_.padded_vocab, separator_);
     upload_batch(packed.data(), batch, length);
     zero_loss();
     forward_backward(loss_weight);
   }
 
-  // The same in parts. `packed` [3,B*T] (pack_batch) may be pinned memory, and is then read later.
+  // The same in parts. `packed` [4,B*T] (pack_batch) may be pinned memory, and is then read later.
   void upload_batch(const int32_t* packed, int batch, int length) {
     set_shape(batch, length);
-    dev_.upload(tokens_, packed, 3 * size_t(shape_.rows()) * sizeof(int32_t));
+    dev_.upload(tokens_, packed, kPackedRows * size_t(shape_.rows()) * sizeof(int32_t));
   }
+  // The token that starts a document where the chunked form masks them: state and convolution then see
+  // nothing before it.
+  int separator() const { return separator_; }
   void zero_loss() { loss_sum_.zero(); }
   // Of the batch uploaded last. Launches and touches no host memory; its loss is added to the sum since zero_loss().
   void forward_backward(float loss_weight) {
@@ -190,6 +208,11 @@ class Model {
   void forward_loss(const int32_t* tokens, const int32_t* targets, int batch, int length) {
     upload_tokens(tokens, batch, length);
     dev_.upload(targets_, targets, size_t(shape_.rows()) * sizeof(int32_t));
+    if (separator_ != kNoSeparator) {
+      std::vector<int32_t> position(size_t(shape_.rows()));
+      document_positions(position.data(), tokens, batch, length, separator_);
+      dev_.upload(position_, position.data(), position.size() * sizeof(int32_t));
+    }
     zero_loss();
     forward(nullptr);
     classify(0);
@@ -249,6 +272,7 @@ class Model {
     tokens_ = batch_.get();
     targets_ = tokens_ + shape_.rows();
     order_ = targets_ + shape_.rows();
+    position_ = order_ + shape_.rows();
   }
 
   void upload_tokens(const int32_t* tokens, int batch, int length) {
@@ -313,8 +337,11 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     short_conv_gates_forward(dev_, a.qkv, a.rnorm, a.g, a.beta, a.proj, p_.master(w.taps), p_.master(w.A_log),
-                             p_.master(w.dt_bias), history, shape_, real(config_.beta_max()));
+                             p_.master(w.dt_bias), history, shape_, real(config_.beta_max()),
+                             history ? nullptr : masked_position());
   }
+
+  const int32_t* masked_position() const { return separator_ == kNoSeparator ? nullptr : position_; }
 
   // branch = mlp(rmsnorm(x_mid))
   void mlp_forward(int l) {
@@ -413,7 +440,7 @@ class Model {
     short_conv_gates_backward(dev_, dproj_, p_.gradients(w.taps), p_.gradients(w.A_log),
                               p_.gradients(w.dt_bias), dqkv_, dg_, dbeta_, a.rnorm, a.g, a.beta, a.proj,
                               p_.master(w.taps), p_.master(w.A_log), p_.master(w.dt_bias), shape_,
-                              real(config_.beta_max()), scratch_);
+                              real(config_.beta_max()), scratch_, masked_position());
     linear_backward_input(dev_, dh_, dproj_, p_.weights(w.in_proj), M, shape_.columns(), d);
     act* h = dh_;
     rmsnorm_backward(dev_, dx_, p_.gradients(w.attn_norm), h, dh_, a.x_in, a.attn_rstd,
@@ -427,10 +454,11 @@ class Model {
   MixerShape shape_;
   const int max_rows_;
   const Recompute recompute_;
+  const int separator_;
   const real logit_scale_, readout_scale_;  // m_out and s of mup.h
   std::vector<LayerActivations> layers_;
-  Buffer<Device, int32_t> batch_;  // tokens, targets, order [M] of the batch, one behind the other
-  int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr;
+  Buffer<Device, int32_t> batch_;  // tokens, targets, order, position [M] of the batch, one behind the other
+  int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr, *position_ = nullptr;
   // A branch's output; once it is added to the stream of the last layer, that. A norm's output; the gated o.
   act *branch_ = nullptr, *x_out_ = nullptr, *h_ = nullptr, *y_ = nullptr, *swiglu_ = nullptr;
   act* logits_ = nullptr;

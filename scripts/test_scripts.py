@@ -35,6 +35,7 @@ TRAIN_GDN = HERE.parent / "train_gdn"
 HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 needs_matplotlib = unittest.skipUnless(HAVE_MATPLOTLIB, "matplotlib is missing")
 needs_tiktoken = unittest.skipUnless(importlib.util.find_spec("tiktoken"), "tiktoken is missing")
+needs_tensorboard = unittest.skipUnless(importlib.util.find_spec("tensorboardX"), "tensorboardX is missing")
 needs_train_gdn = unittest.skipUnless(TRAIN_GDN.exists(), "./train_gdn is not built")
 
 # A trainer whose loss is a parabola in log2(lr): lr > 0.1 diverges, lr 0.05 fails, lr 0.03 ends early without
@@ -453,10 +454,124 @@ class Plots(InFolder):
         self.assert_one_line_error(done, "needs the package matplotlib", "requirements.txt")
 
     def test_help(self) -> None:
-        for script in ("sweep.py", "plot_transfer.py", "plot_log.py", "tokenize_text.py", "export_hf.py"):
+        for script in ("sweep.py", "plot_transfer.py", "plot_log.py", "follow_log.py", "tokenize_text.py", "export_hf.py"):
             done = call(script, "-h")
             self.assertEqual(done.returncode, 0)
             self.assertIn("python3 scripts/" + script, done.stdout)
+
+
+HEADER = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n"
+NAMES = ["loss", "lr", "grad_norm", "ms", "tokens_per_s", "sol"]
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """Step, name and value of all scalars in TensorBoard's event files, in order (records of length, checksum, Event,
+    checksum)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return scalars
+
+
+def train_row(step: int) -> str:
+    return f"{step},train,{8 - step / 4},0.5,2,10,1000,0.25\n"
+
+
+def train_scalars(step: int) -> list[tuple[int, str, float]]:
+    values = (8 - step / 4, 0.5, 2, 10, 1000, 0.25)
+    return [(step, f"train/{name}", value) for name, value in zip(NAMES, values)]
+
+
+class FollowLog(InFolder):
+    @needs_tensorboard
+    def test_events_are_the_rows(self) -> None:
+        for name, rows in (("a", 3), ("b", 1)):
+            (self.folder / name).mkdir()
+            text = HEADER + "".join(map(train_row, range(1, rows + 1))) + f"{rows},val,4.5,,,,,\n" + "9,tra"
+            (self.folder / name / "log.csv").write_text(text)
+        for _ in range(2):  # the second call replaces what the first one wrote
+            done = call("follow_log.py", self.folder / "a", self.folder / "b" / "log.csv", "--once", "-o", self.folder / "out")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("6 rows of 2 logs", done.stdout)
+            want = [s for step in (1, 2, 3) for s in train_scalars(step)] + [(3, "val/loss", 4.5)]
+            self.assertEqual(events(self.folder / "out" / "a"), want)
+            self.assertEqual(events(self.folder / "out" / "b"), [*train_scalars(1), (1, "val/loss", 4.5)])
+
+    @needs_tensorboard
+    def test_follows_a_run_that_grows_and_is_resumed(self) -> None:
+        run = self.folder / "run"
+        run.mkdir()
+        words = [sys.executable, str(HERE / "follow_log.py"), str(run), "--every", "0.05", "-o", str(self.folder / "out")]
+        follower = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(follower.wait)
+        self.addCleanup(follower.kill)
+
+        def wait_for(steps: list[int]) -> None:
+            want = [s for step in steps for s in train_scalars(step)]
+            for _ in range(600):
+                if events(self.folder / "out" / "run") == want:
+                    return
+                time.sleep(0.05)
+            self.assertEqual(events(self.folder / "out" / "run"), want)
+
+        log = run / "log.csv"
+        wait_for([])
+        log.write_text(HEADER + train_row(1) + train_row(2)[:9])  # a row that is being written
+        wait_for([1])
+        with log.open("a") as f:
+            f.write(train_row(2)[9:] + train_row(3))
+        wait_for([1, 2, 3])
+        (run / "log.csv.tmp").write_text(HEADER + train_row(1))  # resumed after step 1
+        (run / "log.csv.tmp").rename(log)
+        with log.open("a") as f:
+            f.write(train_row(2) + train_row(3) + train_row(4))
+        wait_for([1, 2, 3, 4])
+        follower.send_signal(signal.SIGINT)
+        self.assertIn("4 rows of 1 logs", follower.communicate(timeout=60)[0])
+        self.assertEqual(follower.returncode, 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("wandb"), "wandb is missing")
+    def test_weights_and_biases_without_network(self) -> None:
+        (self.folder / "log.csv").write_text(HEADER + train_row(1) + train_row(2))
+        done = call("follow_log.py", self.folder, "--once", "--wandb", "project", WANDB_MODE="offline", WANDB_DIR=str(self.folder))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("2 rows of 1 logs to Weights & Biases", done.stdout)
+        data = b"".join(path.read_bytes() for path in self.folder.glob("wandb/offline-run-*/run-*.wandb"))
+        for name in NAMES:
+            self.assertIn(f"train/{name}".encode(), data)
+
+    def test_errors(self) -> None:
+        out = ("--once", "-o", self.folder / "out")
+        self.assert_one_line_error(call("follow_log.py", self.folder / "none", *out), "none: no such file")
+        self.assert_one_line_error(call("follow_log.py", self.folder, *out), "log.csv: no such file")
+        self.assert_one_line_error(call("follow_log.py", self.folder, self.folder, *out), "named twice")
+        self.assert_one_line_error(call("follow_log.py", self.folder, "--every", 0), "--every 0.0")
+        log = self.folder / "log.csv"
+        log.write_text(HEADER)
+        for package, words in (("tensorboardX", out), ("wandb", ("--once", "--wandb", "project"))):
+            (self.folder / f"{package}.py").write_text(f"raise ImportError('none', name='{package}')\n")
+            done = call("follow_log.py", log, *words, PYTHONPATH=str(self.folder))
+            self.assert_one_line_error(done, f"needs the package {package}", "requirements.txt")
+
+    @needs_tensorboard
+    def test_wrong_formats(self) -> None:
+        log = self.folder / "log.csv"
+        for text, part in (
+            ("step,loss\n", "log.csv: line 1: expected step,split,"),
+            ("\xff\xfe\n", "log.csv: line 1"),
+            (HEADER + "1,train,2\n", "log.csv: line 2"),
+            (HEADER + train_row(1) + "x,train,1,1,1,1,1,1\n", "log.csv: line 3"),
+            (HEADER + "1,test,1,1,1,1,1,1\n", "log.csv: line 2"),
+        ):
+            log.write_bytes(text.encode("latin1"))
+            self.assert_one_line_error(call("follow_log.py", log, "--once", "-o", self.folder / "out"), part)
 
 
 def read_shard(path: Path) -> list[int]:
@@ -600,6 +715,34 @@ class Tokenizing(InFolder):
         self.assertEqual(self.tokenize(self.folder / "a.txt", out="b").returncode, 0)
         a, b = ((self.folder / out / "vocab.txt").read_bytes() for out in "ab")
         self.assertEqual(a, b)
+
+    @needs_train_gdn
+    def test_vocabulary_turns_tokens_into_text(self) -> None:
+        self.jsonl(50)
+        self.assertEqual(self.tokenize("--val", 0, self.folder / "a.jsonl").returncode, 0)
+        lines = (self.folder / "out" / "vocab.txt").read_text().splitlines()
+        self.assertEqual(lines[0], "train_gdn vocabulary 1")
+        self.assertTrue(lines[1].startswith("letters 41-5a,61-7a,aa-aa,b5-b5,"), lines[1])
+        self.assertTrue(lines[2].startswith("numbers 30-39,b2-b3,"), lines[2])
+        self.assertTrue(lines[3].startswith("spaces 9-d,20-20,85-85,a0-a0,"), lines[3])
+        self.assertEqual([bytes.fromhex(line) for line in lines[4:]], self.tokens)
+
+        def train_gdn(*words: object) -> str:
+            words = (TRAIN_GDN, "-d", "cpu", "-seed", 1, *words)
+            done = subprocess.run([*map(str, words)], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout.decode(errors="replace")
+
+        shards, run = self.folder / "out" / "train_*.bin", self.folder / "run"
+        train_gdn("-i", shards, "-w", 16, "-heads", 1, "-L", 1, "-T", 8, "-B", 1, "-n", 1, "-s", 0, "-v", 0, "-o", run)
+        text = train_gdn("-load", run, "-gen", 9, "-prompt", "the th\u4e2d", "-vocab", self.folder / "out" / "vocab.txt")
+        self.assertTrue(text.startswith("the th\u4e2d"), text)
+        # the same by numbers: the prompt's tokens by tiktoken, and what follows
+        prompt = [50256, *self.encode("the th\u4e2d")]
+        numbers = [int(n) for n in train_gdn("-load", run, "-gen", 9, "-prompt", " ".join(map(str, prompt))).split()]
+        self.assertEqual(numbers[: len(prompt)], prompt)
+        known = [*self.tokens, b"<|endoftext|>"]
+        self.assertEqual(text, b"".join(known[n] for n in numbers[1:]).decode(errors="replace") + "\n")
 
     def test_errors(self) -> None:
         text = self.folder / "a.txt"

@@ -23,25 +23,30 @@ inline GateInputs gates_of(const float* A_log, const float* dt_bias, float beta_
   return {A_log, dt_bias, beta_max, s.heads_v, s.columns(), s.a_column(), s.b_column()};
 }
 
-// g and beta [M,Hv] of rows [begin, end), by the whole block: a thread a row and head.
+// g and beta [M,Hv] of rows [begin, end), by the whole block: a thread a row and head. position [M] or
+// nullptr: where it is 0, g = kDocumentDecay.
 __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restrict__ beta,
-                                          const act* __restrict__ proj, const GateInputs& at, int begin,
-                                          int end) {
+                                          const act* __restrict__ proj, const int32_t* __restrict__ position,
+                                          const GateInputs& at, int begin, int end) {
   for (int i = begin * at.heads + int(threadIdx.x); i < end * at.heads; i += int(blockDim.x)) {
     const int m = i / at.heads, h = i - m * at.heads;
     const act* row = proj + int64_t(m) * at.columns;
-    g[i] = -expf(at.A_log[h]) * device_softplus(__bfloat162float(row[at.a + h]) + at.dt_bias[h]);
+    g[i] = position && position[m] == 0
+               ? float(kDocumentDecay)
+               : -expf(at.A_log[h]) * device_softplus(__bfloat162float(row[at.a + h]) + at.dt_bias[h]);
     beta[i] = at.beta_max * fast_sigmoid(__bfloat162float(row[at.b + h]));
   }
 }
 
 // Columns a, b and the padding (zeros) of dproj, rows [begin, end), by the whole block of kWarps warps: a
-// thread a row. sums [2 Hv] = of dA_log and of ddt_bias, what these rows add.
+// thread a row. sums [2 Hv] = of dA_log and of ddt_bias, what these rows add. Where position is 0, dg counts
+// as 0.
 template <int kWarps>
 __device__ void gates_backward_rows(act* __restrict__ dproj, float* __restrict__ sums,
                                     const float* __restrict__ dg, const float* __restrict__ dbeta,
                                     const float* __restrict__ g, const float* __restrict__ beta,
-                                    const act* __restrict__ proj, const GateInputs& at, int begin, int end) {
+                                    const act* __restrict__ proj, const int32_t* __restrict__ position,
+                                    const GateInputs& at, int begin, int end) {
   __shared__ float shared[kWarps];
   for (int h = 0; h < at.heads; h++) {
     const float rate = expf(at.A_log[h]), shift = at.dt_bias[h];
@@ -50,10 +55,11 @@ __device__ void gates_backward_rows(act* __restrict__ dproj, float* __restrict__
       const act* row = proj + int64_t(m) * at.columns;
       act* drow = dproj + int64_t(m) * at.columns;
       const int64_t i = int64_t(m) * at.heads + h;
-      const float da = -dg[i] * rate * fast_sigmoid(__bfloat162float(row[at.a + h]) + shift);
+      const float dg_i = position && position[m] == 0 ? 0.0f : dg[i];
+      const float da = -dg_i * rate * fast_sigmoid(__bfloat162float(row[at.a + h]) + shift);
       drow[at.a + h] = __float2bfloat16_rn(da);
       drow[at.b + h] = __float2bfloat16_rn(dbeta[i] * beta[i] * (1 - beta[i] / at.beta_max));
-      dA_sum += dg[i] * g[i];
+      dA_sum += dg_i * g[i];
       da_sum += da;
     }
     dA_sum = block_sum<kWarps>(dA_sum, shared);

@@ -102,19 +102,37 @@ __device__ inline void convolve(float (&u)[8], const float (&tap)[kConvTaps][8],
     for (int c = 0; c < 8; c++) u[c] += tap[j][c] * x[(i + j) % kConvTaps][c];
 }
 
-// A block does a tile of one sequence.
-// Floor at M = 32768, C = 3072: 403 MB (the columns of proj in, qkv out), 0.0951 ms at the copy rate.
+// Makes zeros of the inputs before a document's start in the window of convolve(..., i), of a step that is
+// `position` steps after it.
+__device__ inline void mask_window(float (&x)[kConvTaps][8], int position, int i) {
+#pragma unroll
+  for (int j = 0; j < kConvHalo; j++)
+    if (kConvHalo - j > position)
+#pragma unroll
+      for (int c = 0; c < 8; c++) x[(i + j) % kConvTaps][c] = 0;
+}
+
+// position [M] of the group of steps from t on, up to `end` (kConvHalo: all inputs are of one document).
+__device__ inline void load_positions(int (&to)[kConvGroup], const int32_t* position, int t, int end) {
+#pragma unroll
+  for (int i = 0; i < kConvGroup; i++) to[i] = t + i < end ? position[t + i] : kConvHalo;
+}
+
+// A block does a tile of one sequence. position [M], read where kMasked: steps since the row's document
+// began. Floor at M = 32768, C = 3072: 403 MB (the columns of proj in, qkv out), 0.0951 ms at the copy rate.
+template <bool kMasked>
 static __global__ void __launch_bounds__(kConvThreads, 5)
     short_conv_gates_forward_kernel(act* __restrict__ qkv, float* __restrict__ rnorm, float* __restrict__ g,
                                     float* __restrict__ beta, const act* __restrict__ proj,
                                     const float* __restrict__ taps, const act* __restrict__ history,
-                                    ConvLayout at, GateInputs gates) {
+                                    const int32_t* __restrict__ position, ConvLayout at, GateInputs gates) {
   constexpr int kGroups = kConvForwardGroups;
   __shared__ uint4 slots[kGroups * kConvGroup][kConvThreads];
   const int sequence = blockIdx.z, begin = blockIdx.y * at.tile, end = min(begin + at.tile, at.tokens);
   const int64_t row0 = int64_t(sequence) * at.tokens;
   if (blockIdx.x == gridDim.x - 1)
-    return gates_forward_rows(g, beta, proj, gates, int(row0) + begin, int(row0) + end);
+    return gates_forward_rows(g, beta, proj, kMasked ? position : nullptr, gates, int(row0) + begin,
+                              int(row0) + end);
   const ConvThread me = conv_thread(at);
   const act* from = proj + row0 * at.columns + me.channel;
   act* to = qkv + row0 * at.channels + me.channel;
@@ -146,10 +164,13 @@ static __global__ void __launch_bounds__(kConvThreads, 5)
 #pragma unroll 1
   for (int t = begin; t < end; t += kConvGroup) {
     fetch(t + (kGroups - 1) * kConvGroup, group == 0 ? kGroups - 1 : group - 1);
+    [[maybe_unused]] int since[kConvGroup];
+    if constexpr (kMasked) load_positions(since, position + row0, t, end);
     __pipeline_wait_prior(kGroups - 1);
 #pragma unroll
     for (int i = 0; i < kConvGroup; i++) {
       unpack8(x[(i + kConvHalo) % kConvTaps], slots[group * kConvGroup + i][threadIdx.x]);
+      if constexpr (kMasked) mask_window(x, since[i], i);
       float p[8], squares = 0;
       convolve(p, tap, x, i);
 #pragma unroll
@@ -190,12 +211,14 @@ static __global__ void __launch_bounds__(kConvThreads)
 inline void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float* beta,
                                      const act* proj, const float* taps, const float* A_log,
                                      const float* dt_bias, act* history, const MixerShape& shape,
-                                     float beta_max) {
+                                     float beta_max, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
   const ConvLayout at = conv_layout(shape, kConvForwardTile);
   if (shape.rows() == 0) return;
-  short_conv_gates_forward_kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(
-      qkv, rnorm, g, beta, proj, taps, history, at, gates_of(A_log, dt_bias, beta_max, shape));
+  const auto kernel =
+      position ? short_conv_gates_forward_kernel<true> : short_conv_gates_forward_kernel<false>;
+  kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(qkv, rnorm, g, beta, proj, taps, history, position, at,
+                                                     gates_of(A_log, dt_bias, beta_max, shape));
   launched("short_conv_gates_forward");
   if (!history) return;
   const dim3 grid(divide_up(at.channels / 8, kConvThreads), at.batch);
@@ -207,13 +230,14 @@ inline void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g
 // after the tile, of dx. Its sums of dtaps, or of dA_log and ddt_bias, are in its tile's row of partials [B *
 // tiles, stride]: 4 C for dtaps, then Hv and Hv. Floor at M = 32768, C = 3072: 604 MB (the columns of proj,
 // dqkv in, those of dproj out), 0.1425 ms at the copy rate.
+template <bool kMasked>
 static __global__ void __launch_bounds__(kConvThreads, 3)
     short_conv_gates_backward_kernel(act* __restrict__ dproj, float* __restrict__ partials, int stride,
                                      const act* __restrict__ dqkv, const float* __restrict__ dg,
                                      const float* __restrict__ dbeta, const float* __restrict__ rnorm,
                                      const float* __restrict__ g, const float* __restrict__ beta,
                                      const act* __restrict__ proj, const float* __restrict__ taps,
-                                     ConvLayout at, GateInputs gates) {
+                                     const int32_t* __restrict__ position, ConvLayout at, GateInputs gates) {
   constexpr int kGroups = kConvBackwardGroups, kSlots = kGroups * kConvGroup;
   __shared__ uint4 x_slots[kSlots][kConvThreads], dq_slots[kSlots][kConvThreads];
   __shared__ float r_slots[kSlots][kConvThreads];
@@ -223,7 +247,8 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
   float* mine = partials + (sequence * gridDim.y + blockIdx.y) * int64_t(stride);
   if (blockIdx.x == gridDim.x - 1)
     return gates_backward_rows<kConvThreads / 32>(dproj, mine + at.channels * kConvTaps, dg, dbeta, g, beta,
-                                                  proj, gates, int(row0) + begin, int(row0) + end);
+                                                  proj, kMasked ? position : nullptr, gates,
+                                                  int(row0) + begin, int(row0) + end);
   const ConvThread me = conv_thread(at);
   const act *from = proj + row0 * at.columns + me.channel, *dq_from = dqkv + row0 * at.channels + me.channel;
   const float* norms = rnorm + row0 * at.normed_heads + me.head;
@@ -254,6 +279,8 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
 #pragma unroll 1
   for (int t = begin; t < end + kConvHalo; t += kConvGroup) {
     fetch(t + kConvGroup, group ^ 1);
+    [[maybe_unused]] int since[kConvGroup];
+    if constexpr (kMasked) load_positions(since, position + row0, t, du_end);
     __pipeline_wait_prior(1);
 #pragma unroll
     for (int i = 0; i < kConvGroup; i++) {
@@ -261,6 +288,7 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
       float du[8], u[8], slope[8];
       unpack8(x[(i + kConvHalo) % kConvTaps], x_slots[slot][threadIdx.x]);
       unpack8(du, dq_slots[slot][threadIdx.x]);
+      if constexpr (kMasked) mask_window(x, since[i], i);
       convolve(u, tap, x, i);
 #pragma unroll
       for (int c = 0; c < 8; c++) {  // u becomes p = silu(u); slope = silu'(u) = s + p (1 - s)
@@ -288,8 +316,9 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
       // du_t is the last part of dx_{t-3}, and the first of dx_t.
 #pragma unroll
       for (int j = 0; j < kConvHalo; j++)
+        if (!kMasked || kConvHalo - j <= since[i])
 #pragma unroll
-        for (int c = 0; c < 8; c++) dx[(i + j) % kConvTaps][c] += tap[j][c] * du[c];
+          for (int c = 0; c < 8; c++) dx[(i + j) % kConvTaps][c] += tap[j][c] * du[c];
 #pragma unroll
       for (int c = 0; c < 8; c++) dx[(i + kConvHalo) % kConvTaps][c] = tap[kConvHalo][c] * du[c];
       const int done = t + i - kConvHalo;
@@ -317,15 +346,17 @@ inline void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float
                                       act* dqkv, const float* dg, const float* dbeta, const float* rnorm,
                                       const float* g, const float* beta, const act* proj, const float* taps,
                                       const float* A_log, const float* dt_bias, const MixerShape& shape,
-                                      float beta_max, void* scratch) {
+                                      float beta_max, void* scratch, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
   const ConvLayout at = conv_layout(shape, kConvBackwardTile);
   if (shape.rows() == 0) return;
   const int count = at.batch * at.tiles(), stride = conv_partials_stride(shape), heads = shape.heads_v;
   float *partials = static_cast<float*>(scratch), *of_gates = partials + at.channels * kConvTaps;
-  short_conv_gates_backward_kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(
-      dproj, partials, stride, dqkv, dg, dbeta, rnorm, g, beta, proj, taps, at,
-      gates_of(A_log, dt_bias, beta_max, shape));
+  const auto kernel =
+      position ? short_conv_gates_backward_kernel<true> : short_conv_gates_backward_kernel<false>;
+  kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(dproj, partials, stride, dqkv, dg, dbeta, rnorm, g, beta,
+                                                     proj, taps, position, at,
+                                                     gates_of(A_log, dt_bias, beta_max, shape));
   launched("short_conv_gates_backward");
   add_partials(dev, {{{dtaps, partials, count, at.channels * kConvTaps, stride},
                       {dA_log, of_gates, count, heads, stride},

@@ -277,15 +277,21 @@ Layer<Real> linear_layer(int rows, int out, int in_width, Real scale) {
 }
 
 // The mixer's layers see their own columns of proj; the others are NaN, and must stay NaN in dproj.
+using Positions = std::vector<int32_t>;  // none: documents are not masked
+
+inline const int32_t* data_or_null(const Positions& position) {
+  return position.empty() ? nullptr : position.data();
+}
+
 template <class Real>
-Layer<Real> short_conv_layer(const MixerShape& shape) {
+Layer<Real> short_conv_layer(const MixerShape& shape, const Positions& position = {}) {
   const int M = shape.rows(), C = shape.conv_channels(), P = shape.columns();
   const auto forward = [=](const auto& in, auto& saved) {
     Array<Real> proj = unset<Real>(M * P), qkv = unset<Real>(M * C);
     Array<Real> rnorm = unset<Real>(M * 2 * shape.heads_k);
     put_columns(proj, P, 0, in.at("proj"));
     short_conv_forward(cpu<Real>, qkv.data(), rnorm.data(), proj.data(), in.at("taps").data(),
-                       static_cast<Real*>(nullptr), shape);
+                       static_cast<Real*>(nullptr), shape, data_or_null(position));
     saved["proj"] = proj;
     saved["rnorm"] = rnorm;
     return Tensors<Real>{{"qkv", qkv}};
@@ -294,19 +300,22 @@ Layer<Real> short_conv_layer(const MixerShape& shape) {
     Array<Real> dproj = unset<Real>(M * P), dqkv = d_out.at("qkv");
     Accumulator<Real> dtaps(C * kConvTaps);
     short_conv_backward(cpu<Real>, dproj.data(), dtaps.data(), dqkv.data(), saved.at("rnorm").data(),
-                        saved.at("proj").data(), in.at("taps").data(), shape, nullptr);
+                        saved.at("proj").data(), in.at("taps").data(), shape, nullptr,
+                        data_or_null(position));
     CHECK(all_nan(columns(dproj, P, C, P - C)));
     return Tensors<Real>{{"proj", columns(dproj, P, 0, C)}, {"taps", dtaps.added()}};
   };
   Random random;
-  return {"short conv, T = " + std::to_string(shape.tokens),
+  return {(position.empty() ? "short conv, T = " : "short conv of documents, T = ") +
+              std::to_string(shape.tokens),
           {{"proj", random.array<Real>(M * C, -2, 2)}, {"taps", random.array<Real>(C * kConvTaps)}},
           forward,
           backward};
 }
 
 template <class Real>
-Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a) {
+Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a,
+                        const Positions& position = {}) {
   const int M = shape.rows(), H = shape.heads_v, P = shape.columns();
   const int A = shape.a_column(), B = shape.b_column();
   const auto forward = [=](const auto& in, auto& saved) {
@@ -314,7 +323,7 @@ Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a
     put_columns(proj, P, A, in.at("a"));
     put_columns(proj, P, B, in.at("b"));
     gates_forward(cpu<Real>, g.data(), beta.data(), proj.data(), in.at("A_log").data(),
-                  in.at("dt_bias").data(), shape, beta_max);
+                  in.at("dt_bias").data(), shape, beta_max, data_or_null(position));
     saved["proj"] = proj;
     saved["g"] = g;
     saved["beta"] = beta;
@@ -326,7 +335,7 @@ Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a
     gates_backward(cpu<Real>, dproj.data(), dA_log.data(), ddt_bias.data(), d_out.at("g").data(),
                    d_out.at("beta").data(), saved.at("g").data(), saved.at("beta").data(),
                    saved.at("proj").data(), in.at("A_log").data(), in.at("dt_bias").data(), shape, beta_max,
-                   nullptr);
+                   nullptr, data_or_null(position));
     CHECK(all_nan(columns(dproj, P, 0, A)));
     CHECK(all_zero(columns(dproj, P, B + H, P - B - H)));
     return Tensors<Real>{{"a", columns(dproj, P, A, H)},
@@ -494,6 +503,8 @@ std::vector<Layer<Real>> layers() {
       linear_layer<Real>(7, 5, 11, Real(0.375)),
       gates_layer<Real>({2, 3, 1, 3, 2, 2}, Real(1), 3),
       gates_layer<Real>({2, 3, 1, 4, 2, 2}, Real(2), 30),
+      gates_layer<Real>({2, 3, 1, 3, 2, 2}, Real(1), 3, {0, 1, 0, 0, 0, 1}),
+      short_conv_layer<Real>({2, 9, 2, 4, 3, 5}, {0, 0, 1, 2, 3, 4, 0, 1, 0, 0, 1, 0, 1, 2, 0, 0, 0, 1}),
       output_norm_layer<Real>({2, 3, 1, 3, 2, 5}),
       output_norm_layer<Real>({1, 1, 1, 1, 1, 2}),
       swiglu_layer<Real>(5, 13),

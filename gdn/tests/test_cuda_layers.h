@@ -349,73 +349,84 @@ TEST_CASE("cuda: short convolution and gates") {
   Reference cpu;
   std::vector<MixerShape> shapes = mixer_shapes();
   shapes.push_back({2, 300, 6, 6, 128, 256});  // several tiles of the longest, the last one ragged
-  for (const MixerShape& s : shapes) {
-    INFO(describe(s) << ", seed " << seed());
-    Random random;
-    const int M = s.rows(), C = s.conv_channels(), P = s.columns(), H = s.heads_v;
-    const double beta_max = M % 2 ? 1 : 2;
-    const size_t norms = size_t(M) * 2 * s.heads_k, in_history = size_t(s.batch) * 3 * C, n = size_t(M) * H;
-    const Numbers proj = random.bf16(size_t(M) * P, 2), taps = random.fp32(size_t(C) * 4, 0.4);
-    const Numbers A_log = random.fp32(H), dt_bias = random.fp32(H, 2, -4);
-    const Numbers dqkv = random.bf16(size_t(M) * C), dg = random.fp32(n), dbeta = random.fp32(n);
-    const Numbers dtaps_start = random.fp32(taps.size()), dA_start = random.fp32(H),
-                  ddt_start = random.fp32(H);
-    const Numbers history_start = random.bf16(in_history);
-    Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), g_ref(n), beta_ref(n), history_ref = history_start;
-    const Acts dev_proj(dev, proj);
-    const Floats dev_taps(dev, taps), dev_A(dev, A_log), dev_dt(dev, dt_bias);
-    Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
-    Floats rnorm(dev, norms), g(dev, n), beta(dev, n);
+  for (const MixerShape& s : shapes)
+    for (bool documents : {false, true}) {
+      INFO(describe(s) << ", seed " << seed() << (documents ? ", documents" : ""));
+      Random random;
+      const int M = s.rows(), C = s.conv_channels(), P = s.columns(), H = s.heads_v;
+      const double beta_max = M % 2 ? 1 : 2;
+      const size_t norms = size_t(M) * 2 * s.heads_k, in_history = size_t(s.batch) * 3 * C, n = size_t(M) * H;
+      const Numbers proj = random.bf16(size_t(M) * P, 2), taps = random.fp32(size_t(C) * 4, 0.4);
+      const Numbers A_log = random.fp32(H), dt_bias = random.fp32(H, 2, -4);
+      const Numbers dqkv = random.bf16(size_t(M) * C), dg = random.fp32(n), dbeta = random.fp32(n);
+      const Numbers dtaps_start = random.fp32(taps.size()), dA_start = random.fp32(H),
+                    ddt_start = random.fp32(H);
+      const Numbers history_start = random.bf16(in_history);
+      Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), g_ref(n), beta_ref(n), history_ref = history_start;
+      const Acts dev_proj(dev, proj);
+      const Floats dev_taps(dev, taps), dev_A(dev, A_log), dev_dt(dev, dt_bias);
+      // documents of one to six tokens, and at the edges of tiles
+      std::vector<int32_t> position(M);
+      for (int m = 0; m < M; m++) {
+        const int t = m % s.tokens;
+        const bool starts = t == 0 || t % 32 == 0 || t % 32 == 31 || random.uniform(0, 4) < 1;
+        position[m] = starts ? 0 : position[m - 1] + 1;
+      }
+      const DeviceCopy<int32_t> dev_position(dev, position);
+      const int32_t *masked = documents ? static_cast<int32_t*>(dev_position) : nullptr,
+                    *masked_ref = documents ? position.data() : nullptr;
+      Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
+      Floats rnorm(dev, norms), g(dev, n), beta(dev, n);
 
-    const auto forward = [&](act* from) {
-      gdn::short_conv_gates_forward(dev, qkv, rnorm, g, beta, dev_proj, dev_taps, dev_A, dev_dt, from, s,
-                                    float(beta_max));
-    };
-    const auto forward_ref = [&](double* from) {
-      gdn::short_conv_gates_forward(cpu, qkv_ref.data(), rnorm_ref.data(), g_ref.data(), beta_ref.data(),
-                                    proj.data(), taps.data(), A_log.data(), dt_bias.data(), from, s,
-                                    beta_max);
-    };
-    run_twice([&] { forward(history); }, qkv, rnorm, g, beta, history);
-    forward_ref(history_ref.data());
-    check_close("qkv after history", qkv, qkv_ref, kActTolerance);
-    check_close("rnorm after history", rnorm, rnorm_ref, kFloatTolerance);
-    check_close("history", history, history_ref, 0);
-    run_twice([&] { forward(nullptr); }, qkv, rnorm, g, beta);
-    forward_ref(nullptr);
-    check_close("qkv", qkv, qkv_ref, kActTolerance);
-    check_close("rnorm", rnorm, rnorm_ref, kFloatTolerance);
-    check_close("g", g, g_ref, kFloatTolerance);
-    check_close("beta", beta, beta_ref, kFloatTolerance);
+      const auto forward = [&](act* from) {
+        gdn::short_conv_gates_forward(dev, qkv, rnorm, g, beta, dev_proj, dev_taps, dev_A, dev_dt, from, s,
+                                      float(beta_max), masked);
+      };
+      const auto forward_ref = [&](double* from) {
+        gdn::short_conv_gates_forward(cpu, qkv_ref.data(), rnorm_ref.data(), g_ref.data(), beta_ref.data(),
+                                      proj.data(), taps.data(), A_log.data(), dt_bias.data(), from, s,
+                                      beta_max, masked_ref);
+      };
+      run_twice([&] { forward(history); }, qkv, rnorm, g, beta, history);
+      forward_ref(history_ref.data());
+      check_close("qkv after history", qkv, qkv_ref, kActTolerance);
+      check_close("rnorm after history", rnorm, rnorm_ref, kFloatTolerance);
+      check_close("history", history, history_ref, 0);
+      run_twice([&] { forward(nullptr); }, qkv, rnorm, g, beta);
+      forward_ref(nullptr);
+      check_close("qkv", qkv, qkv_ref, kActTolerance);
+      check_close("rnorm", rnorm, rnorm_ref, kFloatTolerance);
+      check_close("g", g, g_ref, kFloatTolerance);
+      check_close("beta", beta, beta_ref, kFloatTolerance);
 
-    // Both backward passes from the GPU's rnorm, g and beta.
-    const Numbers rnorm_used = rnorm.numbers(), g_used = g.numbers(), beta_used = beta.numbers();
-    Numbers dproj_ref(proj.size()), dtaps_ref = dtaps_start, dA_ref = dA_start, ddt_ref = ddt_start;
-    Numbers work = dqkv;
-    Acts dproj(dev, proj.size()), dev_dqkv(dev, dqkv);
-    const Floats dev_dg(dev, dg), dev_dbeta(dev, dbeta);
-    Floats dtaps(dev, dtaps_start), dA(dev, dA_start), ddt(dev, ddt_start);
-    Scratch scratch(dev, gdn::short_conv_gates_backward_scratch_bytes(dev, s));
-    run_twice(
-        [&] {
-          gdn::short_conv_gates_backward(dev, dproj, dtaps, dA, ddt, dev_dqkv, dev_dg, dev_dbeta, rnorm, g,
-                                         beta, dev_proj, dev_taps, dev_A, dev_dt, s, float(beta_max),
-                                         scratch);
-        },
-        dproj, dtaps, dA, ddt, dev_dqkv);
-    gdn::short_conv_gates_backward(cpu, dproj_ref.data(), dtaps_ref.data(), dA_ref.data(), ddt_ref.data(),
-                                   work.data(), dg.data(), dbeta.data(), rnorm_used.data(), g_used.data(),
-                                   beta_used.data(), proj.data(), taps.data(), A_log.data(), dt_bias.data(),
-                                   s, beta_max, nullptr);
-    check_columns("dproj", dproj, dproj_ref, P, 0, C);
-    check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
-    check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);
-    check_columns("padding", dproj, dproj_ref, P, s.b_column() + H, P);
-    CHECK(all_nan(columns(dproj.numbers(), P, s.z_column(), s.a_column())));  // the output norm's
-    check_close("dtaps", dtaps, dtaps_ref, kSumTolerance);
-    check_close("dA_log", dA, dA_ref, kSumTolerance);
-    check_close("ddt_bias", ddt, ddt_ref, kSumTolerance);
-  }
+      // Both backward passes from the GPU's rnorm, g and beta.
+      const Numbers rnorm_used = rnorm.numbers(), g_used = g.numbers(), beta_used = beta.numbers();
+      Numbers dproj_ref(proj.size()), dtaps_ref = dtaps_start, dA_ref = dA_start, ddt_ref = ddt_start;
+      Numbers work = dqkv;
+      Acts dproj(dev, proj.size()), dev_dqkv(dev, dqkv);
+      const Floats dev_dg(dev, dg), dev_dbeta(dev, dbeta);
+      Floats dtaps(dev, dtaps_start), dA(dev, dA_start), ddt(dev, ddt_start);
+      Scratch scratch(dev, gdn::short_conv_gates_backward_scratch_bytes(dev, s));
+      run_twice(
+          [&] {
+            gdn::short_conv_gates_backward(dev, dproj, dtaps, dA, ddt, dev_dqkv, dev_dg, dev_dbeta, rnorm, g,
+                                           beta, dev_proj, dev_taps, dev_A, dev_dt, s, float(beta_max),
+                                           scratch, masked);
+          },
+          dproj, dtaps, dA, ddt, dev_dqkv);
+      gdn::short_conv_gates_backward(cpu, dproj_ref.data(), dtaps_ref.data(), dA_ref.data(), ddt_ref.data(),
+                                     work.data(), dg.data(), dbeta.data(), rnorm_used.data(), g_used.data(),
+                                     beta_used.data(), proj.data(), taps.data(), A_log.data(), dt_bias.data(),
+                                     s, beta_max, nullptr, masked_ref);
+      check_columns("dproj", dproj, dproj_ref, P, 0, C);
+      check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
+      check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);
+      check_columns("padding", dproj, dproj_ref, P, s.b_column() + H, P);
+      CHECK(all_nan(columns(dproj.numbers(), P, s.z_column(), s.a_column())));  // the output norm's
+      check_close("dtaps", dtaps, dtaps_ref, kSumTolerance);
+      check_close("dA_log", dA, dA_ref, kSumTolerance);
+      check_close("ddt_bias", ddt, ddt_ref, kSumTolerance);
+    }
 }
 
 TEST_CASE("cuda: output norm") {

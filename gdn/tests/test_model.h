@@ -218,6 +218,73 @@ TEST_CASE("model: the recurrent form gives the chunked form's losses, in pieces 
   }
 }
 
+// ---- documents that see nothing of each other
+
+constexpr int kSeparator = 7;
+
+// Documents in a batch of at least 130 tokens a sequence: one cut off at the start, one of one token, ones
+// shorter than the convolution and than a chunk, starts at and beside a chunk's edge, and one over a whole
+// chunk.
+inline TestBatch with_documents(TestBatch b) {
+  for (int32_t& token : b.tokens)
+    if (token == kSeparator) token++;
+  for (int row = 0; row < b.batch; row++)
+    for (int start : {4 + row, 5 + row, 8 + row, 10, 30, 63, 64, 66, 129})
+      b.tokens[size_t(row) * b.length + start] = kSeparator;
+  return b;
+}
+
+// The documents of a batch one by one, as batches of one sequence.
+inline std::vector<TestBatch> documents_of(const TestBatch& b) {
+  std::vector<TestBatch> documents;
+  for (int m = 0; m < b.batch * b.length; m++) {
+    if (m % b.length == 0 || b.tokens[m] == kSeparator) documents.push_back({1, 0, {}, {}});
+    TestBatch& document = documents.back();
+    document.length++;
+    document.tokens.push_back(b.tokens[m]);
+    document.targets.push_back(b.targets[m]);
+  }
+  return documents;
+}
+
+TEST_CASE("model: masked documents have the losses and gradients of each alone (double)") {
+  Cpu<double> dev;
+  for (const ModelConfig& config : {small_config(2, 0), small_config(0, 8)}) {
+    Parameters<Cpu<double>> p(dev, config);
+    p.allocate_gradients();
+    scatter(p, 51);
+    const TestBatch b = with_documents(random_batch(2, 140, p.config.vocab, 52));
+    const auto gradients = [&] {
+      std::vector<double> gradients(p.gradients(), p.gradients() + p.table.size);
+      p.zero_gradients();
+      return gradients;
+    };
+    p.zero_gradients();
+    double loss = 0;
+    for (const TestBatch& document : documents_of(b)) {
+      Model<Cpu<double>> model(p, 1, document.length, Use::training);
+      model.forward_backward(document.tokens.data(), document.targets.data(), 1, document.length, 1);
+      loss += model.loss_sum();
+    }
+    const std::vector<double> expected = gradients();
+    for (Recompute recompute : {Recompute::nothing, Recompute::convolution, Recompute::layers}) {
+      Model<Cpu<double>> model(p, b.batch, b.length, Use::training, recompute, kSeparator);
+      model.forward_backward(b.tokens.data(), b.targets.data(), b.batch, b.length, 1);
+      CHECK(model.loss_sum() == doctest::Approx(loss).epsilon(1e-13));
+      const std::vector<double> masked = gradients();
+      for (const Tensor& t : p.table.tensors) {
+        CAPTURE(t.name);
+        CHECK(relative_error(&masked[t.offset], &expected[t.offset], t.size) <= 1e-12);
+      }
+      model.forward_loss(b.tokens.data(), b.targets.data(), b.batch, b.length);
+      CHECK(model.loss_sum() == doctest::Approx(loss).epsilon(1e-13));
+    }
+    Model<Cpu<double>> unmasked(p, b.batch, b.length, Use::training);
+    unmasked.forward_loss(b.tokens.data(), b.targets.data(), b.batch, b.length);
+    CHECK(unmasked.loss_sum() != doctest::Approx(loss).epsilon(1e-6));
+  }
+}
+
 TEST_CASE("model: padded vocabulary gets no probability and no gradient") {
   Cpu<double> dev;
   Parameters<Cpu<double>> p(dev, small_config(2, 0));  // 50 of 64
@@ -469,9 +536,9 @@ inline void linear_backward_input(Rounded& dev, float* dx, const float* dy, cons
 inline void short_conv_gates_forward(Rounded& dev, float* qkv, float* rnorm, float* g, float* beta,
                                      const float* proj, const float* taps, const float* A_log,
                                      const float* dt_bias, float* history, const MixerShape& shape,
-                                     float beta_max) {
+                                     float beta_max, const int32_t* position) {
   short_conv_gates_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, g, beta, proj, taps, A_log, dt_bias,
-                           history, shape, beta_max);
+                           history, shape, beta_max, position);
   round_all(qkv, int64_t(shape.rows()) * shape.conv_channels());
 }
 inline void short_conv_gates_backward(Rounded& dev, float* dproj, float* dtaps, float* dA_log,
@@ -479,9 +546,9 @@ inline void short_conv_gates_backward(Rounded& dev, float* dproj, float* dtaps, 
                                       const float* rnorm, const float* g, const float* beta,
                                       const float* proj, const float* taps, const float* A_log,
                                       const float* dt_bias, const MixerShape& shape, float beta_max,
-                                      void* scratch) {
+                                      void* scratch, const int32_t* position) {
   short_conv_gates_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dA_log, ddt_bias, dqkv, dg, dbeta,
-                            rnorm, g, beta, proj, taps, A_log, dt_bias, shape, beta_max, scratch);
+                            rnorm, g, beta, proj, taps, A_log, dt_bias, shape, beta_max, scratch, position);
   round_all(dproj, int64_t(shape.rows()) * shape.columns());  // all of dproj is filled by now
 }
 inline void gated_delta_rule_forward(Rounded& dev, float* o, void* saved, const float* qkv, const float* g,
@@ -529,11 +596,12 @@ inline void softmax_cross_entropy(Rounded& dev, float* logits, float* losses, co
 // A model and its gradients on a device, from the given master weights.
 template <class Device>
 struct Trained {
-  Trained(const ModelConfig& config, const std::vector<float>& weights, const TestBatch& b) : p(dev, config) {
+  Trained(const ModelConfig& config, const std::vector<float>& weights, const TestBatch& b, int separator)
+      : p(dev, config) {
     p.allocate_gradients();
     dev.upload(p.master(), weights.data(), weights.size() * sizeof(float));
     p.round();
-    Model<Device> model(p, b.batch, b.length, Use::training);
+    Model<Device> model(p, b.batch, b.length, Use::training, Recompute::nothing, separator);
     add_gradient(model, b);
     loss = model.loss_sum() / (b.batch * b.length);
     gradients.resize(p.table.size);
@@ -549,22 +617,27 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
   if (gdn_tests::skip_without_gpu("CUDA model: loss and gradients against the CPU's")) return;
   struct Size {
     int width, heads, head_dim, batch, length;
+    bool documents;
   };
   for (const Size& size :
-       {Size{256, 6, 0, 2, 100}, Size{512, 6, 0, 1, 130}, Size{256, 0, 64, 3, 65}, Size{768, 6, 0, 1, 64}}) {
+       {Size{256, 6, 0, 2, 100, false}, Size{512, 6, 0, 1, 130, false}, Size{256, 0, 64, 3, 65, false},
+        Size{768, 6, 0, 1, 64, false}, Size{256, 6, 0, 2, 200, true}}) {
     CAPTURE(size.width);
     CAPTURE(size.head_dim);
+    CAPTURE(size.documents);
+    const int separator = size.documents ? kSeparator : kNoSeparator;
     const ModelConfig config =
         make_config(size.width, 256, 2, size.heads, size.head_dim, 2, 50257, Parametrization::mup);
-    const TestBatch b = random_batch(size.batch, size.length, 50257, 22);
+    TestBatch b = random_batch(size.batch, size.length, 50257, 22);
+    if (size.documents) b = with_documents(b);
     Cpu<float> cpu;
     Parameters<Cpu<float>> initial(cpu, config);
     initial.initialize(21);
     std::vector<float> weights(initial.master(), initial.master() + initial.table.size);
     round_all(weights.data(), int64_t(weights.size()));  // so that no device rounds them
-    const Trained<Cpu<float>> exact(config, weights, b);
-    const Trained<Rounded> rounded(config, weights, b);
-    const Trained<Cuda> gpu(config, weights, b);
+    const Trained<Cpu<float>> exact(config, weights, b, separator);
+    const Trained<Rounded> rounded(config, weights, b, separator);
+    const Trained<Cuda> gpu(config, weights, b, separator);
     CHECK(std::fabs(gpu.loss - exact.loss) <= 1e-3 * exact.loss);
     const size_t n = exact.gradients.size();
     const double error = relative_error(gpu.gradients.data(), exact.gradients.data(), n);

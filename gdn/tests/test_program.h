@@ -105,6 +105,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-wd_mode none", "none"},
                         Case{"-eps -1", "-eps '-1'"},
                         Case{"-coord_check -resume", "-coord_check"},
+                        Case{"-coord_check -mask_docs", "-mask_docs"},
                         Case{"-coord_check -o nowhere/x.csv", "nowhere/x.csv"},
                         Case{"-coord_check -opt sgd -lr 1e6 -clip 0", "-coord_check"},
                         Case{"-d tpu", "tpu"},
@@ -142,11 +143,12 @@ TEST_CASE("program: -h lists every option with its default") {
   const Outcome o = run(folder, "-h");
   CHECK(o.code == 0);
   for (const char* option :
-       {"-i ",    "-j ",      "-w ",      "-w0 ",    "-L ",   "-heads ", "-head_dim ", "-ev ", "-T ",
-        "-b ",    "-B ",      "-n ",      "-opt ",   "-lr ",  "-wd ",    "-b1 ",       "-b2 ", "-mom ",
-        "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ",   "-seed ",  "-o ",        "-v ",  "-save ",
-        "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt ",   "-eps ", "-wd_mode ",
-        "-gains ", "-coord_check "}) {
+       {"-i ",      "-j ",           "-w ",     "-w0 ",          "-L ",      "-heads ",  "-head_dim ",
+        "-ev ",     "-T ",           "-b ",     "-B ",           "-n ",      "-opt ",    "-lr ",
+        "-wd ",     "-b1 ",          "-b2 ",    "-mom ",         "-clip ",   "-warmup ", "-min_lr ",
+        "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
+        "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
+        "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -240,6 +242,26 @@ TEST_CASE(
   CHECK(resumed.code == 0);
   CHECK(resumed.err.find("step_00000004") != std::string::npos);
   CHECK(resumed.out.find("resuming out/step_00000002") != std::string::npos);
+}
+
+TEST_CASE("program: masked documents are resumed masked, and need shards") {
+  Folder folder;
+  std::vector<uint16_t> tokens(900);
+  for (size_t i = 0; i < tokens.size(); i++) tokens[i] = uint16_t(i % 11 ? i * 37 % 5000 : 50256);
+  write_file(folder.path / "s.bin", shard(tokens));
+  const std::string options = kTiny + std::string("-i s.bin -n 4 ");
+  REQUIRE(run(folder, options + "-o unmasked").code == 0);
+  REQUIRE(run(folder, options + "-mask_docs -o whole").code == 0);
+  REQUIRE(run(folder, options + "-mask_docs -save 2 -keep 0 -o parts").code == 0);
+  fs::remove_all(folder.path / "parts" / "step_00000004");
+  REQUIRE(run(folder, "-d cpu -resume -o parts").code == 0);
+  const auto last = [&](const char* name) { return arrays(folder.path / name / "step_00000004"); };
+  CHECK(last("whole") == last("parts"));
+  CHECK(last("whole") != last("unmasked"));
+  CHECK(run(folder, "-d cpu -load whole -gen 5 -mask_docs -prompt '50256 3 50256 4'").code == 0);
+  const Outcome bytes = run(folder, kTiny + std::string("-n 1 -mask_docs"));
+  CHECK(bytes.code == 1);
+  CHECK(bytes.err.rfind("train_gdn: -mask_docs: needs token shards", 0) == 0);
 }
 
 TEST_CASE("program: SIGINT and SIGTERM save and leave") {
