@@ -161,7 +161,8 @@ void round_weights(Cuda&, act* weights, const float* master, size_t n);
 
 // ---- initial values ---------------------------------------------------------------------------------------
 
-// x [n] float = standard_deviation * the normals 0 to n - 1 of the stream `key` (gdn/random.h), with the CPU's bits
+// x [n] float = standard_deviation * the normals 0 to n - 1 of the stream `key` (gdn/random.h), with the
+// CPU's bits
 void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_deviation);
 
 }  // namespace gdn

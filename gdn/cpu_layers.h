@@ -551,8 +551,8 @@ void round_weights(Cpu<Real>&, Real* weights, const Real* master, size_t n) {
 
 // ---- initial values ---------------------------------------------------------------------------------------
 
-// x [n] = standard_deviation * the normals 0 to n - 1 of the stream `key` (random.h), rounded to float: the same
-// bits on every device.
+// x [n] = standard_deviation * the normals 0 to n - 1 of the stream `key` (random.h), rounded to float: the
+// same bits on every device.
 template <class Real>
 void random_normals(Cpu<Real>&, Real* x, size_t n, uint64_t key, double standard_deviation) {
 #pragma omp parallel for schedule(static)

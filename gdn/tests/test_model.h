@@ -266,10 +266,12 @@ TEST_CASE("model: at the base width all parametrizations have the same bits, ini
 TEST_CASE("random numbers: logarithm, sine and cosine within 3e-16 of long double's") {
   double log_error = 0, sine_error = 0, cosine_error = 0;
   const auto check = [&](double u) {
-    const long double log = logl((long double)u), angle = 2 * 3.14159265358979323846264338327950288L * (long double)u;
+    const long double log = logl((long double)u),
+                      angle = 2 * 3.14159265358979323846264338327950288L * (long double)u;
     double sine, cosine;
     sine_cosine(u, sine, cosine);
-    log_error = std::max(log_error, double(fabsl((long double)natural_log(u) - log) / std::max(fabsl(log), 1e-30L)));
+    log_error =
+        std::max(log_error, double(fabsl((long double)natural_log(u) - log) / std::max(fabsl(log), 1e-30L)));
     sine_error = std::max(sine_error, double(fabsl((long double)sine - sinl(angle))));
     cosine_error = std::max(cosine_error, double(fabsl((long double)cosine - cosl(angle))));
   };
@@ -325,7 +327,8 @@ enum class How { layer_by_layer, queued, queued_as_graphs };
 // Six steps of 4 sequences, `micro_batch` at a time. Queued, a step is read back while the next one runs, and
 // one step's loss is asked for in between as a validation does.
 template <class Device>
-Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how, Recompute recompute = Recompute::nothing) {
+Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
+                         Recompute recompute = Recompute::nothing) {
   constexpr int kBatch = 4, kLength = 70, kSteps = 6;
   Device dev;
   Parameters<Device> p(dev, make_config(64, 32, 2, 3, 0, 2, 50, Parametrization::mup));
