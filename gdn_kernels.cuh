@@ -157,11 +157,18 @@ void sgd_update(Cuda&, float* master, act* weights, float* moment, const float* 
 // weights [n] act = master [n] float, rounded to nearest even
 void round_weights(Cuda&, act* weights, const float* master, size_t n);
 
+// ---- initial values ---------------------------------------------------------------------------------------
+
+// x [n] float = standard_deviation * the normals 0 to n - 1 of the stream `key` (gdn/random.h), with the
+// CPU's bits
+void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_deviation);
+
 }  // namespace gdn
 
 #include "gdn/kernels/classifier.cuh"
 #include "gdn/kernels/delta_rule.cuh"
 #include "gdn/kernels/embedding.cuh"
+#include "gdn/kernels/initial_values.cuh"
 #include "gdn/kernels/linear.cuh"
 #include "gdn/kernels/optimizer.cuh"
 #include "gdn/kernels/output_norm.cuh"

@@ -21,6 +21,7 @@
 
 #include "cpu_gemm.h"
 #include "device.h"
+#include "random.h"
 #include "shapes.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
@@ -601,6 +602,20 @@ void sgd_update(Cpu<Real>&, Real* master, Real* weights, Real* moment, const Rea
 template <class Real>
 void round_weights(Cpu<Real>&, Real* weights, const Real* master, size_t n) {
   if (weights != master) std::copy_n(master, n, weights);
+}
+
+// ---- initial values ---------------------------------------------------------------------------------------
+
+// x [n] = standard_deviation * the normals 0 to n - 1 of the stream `key` (random.h), rounded to float: the
+// same bits on every device.
+template <class Real>
+void random_normals(Cpu<Real>&, Real* x, size_t n, uint64_t key, double standard_deviation) {
+#pragma omp parallel for schedule(static)
+  for (size_t i = 0; i < n; i += 2) {
+    double normal[2];
+    random_normal_pair(key, i / 2, normal);
+    for (size_t j = 0; j < 2 && i + j < n; j++) x[i + j] = float(standard_deviation * normal[j]);
+  }
 }
 
 }  // namespace gdn

@@ -5,8 +5,10 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -328,21 +330,52 @@ TEST_CASE("model: at the base width all parametrizations have the same bits, ini
     }
 }
 
-TEST_CASE("model: initial values are the same number by number as in pieces and pairs") {
-  Cpu<double> dev;
-  Parameters<Cpu<double>> p(dev, make_config(24, 16, 1, 3, 0, 1.5, 50, Parametrization::mup));
+TEST_CASE("random numbers: logarithm, sine and cosine within 3e-16 of long double's") {
+  double log_error = 0, sine_error = 0, cosine_error = 0;
+  const auto check = [&](double u) {
+    const long double log = logl((long double)u),
+                      angle = 2 * 3.14159265358979323846264338327950288L * (long double)u;
+    double sine, cosine;
+    sine_cosine(u, sine, cosine);
+    log_error =
+        std::max(log_error, double(fabsl((long double)natural_log(u) - log) / std::max(fabsl(log), 1e-30L)));
+    sine_error = std::max(sine_error, double(fabsl((long double)sine - sinl(angle))));
+    cosine_error = std::max(cosine_error, double(fabsl((long double)cosine - cosl(angle))));
+  };
+  for (uint64_t i = 0; i < 200000; i++) check(random_uniform(3, i));
+  for (int eighth = 1; eighth <= 8; eighth++)
+    for (double u : {eighth / 8.0, std::nextafter(eighth / 8.0, 0.0), eighth / 8.0 * 0x1p-40}) check(u);
+  check(0x1p-54);  // the smallest of random_uniform
+  CHECK(log_error <= 3e-16);
+  CHECK(sine_error <= 3e-16);
+  CHECK(cosine_error <= 3e-16);
+}
+
+template <class Device>
+void check_initial_values(const ModelConfig& config) {
+  Device dev;
+  Parameters<Device> p(dev, config);
   p.initialize(14);
   for (const Tensor& t : p.table.tensors) {
     CAPTURE(t.name);
-    const uint64_t key = stream_key(14, t.name);
-    std::vector<double> one_by_one, in_pieces(t.size);
+    std::vector<typename Device::real> one_by_one, values(t.size);
     for (size_t i = 0; i < t.size; i++)
-      one_by_one.push_back(initial_value(t, p.config.mup(), key, i));
-    for (size_t first = 0; first < t.size; first += 6)
-      initial_values(&in_pieces[first], t, p.config.mup(), key, first, std::min<size_t>(6, t.size - first));
-    CHECK(std::vector<double>(p.master(t.offset), p.master(t.offset) + t.size) == one_by_one);
-    CHECK(in_pieces == one_by_one);
+      one_by_one.push_back(initial_value(t, p.config.mup(), stream_key(14, t.name), i));
+    dev.download(values.data(), p.master(t.offset), t.size * sizeof(values[0]));
+    CHECK(values == one_by_one);
   }
+}
+
+TEST_CASE("model: initial values are those of initial_value, number by number, at any length") {
+  Cpu<double> dev;
+  for (size_t n : {0, 1, 2, 1001}) {
+    std::vector<double> one_by_one(n + 1, 7), values(n + 1, 7);  // the one behind them stays
+    for (size_t i = 0; i < n; i++) one_by_one[i] = float(0.7 * random_normal(5, i));
+    random_normals(dev, values.data(), n, 5, 0.7);
+    CHECK(values == one_by_one);
+  }
+  check_initial_values<Cpu<double>>(make_config(24, 16, 1, 3, 0, 1.5, 50, Parametrization::mup));
+  check_initial_values<Cpu<float>>(make_config(36, 16, 1, 3, 0, 1, 50, Parametrization::sp));
 }
 
 // What training leaves, in numbers that must not depend on how its steps are run.
@@ -361,7 +394,8 @@ enum class How { layer_by_layer, queued, queued_as_graphs };
 // Six steps of 4 sequences, `micro_batch` at a time. Queued, a step is read back while the next one runs, and
 // one step's loss is asked for in between as a validation does.
 template <class Device>
-Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
+Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
+                         Recompute recompute = Recompute::nothing) {
   constexpr int kBatch = 4, kLength = 70, kSteps = 6;
   Device dev;
   Parameters<Device> p(dev, make_config(64, 32, 2, 3, 0, 2, 50, Parametrization::mup));
@@ -370,7 +404,7 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
   OptimizerConfig settings;
   settings.kind = kind;
   Optimizer<Device> optimizer(p, settings);
-  Model<Device> model(p, micro_batch, kLength, Use::training);
+  Model<Device> model(p, micro_batch, kLength, Use::training, recompute);
   TrainingStep<Device> training_step(p, model, optimizer, kBatch, micro_batch, kLength,
                                      how == How::queued_as_graphs);
   Trajectory<Device> out;
@@ -403,6 +437,13 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
     out.norms.push_back(optimizer.step(step, learning_rate));
   }
   while (training_step.running()) wait();
+#ifdef __CUDACC__
+  if constexpr (Device::is_gpu) {  // a recording that holds all the layers, or none
+    const bool recorded = how == How::queued_as_graphs;
+    CHECK((training_step.micro_batch_graph().nodes > 50) == recorded);
+    CHECK((training_step.update_graph().nodes >= 4) == recorded);
+  }
+#endif
   const auto all = [&](const typename Device::real* numbers) {
     std::vector<typename Device::real> host(p.table.size);
     dev.download(host.data(), numbers, host.size() * sizeof(host[0]));
@@ -423,6 +464,8 @@ void check_queued_steps() {
       CHECK(expected.losses.front() != expected.losses.back());
       CHECK(train<Device>(kind, micro_batch, How::queued) == expected);
       CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs) == expected);
+      for (Recompute recompute : {Recompute::convolution, Recompute::layers})
+        CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs, recompute) == expected);
     }
 }
 
@@ -654,6 +697,19 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
       CHECK(of_gpu <= (t.size < 64 ? 4 : 1.5) * of_rounded);
     }
   }
+}
+
+TEST_CASE("CUDA model: initial values are the CPU's, bit by bit") {
+  if (gdn_tests::skip_without_gpu("CUDA model: initial values are the CPU's, bit by bit")) return;
+  check_initial_values<Cuda>(make_config(256, 256, 1, 6, 0, 2, 257, Parametrization::mup));
+  Cuda dev;
+  const Buffer<Cuda, float> x(dev, 1001, "a test");
+  std::vector<float> expected(1001), values(1001);
+  random_normals(dev, x.get(), 1001, 5, 0.7);
+  dev.download(values.data(), x.get(), x.bytes());
+  Cpu<float> cpu;
+  random_normals(cpu, expected.data(), 1001, 5, 0.7);
+  CHECK(values == expected);
 }
 
 TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer") {
