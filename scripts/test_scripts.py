@@ -119,8 +119,9 @@ class Sweep(InFolder):
     def test_default_grid_is_the_small_protocol(self) -> None:
         done = call("sweep.py", "--dry-run", "-o", self.csv)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("to do\n"), 3 * 6 * (2 + 3))
-        self.assertIn("90 runs, 90 to do, 2,949,120,000 tokens", done.stdout)
+        self.assertEqual(done.stdout.count("to do\n"), 6 * (1 + 1) + 2 * 6 * (2 + 3))
+        self.assertEqual(done.stdout.count(" mup=sp=mup0 "), 6)
+        self.assertIn("72 runs, 72 to do, 2,359,296,000 tokens", done.stdout)
         self.assertFalse(self.csv.exists())
 
     def test_command_lines(self) -> None:
@@ -167,7 +168,7 @@ class Sweep(InFolder):
 
     def test_every_ending_is_a_row(self) -> None:
         done = self.sweep(
-            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "--jobs", "3", extra=("-n", "20")
+            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "-j", "3", extra=("-n", "20")
         )
         self.assert_one_line_error(done, "2 runs failed", "--retry")
         rows = {row["lr"]: row for row in rows_of(self.csv)}
@@ -196,6 +197,40 @@ class Sweep(InFolder):
         self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008", "--retry")
         self.assertEqual(len(self.calls()), 4)
         self.assertEqual(len(rows_of(self.csv)), 3)
+
+    def test_parametrizations_share_the_run_at_the_base_width(self) -> None:
+        words = ("--binary", self.fake, "-o", self.csv, "--optimizers", "adamw", "--lrs", "0.004,0.05")
+        self.assertEqual(call("sweep.py", *words, "--widths", "256", "--params", "sp").returncode, 1)
+        self.assertEqual(len(self.calls()), 2)
+        done = call("sweep.py", *words, "--widths", "256,512", "--params", "sp,mup")
+        self.assert_one_line_error(done, "3 runs failed")
+        self.assertEqual(len(self.calls()), 2 + 4)
+        self.assertIn("-w 512", self.calls()[2])  # the longest first
+        rows = {(r["param"], r["width"], r["lr"]): r for r in rows_of(self.csv)}
+        self.assertEqual(len(rows), 8)
+        for lr in ("0.004", "0.05"):
+            own, copy = rows["sp", "256", lr], rows["mup", "256", lr]
+            self.assertEqual((own["same_run_as"], copy["same_run_as"]), ("", "sp"))
+            self.assertEqual({**copy, "param": "sp", "same_run_as": ""}, own)
+            self.assertEqual(rows["mup", "512", lr]["same_run_as"], "")
+        call("sweep.py", *words, "--widths", "512", "--params", "sp,mup", "--", "-w0", "512")
+        self.assertEqual(len(self.calls()), 6)  # other options: an error, no run
+
+    def test_no_run_starts_that_would_not_end_in_time(self) -> None:
+        words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "--minutes", "0.025")
+        done = self.sweep(*words, FAKE_SECONDS="0.6")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        finished = len(rows_of(self.csv))
+        self.assertIn(finished, (1, 2))
+        self.assertIn(f"{finished} ok, 0 diverged, 0 failed, {4 - finished} left", done.stdout)
+        self.assertEqual(len(self.calls()), finished)
+        self.assertEqual(self.sweep(*words[:4]).returncode, 0)
+        self.assertEqual(len(self.calls()), 4)
+
+    def test_every_gpu_is_filled(self) -> None:
+        words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "-j", "2")
+        self.assertEqual(self.sweep(*words, CUDA_VISIBLE_DEVICES="4,7", FAKE_SECONDS="0.3").returncode, 0)
+        self.assertEqual(sorted(line[-1] for line in self.calls()), ["4", "4", "7", "7"])
 
     def kill_and_resume(self, how: signal.Signals) -> None:
         words = [
@@ -249,6 +284,10 @@ class Sweep(InFolder):
         self.assert_one_line_error(self.sweep(extra=("-lr", "1")), "-lr")
         self.assert_one_line_error(self.sweep(extra=("-i", "x.bin")), "-j")
         self.assert_one_line_error(self.sweep(extra=("-L",)), "no value")
+        self.assert_one_line_error(self.sweep(extra=("-n", "0")), "-n '0'")
+        self.assert_one_line_error(self.sweep("--minutes", "0"), "--minutes 0")
+        self.assert_one_line_error(self.sweep("-j", "0"), "--per-gpu 0")
+        self.assert_one_line_error(self.sweep("--optimizers", "adam"), "--optimizers 'adam'")
         self.assert_one_line_error(
             call("sweep.py", "--binary", "/no/such", "-o", self.csv), "/no/such", "make"
         )
@@ -347,6 +386,14 @@ class Minima(unittest.TestCase):
         self.assertAlmostEqual(of_wide.shift_std, 0)
         self.assertAlmostEqual(of_wide.regret, 0.08 * 0.25)
         self.assertAlmostEqual(of_wide.grid_regret, 0)  # x = -8 and -9 are as good
+
+
+    def test_a_seed_with_some_of_the_points_bends_nothing(self) -> None:
+        full = parabola(-8.3, 0.04, 4.0, range(-11, -5))
+        some = {lr: y + 0.3 for lr, y in full.items() if 2.0**-9 <= lr <= 2.0**-7}
+        m = find_minimum(Curve({1: full, 2: some}).mean())
+        self.assertAlmostEqual(m.x0, -8.3)
+        self.assertAlmostEqual(m.c, 4.15)
 
 
 class Plots(InFolder):
