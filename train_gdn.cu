@@ -10,6 +10,8 @@
 #include <deque>
 #include <exception>
 #include <filesystem>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -385,10 +387,14 @@ void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
   DataLoader loader(o.train, o.seq_len, o.global_batch, o.seed);
   std::vector<int32_t> tokens(size_t(o.global_batch) * o.seq_len), targets(tokens.size());
   loader.next(tokens.data(), targets.data());
-  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), nullptr);
+  std::unique_ptr<Checkpoint> loaded;
+  if (!o.load.empty()) loaded = std::make_unique<Checkpoint>(open_any_checkpoint(o.load));
+  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), loaded.get());
+  std::function<void(Parameters<Device>&)> start;
+  if (loaded) start = [&](Parameters<Device>& parameters) { load_parameters(parameters, *loaded); };
   const std::vector<CoordRow> rows =
       coordinate_check(dev, config, optimizer_config(o), o.learning_rate, o.seed, tokens, targets,
-                       o.global_batch, o.seq_len);
+                       o.global_batch, o.seq_len, kCoordSteps[std::size(kCoordSteps) - 1], start);
   write_coord_rows(o.output, rows, config, parse_optimizer(o.optimizer), o.seed);
 }
 
@@ -439,8 +445,8 @@ int run(int argc, char** argv) {
   parse_vector_rule(o.gains);
   parse_decay_mode(o.decay_mode);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
-  if (o.coord_check && (o.resume || o.generate || !o.load.empty()))
-    throw std::runtime_error("-coord_check starts from fresh weights: leave out -resume, -load and -gen");
+  if (o.coord_check && (o.resume || o.generate))
+    throw std::runtime_error("-coord_check neither resumes nor generates: leave out -resume and -gen");
   install_signal_handlers();
 #ifdef __CUDACC__
   const std::string no_gpu = Cuda::unavailable();

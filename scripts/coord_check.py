@@ -13,7 +13,8 @@ Writes OUT_OPTIMIZER_GROWTH.png and .svg (sp beside mup), OUT.csv (sizes, a row 
 step), OUT_slopes.csv, and the runs' own CSVs to OUT_runs. These are used again when the same options ask for
 them: kill it at any time, and the same command goes on. Options after -- go to ./train_gdn. Without: L = 4, one
 sequence of 64 tokens (the ranges are derived for widths above the number of tokens), no decay, no clipping, a
-quarter of AdamW's and a tenth of SGD's default learning rate, constant from the first step on.
+quarter of AdamW's and a tenth of SGD's default learning rate, constant from the first step on. In their values
+{width} stands for the width: -load runs/w{width} measures trained models.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PARAMS, OPTIMIZERS, GROWTHS = ("sp", "mup0", "mup"), ("adamw", "sgd"), ("head_di
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "sp": "SP", "mup0": "muP0", "mup": "muP"}
 SETTINGS = {"L": "4", "T": "64", "B": "1", "wd": "0", "clip": "0"}
 LR = {"adamw": "1e-3", "sgd": "0.03"}
-OF_THE_GRID = {"w", "param", "opt", "seed", "o", "heads", "head_dim", "coord_check", "resume", "load", "gen", "h"}
+OF_THE_GRID = {"w", "param", "opt", "seed", "o", "heads", "head_dim", "coord_check", "resume", "gen", "h"}
 NO_EFFECT = {"d"}  # on what is measured, as far as it matters here
 RUN_COLUMNS = [
     "step", "layer", "activation", "rms", "rms_change_since_step_0",
@@ -133,7 +134,8 @@ def options(a: argparse.Namespace, run: Run) -> dict[str, str]:
     """Of train_gdn, all that say what is measured."""
     family = {"heads": str(a.heads)} if run.growth == "head_dim" else {"head_dim": str(a.head_dim)}
     grid = {"w": run.width, "param": run.param, "opt": run.optimizer, "seed": run.seed}
-    return {**{k: str(v) for k, v in grid.items()}, **family, "lr": LR[run.optimizer], **SETTINGS, **a.extra}
+    extra = {name: value.replace("{width}", str(run.width)) for name, value in a.extra.items()}
+    return {**{k: str(v) for k, v in grid.items()}, **family, "lr": LR[run.optimizer], **SETTINGS, **extra}
 
 
 def options_text(a: argparse.Namespace, run: Run) -> str:
@@ -209,7 +211,7 @@ def find_slopes(a: argparse.Namespace, squares: MeanSquares, wanted: dict) -> di
         mean = sum(without) / len(without) if without else math.nan
         error = math.sqrt(sum((x - mean) ** 2 for x in without) * (len(seeds) - 1) / len(seeds))
         low, high = wanted[size]
-        judged = not math.isnan(low) and (a.updates or not size.activation.startswith("update:"))
+        judged = not math.isnan(low + value) and (a.updates or not size.activation.startswith("update:"))
         inside = low - a.tolerance <= value <= high + a.tolerance
         slopes[size] = Slope(value, error if without else math.nan, low, high, judged, judged and not inside)
     return slopes
@@ -303,14 +305,15 @@ def pooled(squares: MeanSquares, size: Size, layers: list[str]) -> dict[int, flo
 
 def draw(a: argparse.Namespace, squares: MeanSquares, optimizer: str, growth: str) -> None:
     """Two columns of activations, in each the parametrizations side by side on one scale."""
-    pyplot = import_pyplot()
+    pyplot, ticker = import_pyplot(), import_package("matplotlib.ticker")
     steps = sorted({size.step for size in squares if size.what == "change"})
     layers = sorted({size.layer for size in squares})
     colors = pyplot.get_cmap("viridis_r")([0.15 + 0.8 * i / max(1, len(steps) - 1) for i in range(len(steps))])
-    rows, params = -(-len(DRAWN) // 2), a.params
+    drawn = [activation for activation in DRAWN if any(size.activation == activation for size in squares)]
+    rows, params = -(-len(drawn) // 2), a.params
     size = (2 * (2.1 * len(params) + 0.5), 1.75 * rows + 1.0)
     figure, axes = pyplot.subplots(rows, 2 * len(params), figsize=size, squeeze=False, layout="constrained")
-    for i, activation in enumerate(DRAWN):
+    for i, activation in enumerate(drawn):
         panels = axes[i % rows][i // rows * len(params) : (i // rows + 1) * len(params)]
         for axis, param in zip(panels, params):
             base = Size(optimizer, growth, param, activation, "rms", "", 0)
@@ -322,6 +325,8 @@ def draw(a: argparse.Namespace, squares: MeanSquares, optimizer: str, growth: st
             axis.set(xscale="log", yscale="log", title=f"{activation}, {NAMES[param]}")
             axis.set_xticks(sorted(a.widths), [str(w) for w in sorted(a.widths)])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=7))
+            axis.yaxis.set_major_formatter("{x:g}")
         limits = [y for axis in panels for y in axis.get_ylim()]
         for axis in panels:
             axis.set_ylim(min(limits), max(limits))
