@@ -12,7 +12,7 @@ or when a run fails. Gradients are listed and not judged; updates, (W_t - W_0) x
 Writes OUT_OPTIMIZER_GROWTH.png and .svg (sp beside mup), OUT.csv (sizes, a row per width, activation, layer and
 step), OUT_slopes.csv, and the runs' own CSVs to OUT_runs. These are used again when the same options ask for
 them: kill it at any time, and the same command goes on. Options after -- go to ./train_gdn. Without: L = 4, one
-sequence of 64 tokens (the ranges are derived for widths above the number of tokens), no decay, no clipping, a
+sequence of 32 tokens (the ranges are derived for widths above the number of tokens), no decay, no clipping, a
 quarter of AdamW's and a tenth of SGD's default learning rate, constant from the first step on. In their values
 {width} stands for the width: -load runs/w{width} measures trained models.
 """
@@ -47,7 +47,7 @@ from common import (
 
 PARAMS, OPTIMIZERS, GROWTHS = ("sp", "mup0", "mup"), ("adamw", "sgd"), ("head_dim", "heads")
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "sp": "SP", "mup0": "muP0", "mup": "muP"}
-SETTINGS = {"L": "4", "T": "64", "B": "1", "wd": "0", "clip": "0"}
+SETTINGS = {"L": "4", "T": "32", "B": "1", "wd": "0", "clip": "0"}
 LR = {"adamw": "1e-3", "sgd": "0.03"}
 OF_THE_GRID = {"w", "param", "opt", "seed", "o", "heads", "head_dim", "coord_check", "resume", "gen", "h"}
 NO_EFFECT = {"d"}  # on what is measured, as far as it matters here
