@@ -15,7 +15,7 @@
 # Settings: MINUTES=9.2 of wall time in a call, PER_GPU=2 runs at once on a GPU, CUDA_VISIBLE_DEVICES (default: all GPUs),
 # PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
 set -uo pipefail
-[ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0"; exit 1; }
+[ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0" >&2; exit 1; }
 DATA=$(realpath "$1") && mkdir -p "$2" && OUT=$(realpath "$2") || exit 1
 shift 2
 cd "$(dirname "$0")/.." || exit 1

@@ -263,7 +263,7 @@ def wanted_text(slopes: list[Slope]) -> str:
     known = [s for s in slopes if not math.isnan(s.low)]
     if not known:
         return "-"
-    low, high = min(s.low for s in known), max(s.high for s in known)
+    low, high = min(s.low for s in known) + 0.0, max(s.high for s in known) + 0.0  # + 0.0: no "-0"
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
