@@ -28,7 +28,7 @@ done
 PYTHON=${PYTHON:-python3} PER_GPU=${PER_GPU:-2} STEPS=${STEPS:-1000} SEED=${SEED:-43}
 read -r -a WIDTHS <<<"${WIDTHS:-256 512 1024}"
 BASE=${WIDTHS[0]} WIDE=${WIDTHS[-1]}
-END=$(awk -v minutes="${MINUTES:-9.2}" -v now="$EPOCHREALTIME" 'BEGIN { print now + 60 * minutes }')
+END=$(awk -v minutes="${MINUTES:-9.2}" -v now="$EPOCHREALTIME" 'BEGIN { printf "%.3f", now + 60 * minutes }')
 if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && command -v nvidia-smi >/dev/null; then
   CUDA_VISIBLE_DEVICES=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)
   export CUDA_VISIBLE_DEVICES
@@ -50,7 +50,7 @@ in_time() {
     cut_off=$((cut_off + 1))
     return
   fi
-  timeout -k 5 -s TERM "$(awk -v left="$left" 'BEGIN { print 60 * left + 15 }')" "$@"
+  timeout -k 5 -s TERM "$(awk -v left="$left" 'BEGIN { printf "%.1f", 60 * left + 15 }')" "$@"
   code=$?
   case $code in
     0) ;;
