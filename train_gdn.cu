@@ -10,6 +10,8 @@
 #include <deque>
 #include <exception>
 #include <filesystem>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -398,10 +400,14 @@ void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
   DataLoader loader(o.train, o.seq_len, o.global_batch, o.seed);
   std::vector<int32_t> tokens(size_t(o.global_batch) * o.seq_len), targets(tokens.size());
   loader.next(tokens.data(), targets.data());
-  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), nullptr);
+  std::unique_ptr<Checkpoint> loaded;
+  if (!o.load.empty()) loaded = std::make_unique<Checkpoint>(open_any_checkpoint(o.load));
+  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), loaded.get());
+  std::function<void(Parameters<Device>&)> start;
+  if (loaded) start = [&](Parameters<Device>& parameters) { load_parameters(parameters, *loaded); };
   const std::vector<CoordRow> rows =
       coordinate_check(dev, config, optimizer_config(o), o.learning_rate, o.seed, tokens, targets,
-                       o.global_batch, o.seq_len);
+                       o.global_batch, o.seq_len, kCoordSteps[std::size(kCoordSteps) - 1], start);
   write_coord_rows(o.output, rows, config, parse_optimizer(o.optimizer), o.seed);
 }
 
@@ -452,9 +458,9 @@ int run(int argc, char** argv) {
   parse_vector_rule(o.gains);
   parse_decay_mode(o.decay_mode);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
-  if (o.coord_check && (o.resume || o.generate || !o.load.empty() || o.mask_docs))
+  if (o.coord_check && (o.resume || o.generate || o.mask_docs))
     throw std::runtime_error(
-        "-coord_check starts from fresh weights and whole sequences: leave out -resume, -load, -gen and "
+        "-coord_check neither resumes nor generates, and takes whole sequences: leave out -resume, -gen and "
         "-mask_docs");
   install_signal_handlers();
 #ifdef __CUDACC__

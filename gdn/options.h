@@ -133,7 +133,7 @@ class OptionTable {
     section("coordinate check");
     flag("coord_check", o.coord_check,
          "8 steps at a constant -lr on one batch of -B sequences [4], then stop: sizes of activations, gradients and "
-         "updates as CSV, to the file -o or standard output (scripts/coord_check.py)");
+         "updates as CSV, to the file -o or standard output (scripts/coord_check.py); weights are fresh or those of -load");
     section("generation, and samples while training");
     text("load", "FOLDER", o.load, "start from this checkpoint's weights");
     whole("gen", "N", o.generate, 1, int64_t(1) << 40, "generate N tokens from -load and stop", "none");

@@ -120,8 +120,9 @@ class Sweep(InFolder):
     def test_default_grid_is_the_small_protocol(self) -> None:
         done = call("sweep.py", "--dry-run", "-o", self.csv)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("to do\n"), 3 * 6 * (2 + 3))
-        self.assertIn("90 runs, 90 to do, 2,949,120,000 tokens", done.stdout)
+        self.assertEqual(done.stdout.count("to do\n"), 6 * (1 + 1) + 2 * 6 * (2 + 3))
+        self.assertEqual(done.stdout.count(" mup=sp=mup0 "), 6)
+        self.assertIn("72 runs, 72 to do, 2,359,296,000 tokens", done.stdout)
         self.assertFalse(self.csv.exists())
 
     def test_command_lines(self) -> None:
@@ -168,7 +169,7 @@ class Sweep(InFolder):
 
     def test_every_ending_is_a_row(self) -> None:
         done = self.sweep(
-            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "--jobs", "3", extra=("-n", "20")
+            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "-j", "3", extra=("-n", "20")
         )
         self.assert_one_line_error(done, "2 runs failed", "--retry")
         rows = {row["lr"]: row for row in rows_of(self.csv)}
@@ -197,6 +198,40 @@ class Sweep(InFolder):
         self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008", "--retry")
         self.assertEqual(len(self.calls()), 4)
         self.assertEqual(len(rows_of(self.csv)), 3)
+
+    def test_parametrizations_share_the_run_at_the_base_width(self) -> None:
+        words = ("--binary", self.fake, "-o", self.csv, "--optimizers", "adamw", "--lrs", "0.004,0.05")
+        self.assertEqual(call("sweep.py", *words, "--widths", "256", "--params", "sp").returncode, 1)
+        self.assertEqual(len(self.calls()), 2)
+        done = call("sweep.py", *words, "--widths", "256,512", "--params", "sp,mup")
+        self.assert_one_line_error(done, "3 runs failed")
+        self.assertEqual(len(self.calls()), 2 + 4)
+        self.assertIn("-w 512", self.calls()[2])  # the longest first
+        rows = {(r["param"], r["width"], r["lr"]): r for r in rows_of(self.csv)}
+        self.assertEqual(len(rows), 8)
+        for lr in ("0.004", "0.05"):
+            own, copy = rows["sp", "256", lr], rows["mup", "256", lr]
+            self.assertEqual((own["same_run_as"], copy["same_run_as"]), ("", "sp"))
+            self.assertEqual({**copy, "param": "sp", "same_run_as": ""}, own)
+            self.assertEqual(rows["mup", "512", lr]["same_run_as"], "")
+        call("sweep.py", *words, "--widths", "512", "--params", "sp,mup", "--", "-w0", "512")
+        self.assertEqual(len(self.calls()), 6)  # other options: an error, no run
+
+    def test_no_run_starts_that_would_not_end_in_time(self) -> None:
+        words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "--minutes", "0.025")
+        done = self.sweep(*words, FAKE_SECONDS="0.6")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        finished = len(rows_of(self.csv))
+        self.assertIn(finished, (1, 2))
+        self.assertIn(f"{finished} ok, 0 diverged, 0 failed, {4 - finished} left", done.stdout)
+        self.assertEqual(len(self.calls()), finished)
+        self.assertEqual(self.sweep(*words[:4]).returncode, 0)
+        self.assertEqual(len(self.calls()), 4)
+
+    def test_every_gpu_is_filled(self) -> None:
+        words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "-j", "2")
+        self.assertEqual(self.sweep(*words, CUDA_VISIBLE_DEVICES="4,7", FAKE_SECONDS="0.3").returncode, 0)
+        self.assertEqual(sorted(line[-1] for line in self.calls()), ["4", "4", "7", "7"])
 
     def kill_and_resume(self, how: signal.Signals) -> None:
         words = [
@@ -250,6 +285,10 @@ class Sweep(InFolder):
         self.assert_one_line_error(self.sweep(extra=("-lr", "1")), "-lr")
         self.assert_one_line_error(self.sweep(extra=("-i", "x.bin")), "-j")
         self.assert_one_line_error(self.sweep(extra=("-L",)), "no value")
+        self.assert_one_line_error(self.sweep(extra=("-n", "0")), "-n '0'")
+        self.assert_one_line_error(self.sweep("--minutes", "0"), "--minutes 0")
+        self.assert_one_line_error(self.sweep("-j", "0"), "--per-gpu 0")
+        self.assert_one_line_error(self.sweep("--optimizers", "adam"), "--optimizers 'adam'")
         self.assert_one_line_error(
             call("sweep.py", "--binary", "/no/such", "-o", self.csv), "/no/such", "make"
         )
@@ -302,6 +341,126 @@ class Sweep(InFolder):
         self.assertEqual(list((self.folder / "out_runs").glob("*/step_*")), [])
 
 
+# -coord_check of a trainer whose v' has slope BREAK under mup at step 1, 0.5 under sp; a seed's sizes are a factor
+# apart, and the widest sp run of seed 9 fails.
+FAKE_COORD = f"""#!{sys.executable}
+import os, sys
+assert sys.argv[1] == "-coord_check"
+o = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+with open(os.path.join(os.path.dirname(sys.argv[0]), "calls.txt"), "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\\n")
+if o["-param"] == "sp" and o["-seed"] == "9" and o["-w"] == "1024":
+    sys.exit("train_gdn: -coord_check at width 1024: after 1 steps the loss is not finite; lower -lr")
+d, seed = int(o["-w"]), 1 + int(o["-seed"]) / 10
+with open(o["-o"], "w") as out:
+    out.write("step,layer,activation,rms,rms_change_since_step_0,")
+    out.write("rms_slope_min,rms_slope_max,change_slope_min,change_slope_max\\n")
+    for step in (0, 1):
+        slope = 0.5 if o["-param"] == "sp" else float(os.environ.get("BREAK", 0)) * step
+        out.write(f"{{step}},0,v',{{seed * d**slope}},{{step * d**slope}},0,0,0,0\\n")
+        out.write(f"{{step}},,logits,{{d**-0.3}},{{step * d**-0.2}},-0.5,0,-0.5,0\\n")
+        out.write(f"{{step}},0,grad:v_proj,{{1 / d}},,,,,\\n")
+    out.write(f"1,0,update:v_proj,{{d**0.3}},,0,0,,\\n")
+"""
+
+
+class CoordCheck(InFolder):
+    WORDS = ("--widths", "256,512,1024", "--growth", "head_dim", "--seeds", "1,2")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake = self.folder / "fake_train_gdn"
+        self.fake.write_text(FAKE_COORD)
+        self.fake.chmod(0o755)
+
+    def check(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        words = ("--binary", self.fake, "-o", self.folder / "out", *self.WORDS, *arguments)
+        return call("coord_check.py", *words, **environment)
+
+    def calls(self) -> list[str]:
+        return (self.folder / "calls.txt").read_text().splitlines()
+
+    def slopes(self) -> dict[tuple[str, ...], dict[str, str]]:
+        rows = rows_of(self.folder / "out_slopes.csv")
+        return {(r["param"], r["activation"], r["what"], r["step"]): r for r in rows}
+
+    @needs_matplotlib
+    def test_slopes_table_and_figures(self) -> None:
+        done = self.check("-j", 2, "--table", self.folder / "table.md", "--", "-T", 16)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(len(self.calls()), 2 * 2 * 3)
+        for word in ("-w 1024", "-heads 6", "-lr 1e-3", "-clip 0", "-T 16", "-B 1", "-L 4"):
+            self.assertIn(word, self.calls()[0])
+        slopes = self.slopes()
+        self.assertAlmostEqual(float(slopes["sp", "v'", "change", "1"]["slope"]), 0.5)
+        self.assertAlmostEqual(float(slopes["mup", "logits", "rms", "0"]["slope"]), -0.3)
+        self.assertAlmostEqual(float(slopes["mup", "grad:v_proj", "rms", "0"]["slope"]), -1)
+        self.assertEqual(slopes["mup", "grad:v_proj", "rms", "0"]["judged"], "0")
+        sizes = {(r["param"], r["width"], r["step"], r["activation"]): r for r in rows_of(self.folder / "out.csv")}
+        self.assertAlmostEqual(float(sizes["mup", "256", "1", "v'"]["rms"]), math.sqrt((1.1**2 + 1.2**2) / 2), places=5)
+        self.assertEqual(sizes["mup", "256", "1", "v'"]["seeds"], "2")
+        table = (self.folder / "table.md").read_text()
+        self.assertIn(table, done.stdout)
+        self.assertIn("AdamW, SP, 6 heads: 3 of 6 slopes outside", table)
+        self.assertIn("AdamW, muP, 6 heads: 0 of 6 slopes outside", table)
+        self.assertEqual((self.folder / "out_adamw_head_dim.png").read_bytes()[:4], b"\x89PNG")
+        self.assertIn("<svg", (self.folder / "out_adamw_head_dim.svg").read_text())
+
+    @needs_matplotlib
+    def test_a_slope_outside_is_an_error(self) -> None:
+        done = self.check("--params", "mup", BREAK="0.11")
+        self.assert_one_line_error(done, "2 slopes of mup are more than 0.1 outside")
+        self.assertIn("v' (change), layer 0, step 1: slope +0.11 +- 0.00, wanted 0", done.stdout)
+        self.assertEqual(self.check("--params", "mup", "--tolerance", "0.12", BREAK="0.11").returncode, 0)
+        self.assert_one_line_error(self.check("--params", "mup", "--tolerance", "0.12", "--updates"), "1 slopes of mup")
+
+    @needs_matplotlib
+    def test_runs_are_used_again_where_the_options_are_equal(self) -> None:
+        words = ("--params", "mup", "--widths", "256,512", "--seeds", "1", "--")
+        self.check(*words)
+        self.assertEqual(self.check(*words).returncode, 0)
+        self.assertEqual(len(self.calls()), 2)
+        self.check(*words, "-T", 16)
+        self.assertEqual(len(self.calls()), 4)
+        self.check(*words, "-load", "runs/w{width}")
+        self.assertIn("-load runs/w512", self.calls()[4])
+
+    @needs_matplotlib
+    def test_a_failed_run_is_said(self) -> None:
+        done = self.check("--seeds", "9")
+        self.assert_one_line_error(done, "adamw_head_dim_sp_w1024_s9 failed", "the loss is not finite")
+        self.assertAlmostEqual(float(self.slopes()["sp", "v'", "rms", "0"]["slope"]), 0.5)  # from the other widths
+
+    @needs_matplotlib
+    def test_errors(self) -> None:
+        self.assert_one_line_error(self.check("--widths", "256"), "--widths 256", "two widths")
+        self.assert_one_line_error(self.check("--params", "up"), "--params 'up'")
+        self.assert_one_line_error(self.check("--growth", "both"), "--growth 'both'")
+        self.assert_one_line_error(self.check("--tolerance", "-1"), "--tolerance -1")
+        self.assert_one_line_error(self.check("--", "-seed", "1"), "-seed", "coord_check.py sets this one")
+        self.assert_one_line_error(call("coord_check.py", "--binary", "/no/such"), "/no/such", "make")
+
+    @needs_matplotlib
+    @needs_train_gdn
+    def test_real_trainer_on_the_cpu(self) -> None:
+        words = ["-o", self.folder / "out", "--widths", "64,128,256", "--heads", 3, "--head_dim", 16, "--seeds", 1]
+        words += ["--optimizers", "adamw,sgd", "--tolerance", 5, "--updates", "-j", 2]
+        done = call("coord_check.py", *words, "--", "-d", "cpu", "-L", 1, "-T", 8, OMP_NUM_THREADS="1")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        rows = rows_of(self.folder / "out_slopes.csv")
+        for optimizer in ("adamw", "sgd"):
+            for growth in ("head_dim", "heads"):
+                # Weights of one standard deviation at every width: their product grows as the root of the width.
+                initial = {
+                    r["param"]: float(r["slope"])
+                    for r in rows
+                    if (r["optimizer"], r["growth"], r["activation"], r["what"], r["step"])
+                    == (optimizer, growth, "v'", "rms", "0")
+                }
+                self.assertLess(abs(initial["mup"]), 0.15)
+                self.assertGreater(initial["sp"], 0.35)
+
+
 def parabola(x0: float, a: float, c: float, xs: range) -> dict[float, float]:
     return {2.0**x: c + a * (x - x0) ** 2 for x in xs}
 
@@ -348,6 +507,14 @@ class Minima(unittest.TestCase):
         self.assertAlmostEqual(of_wide.shift_std, 0)
         self.assertAlmostEqual(of_wide.regret, 0.08 * 0.25)
         self.assertAlmostEqual(of_wide.grid_regret, 0)  # x = -8 and -9 are as good
+
+
+    def test_a_seed_with_some_of_the_points_bends_nothing(self) -> None:
+        full = parabola(-8.3, 0.04, 4.0, range(-11, -5))
+        some = {lr: y + 0.3 for lr, y in full.items() if 2.0**-9 <= lr <= 2.0**-7}
+        m = find_minimum(Curve({1: full, 2: some}).mean())
+        self.assertAlmostEqual(m.x0, -8.3)
+        self.assertAlmostEqual(m.c, 4.15)
 
 
 class Plots(InFolder):
@@ -454,7 +621,8 @@ class Plots(InFolder):
         self.assert_one_line_error(done, "needs the package matplotlib", "requirements.txt")
 
     def test_help(self) -> None:
-        for script in ("sweep.py", "plot_transfer.py", "plot_log.py", "follow_log.py", "tokenize_text.py", "export_hf.py"):
+        for script in ("sweep.py", "coord_check.py", "plot_transfer.py", "plot_log.py", "follow_log.py", "tokenize_text.py",
+                       "export_hf.py"):  # fmt: skip
             done = call(script, "-h")
             self.assertEqual(done.returncode, 0)
             self.assertIn("python3 scripts/" + script, done.stdout)
