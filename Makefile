@@ -1,7 +1,7 @@
 # make              train_gdn: with CUDA where nvcc is found, else for the CPU alone
 # make test         builds and runs the tests; those that need a GPU are skipped by name where there is none
 # make sanitize     compute-sanitizer (memcheck, racecheck) over the GPU tests
-# make bench        kernel benchmarks (needs a GPU)
+# make bench        benchmarks of the kernels and of the training step (needs a GPU)
 # make gpu-check    says which GPU, compiler and libraries the build found
 # make clean
 #
@@ -75,9 +75,10 @@ sanitize: test_gdn
 	compute-sanitizer --tool memcheck --error-exitcode 1 ./test_gdn $(SANITIZED)
 	compute-sanitizer --tool racecheck --error-exitcode 1 ./test_gdn $(RACECHECKED)
 
-bench: dev/bench_layers dev/bench_delta_rule
+bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_layers
 	./dev/bench_delta_rule
+	./dev/bench_step -phases
 
 dev/bench_%: dev/bench_%.cu $(HEADERS) Makefile
 	$(if $(NVCC),,$(error make bench needs nvcc and a GPU))
@@ -93,4 +94,4 @@ gpu-check:
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:
-	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/delta_rule_file
+	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file

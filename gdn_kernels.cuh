@@ -45,8 +45,9 @@ void rmsnorm_forward(Cuda&, act* h, float* rstd, const act* x, const float* w, i
 void residual_rmsnorm_forward(Cuda&, act* x_out, act* h, float* rstd, const act* x, const act* branch,
                               const float* w, int rows, int width);
 
-// dx [M,d] act += gradient through the norm, dw [d] float += sum over rows
-void rmsnorm_backward(Cuda&, act* dx, float* dw, const act* dh, const act* x, const float* rstd,
+// dx [M,d] act += gradient through the norm, dw [d] float += sum over rows; h [M,d] act (nullptr: not wanted)
+// = what the forward gave, to the bit, for the weight gradient of the Linear that read it. h may be dh.
+void rmsnorm_backward(Cuda&, act* dx, float* dw, act* h, const act* dh, const act* x, const float* rstd,
                       const float* w, int rows, int width, void* scratch);
 size_t rmsnorm_backward_scratch_bytes(Cuda&, int rows, int width);
 
@@ -63,31 +64,25 @@ void linear_backward_input(Cuda&, act* dx, const act* dy, const act* w, int rows
 void linear_backward_weight(Cuda&, float* dw, const act* dy, const act* x, int rows, int out, int in,
                             float scale = 1);
 
-// ---- short convolution, silu, L2 norm of q and k ----------------------------------------------------------
+// ---- short convolution, silu, L2 norm of q and k; gates ---------------------------------------------------
 
-// qkv [M,C] act from the first C = conv_channels columns of proj [M,P] act; rnorm [M,2 Hk] float; taps [C,4]
-// float; history [B,3,C] act: inputs before t = 0 and, on return, the last three inputs (nullptr: zeros,
-// nothing kept).
-void short_conv_forward(Cuda&, act* qkv, float* rnorm, const act* proj, const float* taps, act* history,
-                        const MixerShape&);
+// qkv [M,C] act from the first C = conv_channels columns of proj [M,P] act; rnorm [M,2 Hk] float; g, beta
+// [M,Hv] float from the a and b columns of proj; taps [C,4], A_log, dt_bias [Hv] float; history [B,3,C] act:
+// inputs before t = 0 and, on return, the last three inputs (nullptr: zeros, nothing kept). position [M]: steps
+// since the row's document began; the convolution sees nothing before it, and its first token has g =
+// kDocumentDecay (nullptr: one document).
+void short_conv_gates_forward(Cuda&, act* qkv, float* rnorm, float* g, float* beta, const act* proj,
+                              const float* taps, const float* A_log, const float* dt_bias, act* history,
+                              const MixerShape&, float beta_max, const int32_t* position = nullptr);
 
-// Columns [0,C) of dproj [M,P] act, dtaps [C,4] float +=. dqkv [M,C] act is work space: do not read it
-// afterwards.
-void short_conv_backward(Cuda&, act* dproj, float* dtaps, act* dqkv, const act* qkv, const float* rnorm,
-                         const act* proj, const float* taps, const MixerShape&, void* scratch);
-size_t short_conv_backward_scratch_bytes(Cuda&, const MixerShape&);
-
-// ---- gates ------------------------------------------------------------------------------------------------
-
-// g, beta [M,Hv] float from the a and b columns of proj [M,P] act; A_log, dt_bias [Hv] float
-void gates_forward(Cuda&, float* g, float* beta, const act* proj, const float* A_log, const float* dt_bias,
-                   const MixerShape&, float beta_max);
-
-// Columns a, b and the padding (zeros) of dproj [M,P] act; dA_log, ddt_bias [Hv] float +=
-void gates_backward(Cuda&, act* dproj, float* dA_log, float* ddt_bias, const float* dg, const float* dbeta,
-                    const float* g, const float* beta, const act* proj, const float* A_log,
-                    const float* dt_bias, const MixerShape&, float beta_max, void* scratch);
-size_t gates_backward_scratch_bytes(Cuda&, const MixerShape&);
+// Every column of dproj [M,P] act but those of z; dtaps [C,4], dA_log, ddt_bias [Hv] float +=. dqkv [M,C] act
+// is work space: do not read it afterwards. dg, dbeta [M,Hv] float.
+void short_conv_gates_backward(Cuda&, act* dproj, float* dtaps, float* dA_log, float* ddt_bias, act* dqkv,
+                               const float* dg, const float* dbeta, const float* rnorm, const float* g,
+                               const float* beta, const act* proj, const float* taps, const float* A_log,
+                               const float* dt_bias, const MixerShape&, float beta_max, void* scratch,
+                               const int32_t* position = nullptr);
+size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape&);
 
 // ---- gated delta rule -------------------------------------------------------------------------------------
 
@@ -115,8 +110,9 @@ void gated_delta_rule_recurrent(Cuda&, act* o, float* state, const act* qkv, con
 void output_norm_forward(Cuda&, act* y, float* rstd, const act* o, const act* proj, const float* w_o,
                          const MixerShape&);
 
-// d_o [M,Hv*dv] act, the z columns of dproj [M,P] act, dw_o [dv] float +=
-void output_norm_backward(Cuda&, act* d_o, act* dproj, float* dw_o, const act* dy, const act* o,
+// d_o [M,Hv*dv] act, the z columns of dproj [M,P] act, dw_o [dv] float +=; y [M,Hv*dv] act = what the forward
+// gave, to the bit, for the weight gradient of the Linear that read it. d_o may be dy.
+void output_norm_backward(Cuda&, act* d_o, act* dproj, float* dw_o, act* y, const act* dy, const act* o,
                           const float* rstd, const act* proj, const float* w_o, const MixerShape&,
                           void* scratch);
 size_t output_norm_backward_scratch_bytes(Cuda&, const MixerShape&);
@@ -126,8 +122,10 @@ size_t output_norm_backward_scratch_bytes(Cuda&, const MixerShape&);
 // out [M,I] act = silu(gate) * up, gate_up [M,2I] act
 void swiglu_forward(Cuda&, act* out, const act* gate_up, int rows, int inner);
 
-// dgate_up [M,2I] act from dout [M,I] act
-void swiglu_backward(Cuda&, act* dgate_up, const act* dout, const act* gate_up, int rows, int inner);
+// dgate_up [M,2I] act from dout [M,I] act; out [M,I] act = what the forward gave, to the bit, for the weight
+// gradient of the Linear that read it. out may be dout.
+void swiglu_backward(Cuda&, act* dgate_up, act* out, const act* dout, const act* gate_up, int rows,
+                     int inner);
 
 // ---- classifier -------------------------------------------------------------------------------------------
 
@@ -159,12 +157,18 @@ void sgd_update(Cuda&, float* master, act* weights, float* moment, const float* 
 // weights [n] act = master [n] float, rounded to nearest even
 void round_weights(Cuda&, act* weights, const float* master, size_t n);
 
+// ---- initial values ---------------------------------------------------------------------------------------
+
+// x [n] float = standard_deviation * the normals 0 to n - 1 of the stream `key` (gdn/random.h), with the
+// CPU's bits
+void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_deviation);
+
 }  // namespace gdn
 
 #include "gdn/kernels/classifier.cuh"
 #include "gdn/kernels/delta_rule.cuh"
 #include "gdn/kernels/embedding.cuh"
-#include "gdn/kernels/gates.cuh"
+#include "gdn/kernels/initial_values.cuh"
 #include "gdn/kernels/linear.cuh"
 #include "gdn/kernels/optimizer.cuh"
 #include "gdn/kernels/output_norm.cuh"

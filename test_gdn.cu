@@ -23,6 +23,7 @@
 #include "gdn/tests/test_cuda_delta_rule.h"
 #include "gdn/tests/test_cuda_layers.h"
 #include "gdn/tests/test_dataloader.h"
+#include "gdn/tests/test_generate.h"
 #include "gdn/tests/test_model.h"
 #include "gdn/tests/test_golden.h"
 #include "gdn/tests/test_mup.h"

@@ -10,6 +10,8 @@
 #include <deque>
 #include <exception>
 #include <filesystem>
+#include <functional>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -82,6 +84,10 @@ OptimizerConfig optimizer_config(const Options& o) {
           float(o.epsilon),             float(o.momentum),     float(o.clip),  parse_decay_mode(o.decay_mode)};
 }
 
+int separator(const Options& o) { return o.mask_docs ? kEndOfText : kNoSeparator; }
+
+Sampling sampling(const Options& o) { return {o.temperature, o.top_k, o.top_p, o.seed}; }
+
 // The first of run_001, run_002, ... that does not exist, or to resume the last one that does.
 std::string run_folder(bool resume) {
   std::string last;
@@ -114,14 +120,20 @@ class Run {
                                  std::to_string(validation_->source().vocab_size()) + ", -i one of " +
                                  std::to_string(loader_.source().vocab_size()));
     }
+    if (o_.mask_docs && loader_.source().is_bytes())
+      throw std::runtime_error(
+          "-mask_docs: needs token shards (-i FILES.bin), whose documents begin with token " +
+          std::to_string(kEndOfText));
     parameters_.allocate_gradients();
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_));
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
-                                             Recompute(o_.recompute));
+                                             Recompute(o_.recompute), separator(o_));
     training_step_ = std::make_unique<TrainingStep<Device>>(parameters_, *model_, *optimizer_, o_.global_batch,
                                                             o_.micro_batch, o_.seq_len);
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
     targets_.resize(inputs_.size());
+    codec_ = std::make_unique<TextCodec>(config.vocab, o_.vocabulary);
+    prompt_ = codec_->tokens(o_.prompt);
   }
 
   // Weights from the seed or, with -load, from a checkpoint.
@@ -288,12 +300,11 @@ class Run {
   }
 
   void sample() {
-    const int vocab = parameters_.config.vocab;
     std::string text;
     generate<Device>(
-        parameters_, prompt_tokens(o_.prompt, vocab), vocab == 256 ? 400 : 64, o_.seed,
-        [&](int token) { text += token_text(token, vocab); }, [] { return signal_received != 0; });
-    report_.say("sample after step " + std::to_string(step_) + ":\n" + o_.prompt + text + "\n");
+        parameters_, prompt_, codec_->is_bytes() ? 400 : 64, sampling(o_), separator(o_),
+        [&](int token) { text += codec_->text(token); }, [] { return signal_received != 0; });
+    report_.say("sample after step " + std::to_string(step_) + ":\n" + codec_->shown(o_.prompt) + text + "\n");
   }
 
   // Saves a checkpoint; a failure (a full disk) is said and the run goes on.
@@ -329,6 +340,8 @@ class Run {
   std::unique_ptr<CsvLog> log_;
   Reporter report_;
   std::vector<int32_t> inputs_, targets_;  // [B,T]
+  std::unique_ptr<TextCodec> codec_;
+  std::vector<int32_t> prompt_;  // of samples
   bool have_batch_ = false;  // the next step's has been read
   double batch_floor_ = 0;
   std::exception_ptr batch_error_;
@@ -365,14 +378,16 @@ void generate_and_print(Device& dev, const Options& o) {
   const Checkpoint checkpoint = open_any_checkpoint(o.load);
   Parameters<Device> parameters(dev, read_config(checkpoint));
   load_parameters(parameters, checkpoint);
-  const int vocab = parameters.config.vocab;
-  const std::vector<int32_t> prompt = prompt_tokens(o.prompt, vocab);
-  if (!o.prompt.empty()) std::printf("%s%s", o.prompt.c_str(), vocab == 256 ? "" : " ");
+  const TextCodec codec(parameters.config.vocab, o.vocabulary);
+  const std::vector<int32_t> prompt = codec.tokens(o.prompt);
+  std::printf("%s", codec.shown(o.prompt).c_str());
   const auto emit = [&](int token) {
-    std::printf("%s", token_text(token, vocab).c_str());
+    const std::string text = codec.text(token);
+    std::fwrite(text.data(), 1, text.size(), stdout);  // may hold zero bytes
     std::fflush(stdout);
   };
-  generate<Device>(parameters, prompt, o.generate, o.seed, emit, [] { return signal_received != 0; });
+  generate<Device>(parameters, prompt, o.generate, sampling(o), separator(o), emit,
+                   [] { return signal_received != 0; });
   std::printf("\n");
 }
 
@@ -385,10 +400,14 @@ void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
   DataLoader loader(o.train, o.seq_len, o.global_batch, o.seed);
   std::vector<int32_t> tokens(size_t(o.global_batch) * o.seq_len), targets(tokens.size());
   loader.next(tokens.data(), targets.data());
-  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), nullptr);
+  std::unique_ptr<Checkpoint> loaded;
+  if (!o.load.empty()) loaded = std::make_unique<Checkpoint>(open_any_checkpoint(o.load));
+  const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), loaded.get());
+  std::function<void(Parameters<Device>&)> start;
+  if (loaded) start = [&](Parameters<Device>& parameters) { load_parameters(parameters, *loaded); };
   const std::vector<CoordRow> rows =
       coordinate_check(dev, config, optimizer_config(o), o.learning_rate, o.seed, tokens, targets,
-                       o.global_batch, o.seq_len);
+                       o.global_batch, o.seq_len, kCoordSteps[std::size(kCoordSteps) - 1], start);
   write_coord_rows(o.output, rows, config, parse_optimizer(o.optimizer), o.seed);
 }
 
@@ -439,8 +458,10 @@ int run(int argc, char** argv) {
   parse_vector_rule(o.gains);
   parse_decay_mode(o.decay_mode);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
-  if (o.coord_check && (o.resume || o.generate || !o.load.empty()))
-    throw std::runtime_error("-coord_check starts from fresh weights: leave out -resume, -load and -gen");
+  if (o.coord_check && (o.resume || o.generate || o.mask_docs))
+    throw std::runtime_error(
+        "-coord_check neither resumes nor generates, and takes whole sequences: leave out -resume, -gen and "
+        "-mask_docs");
   install_signal_handlers();
 #ifdef __CUDACC__
   const std::string no_gpu = Cuda::unavailable();

@@ -2,8 +2,8 @@
 # Everything that needs a GPU, in parts: dev/gpu_check.sh PART...
 #   tests      ./test_gdn (FILTER: only the cases that match)
 #   sanitize   compute-sanitizer memcheck and racecheck over the CUDA tests
-#   bench      dev/bench_layers and dev/bench_delta_rule
-#   speed      tokens/s of the training step on the books shards (SIZES: width,sequences,layers ...; OPTIONS: more)
+#   bench      dev/bench_layers and dev/bench_delta_rule: the kernels
+#   speed      dev/bench_step: tokens/s and memory of the training step (SIZES: widths with commas; OPTIONS: -phases ...)
 #   books      the reference run on the books shards at d = 256 and 512 (BOOKS names their folder, .bin or .bin.xz)
 # Binaries are taken as they are (make builds them). Logs go to $OUT (default: a new folder under dev/results).
 set -uo pipefail
@@ -53,21 +53,8 @@ shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], 'wb'))" "$packed" "
 }
 
 speed() {
-  local data work
-  data=$(books_folder)
-  work=$(mktemp -d)
-  for size in ${SIZES:-256,32,8 512,16,8 512,32,8 1024,32,8 1536,32,8 2048,8,21}; do
-    IFS=, read -r width batch layers <<<"$size"
-    local name=d${width}_b${batch}_L${layers}
-    part "speed_$name" ./train_gdn -i "$data/books_train_*.bin" -w "$width" -L "$layers" -heads 6 -T 1024 -b "$batch" \
-      -B "$batch" -n 25 -v 0 -s 0 -save 0 ${OPTIONS:-} -o "$work/$name"
-    grep -h "^memory" "$OUT/speed_$name.log" | cut -d, -f1
-    # the median of the last 20 steps
-    awk -F, '$2 == "train" && $1 > 5 { print $7, $6, $8 }' "$work/$name/log.csv" | sort -n |
-      awk -v name="$name" '{ row[NR] = $0 } END { print name ": tokens/s, ms, share of speed-of-light:", row[int((NR + 1) / 2)] }' |
-      tee -a "$OUT/speed.txt"
-    rm -rf "${work:?}/$name"
-  done
+  part speed ./dev/bench_step ${SIZES:+-d "$SIZES"} ${OPTIONS:-} -csv "$OUT/speed.csv"
+  cat "$OUT/speed.log"
 }
 
 books() {

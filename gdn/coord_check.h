@@ -24,6 +24,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <functional>
+#include <iterator>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -311,17 +313,22 @@ class CoordProbe {
   std::vector<CoordRow>* rows_ = nullptr;
 };
 
-// Trains a fresh model on one batch, tokens and targets [B,T] on the host, at a constant learning rate, and
-// returns the sizes at kCoordSteps. Throws one line when the loss or the gradient is not finite.
+// Trains a model on one batch, tokens and targets [B,T] on the host, at a constant learning rate, and returns
+// the sizes at kCoordSteps. `start` gives the parameters their first values: without it they come from the seed.
+// Throws one line when the loss or the gradient is not finite.
 template <class Device>
 std::vector<CoordRow> coordinate_check(Device& dev, const ModelConfig& config,
                                        const OptimizerConfig& optimizer_config, double learning_rate,
                                        uint64_t seed, const std::vector<int32_t>& tokens,
                                        const std::vector<int32_t>& targets, int batch, int length,
-                                       int last_step = kCoordSteps[std::size(kCoordSteps) - 1]) {
+                                       int last_step = kCoordSteps[std::size(kCoordSteps) - 1],
+                                       const std::function<void(Parameters<Device>&)>& start = {}) {
   Parameters<Device> parameters(dev, config);
   parameters.allocate_gradients();
-  parameters.initialize(seed);
+  if (start)
+    start(parameters);
+  else
+    parameters.initialize(seed);
   Optimizer<Device> optimizer(parameters, optimizer_config);
   Model<Device> model(parameters, batch, length, Use::training);
   CoordProbe<Device> probe(parameters, batch, length);

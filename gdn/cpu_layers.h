@@ -21,6 +21,7 @@
 
 #include "cpu_gemm.h"
 #include "device.h"
+#include "random.h"
 #include "shapes.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__)
@@ -112,7 +113,7 @@ void rmsnorm_forward(Cpu<Real>&, Real* h, Real* rstd, const Real* x, const Real*
 }
 
 // x_out [M,d] = x + branch (the residual stream), then h and rstd as rmsnorm_forward of x_out. x_out may be
-// x.
+// x or branch.
 template <class Real>
 void residual_rmsnorm_forward(Cpu<Real>& dev, Real* x_out, Real* h, Real* rstd, const Real* x,
                               const Real* branch, const Real* w, int rows, int width) {
@@ -124,9 +125,16 @@ void residual_rmsnorm_forward(Cpu<Real>& dev, Real* x_out, Real* h, Real* rstd, 
 
 // dx [M,d] += gradient through the norm (dx already holds the gradient of the residual stream past it),
 // dw [d] += sum over rows. With n = x * rstd and e = w * dh:  dx += rstd * (e - n * mean(e * n)).
+// h [M,d] (nullptr: not wanted) = what the forward gave, to the bit, for the weight gradient of the Linear
+// that read it; h may be dh.
 template <class Real>
-void rmsnorm_backward(Cpu<Real>&, Real* dx, Real* dw, const Real* dh, const Real* x, const Real* rstd,
-                      const Real* w, int rows, int width, void*) {
+void rmsnorm_backward(Cpu<Real>&, Real* dx, Real* dw, Real* h, const Real* dh, const Real* x,
+                      const Real* rstd, const Real* w, int rows, int width, void*) {
+#pragma omp parallel for schedule(static)
+  for (int c0 = 0; c0 < width; c0 += 16)
+    for (int m = 0; m < rows; m++)
+      for (int c = c0; c < std::min(c0 + 16, width); c++)
+        dw[c] += dh[int64_t(m) * width + c] * x[int64_t(m) * width + c] * rstd[m];
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < rows; m++) {
     const Real* xm = x + int64_t(m) * width;
@@ -137,12 +145,9 @@ void rmsnorm_backward(Cpu<Real>&, Real* dx, Real* dw, const Real* dh, const Real
     for (int c = 0; c < width; c++) mean += w[c] * dhm[c] * xm[c];
     mean *= rstd[m] / width;
     for (int c = 0; c < width; c++) dxm[c] += rstd[m] * (w[c] * dhm[c] - xm[c] * rstd[m] * mean);
+    if (!h) continue;
+    for (int c = 0; c < width; c++) h[int64_t(m) * width + c] = w[c] * xm[c] * rstd[m];
   }
-#pragma omp parallel for schedule(static)
-  for (int c0 = 0; c0 < width; c0 += 16)
-    for (int m = 0; m < rows; m++)
-      for (int c = c0; c < std::min(c0 + 16, width); c++)
-        dw[c] += dh[int64_t(m) * width + c] * x[int64_t(m) * width + c] * rstd[m];
 }
 
 template <class Real>
@@ -183,10 +188,11 @@ void linear_backward_weight(Cpu<Real>&, Real* dw, const Real* dy, const Real* x,
 //   eps)
 // qkv [M,C]; rnorm [M,2 Hk] (q heads, then k heads); taps [C,4].
 // history [B,3,C]: the three inputs before t = 0 (nullptr: zeros); overwritten with the last three of this
-// call, so that a sequence can be fed in pieces.
+// call, so that a sequence can be fed in pieces. position [M] (same_document): inputs of another document
+// count as zeros; nullptr: all are of one.
 template <class Real>
 void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, const Real* taps, Real* history,
-                        const MixerShape& shape) {
+                        const MixerShape& shape, const int32_t* position = nullptr) {
   const int C = shape.conv_channels(), P = shape.columns(), T = shape.tokens, K = kConvTaps;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < shape.batch; b++)
@@ -199,7 +205,7 @@ void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, co
         const Real* x = from >= 0 ? proj + (m - (K - 1) + j) * P
                         : history ? history + (int64_t(b) * (K - 1) + from + K - 1) * C
                                   : nullptr;
-        if (x)
+        if (x && same_document(position, m, K - 1 - j))
           for (int c = 0; c < C; c++) out[c] += taps[c * K + j] * x[c];
       }
 #pragma omp simd
@@ -223,28 +229,34 @@ void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, co
 }
 
 // Columns [0,C) of dproj [M,P] = gradient of proj, dtaps [C,4] +=; dqkv [M,C] is overwritten as work space
-// (on return it holds the gradient of u). u is computed again from proj. No history: training starts at t =
-// 0.
+// (on return it holds the gradient of u). u, p and q are computed again from proj. No history: training
+// starts at t = 0.
 //   dp = rnorm * (dq - q (q . dq))    du = dp * silu'(u)    dx_t = sum_j taps[j] du_{t+3-j}    dtaps[j] =
 //   sum_t du_t x_{t-3+j}
 template <class Real>
-void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const Real* qkv, const Real* rnorm,
-                         const Real* proj, const Real* taps, const MixerShape& shape, void*) {
+void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const Real* rnorm,
+                         const Real* proj, const Real* taps, const MixerShape& shape, void*,
+                         const int32_t* position = nullptr) {
   const int C = shape.conv_channels(), P = shape.columns(), T = shape.tokens, K = kConvTaps;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int b = 0; b < shape.batch; b++)
     for (int t = 0; t < T; t++) {
       const int64_t m = int64_t(b) * T + t;
       Real* du = dqkv + m * C;
+      std::vector<Real> u(C), q(2 * shape.key_dim());
+      for (int j = std::max(0, K - 1 - t); j < K; j++)
+        if (same_document(position, m, K - 1 - j))
+          for (int c = 0; c < C; c++) u[c] += taps[c * K + j] * proj[(m - (K - 1) + j) * P + c];
+#pragma omp simd
+      for (int c = 0; c < 2 * shape.key_dim(); c++) q[c] = silu(u[c]);
       for (int h = 0; h < 2 * shape.heads_k; h++) {
         const int n = shape.head_dim_k;
-        const Real* q = qkv + m * C + h * n;
-        const Real r = rnorm[m * 2 * shape.heads_k + h], along = dot(q, du + h * n, n);
-        for (int c = 0; c < n; c++) du[h * n + c] = r * (du[h * n + c] - q[c] * along);
+        Real *dq = du + h * n, *qh = q.data() + h * n;
+        const Real r = rnorm[m * 2 * shape.heads_k + h];
+        for (int c = 0; c < n; c++) qh[c] *= r;
+        const Real along = dot(qh, dq, n);
+        for (int c = 0; c < n; c++) dq[c] = r * (dq[c] - qh[c] * along);
       }
-      std::vector<Real> u(C);
-      for (int j = std::max(0, K - 1 - t); j < K; j++)
-        for (int c = 0; c < C; c++) u[c] += taps[c * K + j] * proj[(m - (K - 1) + j) * P + c];
 #pragma omp simd
       for (int c = 0; c < C; c++) du[c] *= silu_derivative(u[c]);
     }
@@ -255,7 +267,7 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
       Real* dx = dproj + m * P;
       std::fill_n(dx, C, Real(0));
       for (int j = 0; j < K; j++)
-        if (t + K - 1 - j < T)
+        if (t + K - 1 - j < T && same_document(position, m + K - 1 - j, K - 1 - j))
           for (int c = 0; c < C; c++) dx[c] += taps[c * K + j] * dqkv[(m + K - 1 - j) * C + c];
     }
 #pragma omp parallel for schedule(static)
@@ -265,29 +277,28 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
         const int64_t m = int64_t(b) * T + t;
         for (int c = c0; c < std::min(c0 + 16, C); c++)
           for (int j = std::max(0, K - 1 - t); j < K; j++)
-            dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
+            if (same_document(position, m, K - 1 - j))
+              dtaps[c * K + j] += dqkv[m * C + c] * proj[(m - (K - 1) + j) * P + c];
       }
-}
-
-template <class Real>
-size_t short_conv_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
-  return 0;
 }
 
 // ---- gates
 // --------------------------------------------------------------------------------------------------------
 
 // g [M,Hv] = -exp(A_log) * softplus(a + dt_bias) <= 0, the logarithm of the decay alpha;
-// beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed.
+// beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed. Where
+// position [M] is 0, a document's first token, g = kDocumentDecay instead.
 template <class Real>
 void gates_forward(Cpu<Real>&, Real* g, Real* beta, const Real* proj, const Real* A_log, const Real* dt_bias,
-                   const MixerShape& shape, Real beta_max) {
+                   const MixerShape& shape, Real beta_max, const int32_t* position = nullptr) {
   const int H = shape.heads_v;
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < shape.rows(); m++) {
     const Real* row = proj + int64_t(m) * shape.columns();
     for (int h = 0; h < H; h++) {
-      g[int64_t(m) * H + h] = -std::exp(A_log[h]) * softplus(row[shape.a_column() + h] + dt_bias[h]);
+      g[int64_t(m) * H + h] = position && position[m] == 0
+                                  ? Real(kDocumentDecay)
+                                  : -std::exp(A_log[h]) * softplus(row[shape.a_column() + h] + dt_bias[h]);
       beta[int64_t(m) * H + h] = beta_max * sigmoid(row[shape.b_column() + h]);
     }
   }
@@ -296,11 +307,15 @@ void gates_forward(Cpu<Real>&, Real* g, Real* beta, const Real* proj, const Real
 // Columns a, b and the padding (zeros) of dproj; dA_log [Hv], ddt_bias [Hv] +=.
 //   da = -dg exp(A_log) sigmoid(a + dt_bias)    db = dbeta beta (1 - beta/beta_max)    dA_log = sum dg g
 //   ddt_bias = sum da
+// Where position [M] is 0, g is a constant: dg counts as 0.
 template <class Real>
 void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const Real* dg, const Real* dbeta,
                     const Real* g, const Real* beta, const Real* proj, const Real* A_log, const Real* dt_bias,
-                    const MixerShape& shape, Real beta_max, void*) {
+                    const MixerShape& shape, Real beta_max, void*, const int32_t* position = nullptr) {
   const int H = shape.heads_v, P = shape.columns();
+  const auto dg_of = [&](int m, int h) {
+    return position && position[m] == 0 ? Real(0) : dg[int64_t(m) * H + h];
+  };
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < shape.rows(); m++) {
     const Real* row = proj + int64_t(m) * P;
@@ -308,7 +323,7 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
     for (int h = 0; h < H; h++) {
       const int64_t i = int64_t(m) * H + h;
       drow[shape.a_column() + h] =
-          -dg[i] * std::exp(A_log[h]) * sigmoid(row[shape.a_column() + h] + dt_bias[h]);
+          -dg_of(m, h) * std::exp(A_log[h]) * sigmoid(row[shape.a_column() + h] + dt_bias[h]);
       drow[shape.b_column() + h] = dbeta[i] * beta[i] * (1 - beta[i] / beta_max);
     }
     std::fill(drow + shape.b_column() + H, drow + P, Real(0));
@@ -316,13 +331,37 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
   for (int m = 0; m < shape.rows(); m++)
     for (int h = 0; h < H; h++) {
       const int64_t i = int64_t(m) * H + h;
-      dA_log[h] += dg[i] * g[i];
+      dA_log[h] += dg_of(m, h) * g[i];
       ddt_bias[h] += dproj[int64_t(m) * P + shape.a_column() + h];
     }
 }
 
+// ---- short convolution and gates
+// ----------------------------------------------------------------------------------
+
+// The two layers above in one call, as the GPU has them: all that the delta rule reads.
 template <class Real>
-size_t gates_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
+void short_conv_gates_forward(Cpu<Real>& dev, Real* qkv, Real* rnorm, Real* g, Real* beta, const Real* proj,
+                              const Real* taps, const Real* A_log, const Real* dt_bias, Real* history,
+                              const MixerShape& shape, Real beta_max, const int32_t* position = nullptr) {
+  short_conv_forward(dev, qkv, rnorm, proj, taps, history, shape, position);
+  gates_forward(dev, g, beta, proj, A_log, dt_bias, shape, beta_max, position);
+}
+
+// Every column of dproj but those of z; dqkv is work space, as in short_conv_backward.
+template <class Real>
+void short_conv_gates_backward(Cpu<Real>& dev, Real* dproj, Real* dtaps, Real* dA_log, Real* ddt_bias,
+                               Real* dqkv, const Real* dg, const Real* dbeta, const Real* rnorm,
+                               const Real* g, const Real* beta, const Real* proj, const Real* taps,
+                               const Real* A_log, const Real* dt_bias, const MixerShape& shape, Real beta_max,
+                               void* scratch, const int32_t* position = nullptr) {
+  short_conv_backward(dev, dproj, dtaps, dqkv, rnorm, proj, taps, shape, scratch, position);
+  gates_backward(dev, dproj, dA_log, ddt_bias, dg, dbeta, g, beta, proj, A_log, dt_bias, shape, beta_max,
+                 scratch, position);
+}
+
+template <class Real>
+size_t short_conv_gates_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
   return 0;
 }
 
@@ -335,6 +374,13 @@ namespace gdn {
 // ---- output norm and gate
 // -----------------------------------------------------------------------------------------
 
+// One head of one row: y [n] = w_o * o * rstd * silu(z)
+template <class Real>
+void output_norm_head(Real* y, const Real* o, const Real* z, const Real* w_o, Real rstd, int n) {
+#pragma omp simd
+  for (int c = 0; c < n; c++) y[c] = w_o[c] * o[c] * rstd * silu(z[c]);
+}
+
 // y [M,Hv*dv] = w_o * o * rstd * silu(z), per head: rstd [M,Hv] = 1/sqrt(mean(o^2) + eps), w_o [dv] shared by
 // heads, z the columns of proj.
 template <class Real>
@@ -346,37 +392,21 @@ void output_norm_forward(Cpu<Real>&, Real* y, Real* rstd, const Real* o, const R
     for (int h = 0; h < H; h++) {
       const Real* om = o + (int64_t(m) * H + h) * n;
       const Real* z = proj + int64_t(m) * shape.columns() + shape.z_column() + h * n;
-      Real* ym = y + (int64_t(m) * H + h) * n;
       const Real r = 1 / std::sqrt(dot(om, om, n) / n + Real(kNormEps));
       rstd[int64_t(m) * H + h] = r;
-#pragma omp simd
-      for (int c = 0; c < n; c++) ym[c] = w_o[c] * om[c] * r * silu(z[c]);
+      output_norm_head(y + (int64_t(m) * H + h) * n, om, z, w_o, r, n);
     }
 }
 
 // d_o [M,Hv*dv], the z columns of dproj, dw_o [dv] +=. With n = o rstd and e = w_o silu(z) dy:
 //   d_o = rstd (e - n mean(e n))    dz = w_o n dy silu'(z)    dw_o = sum over rows and heads of n silu(z) dy
+// y [M,Hv*dv] = what the forward gave, to the bit, for the weight gradient of the Linear that read it. d_o
+// may be dy.
 template <class Real>
-void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, const Real* dy, const Real* o,
-                          const Real* rstd, const Real* proj, const Real* w_o, const MixerShape& shape,
-                          void*) {
+void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, Real* y, const Real* dy,
+                          const Real* o, const Real* rstd, const Real* proj, const Real* w_o,
+                          const MixerShape& shape, void*) {
   const int H = shape.heads_v, n = shape.head_dim_v, P = shape.columns();
-#pragma omp parallel for schedule(static)
-  for (int m = 0; m < shape.rows(); m++)
-    for (int h = 0; h < H; h++) {
-      const int64_t row = (int64_t(m) * H + h) * n, column = int64_t(m) * P + shape.z_column() + h * n;
-      const Real r = rstd[int64_t(m) * H + h];
-      Real mean = 0;
-#pragma omp simd reduction(+ : mean)
-      for (int c = 0; c < n; c++) mean += w_o[c] * silu(proj[column + c]) * dy[row + c] * o[row + c] * r;
-      mean /= n;
-#pragma omp simd
-      for (int c = 0; c < n; c++) {
-        const Real z = proj[column + c], normed = o[row + c] * r;
-        d_o[row + c] = r * (w_o[c] * silu(z) * dy[row + c] - normed * mean);
-        dproj[column + c] = w_o[c] * normed * dy[row + c] * silu_derivative(z);
-      }
-    }
 #pragma omp parallel for schedule(static)
   for (int c = 0; c < n; c++) {
     Real sum = 0;
@@ -388,6 +418,23 @@ void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, const 
       }
     dw_o[c] += sum;
   }
+#pragma omp parallel for schedule(static)
+  for (int m = 0; m < shape.rows(); m++)
+    for (int h = 0; h < H; h++) {
+      const int64_t row = (int64_t(m) * H + h) * n, column = int64_t(m) * P + shape.z_column() + h * n;
+      const Real r = rstd[int64_t(m) * H + h];
+      output_norm_head(y + row, o + row, proj + column, w_o, r, n);
+      Real mean = 0;
+#pragma omp simd reduction(+ : mean)
+      for (int c = 0; c < n; c++) mean += w_o[c] * silu(proj[column + c]) * dy[row + c] * o[row + c] * r;
+      mean /= n;
+#pragma omp simd
+      for (int c = 0; c < n; c++) {
+        const Real z = proj[column + c], normed = o[row + c] * r, gradient = dy[row + c];
+        d_o[row + c] = r * (w_o[c] * silu(z) * gradient - normed * mean);
+        dproj[column + c] = w_o[c] * normed * gradient * silu_derivative(z);
+      }
+    }
 }
 
 template <class Real>
@@ -398,20 +445,28 @@ size_t output_norm_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
 // ---- SwiGLU
 // -------------------------------------------------------------------------------------------------------
 
+// One row: out [I] = silu(gate) * up
+template <class Real>
+void swiglu_row(Real* out, const Real* gate, const Real* up, int inner) {
+#pragma omp simd
+  for (int c = 0; c < inner; c++) out[c] = silu(gate[c]) * up[c];
+}
+
 // out [M,I] = silu(gate) * up, gate_up [M,2I]: gate in the first I columns, up in the last
 template <class Real>
 void swiglu_forward(Cpu<Real>&, Real* out, const Real* gate_up, int rows, int inner) {
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < rows; m++) {
     const Real *gate = gate_up + int64_t(m) * 2 * inner, *up = gate + inner;
-#pragma omp simd
-    for (int c = 0; c < inner; c++) out[int64_t(m) * inner + c] = silu(gate[c]) * up[c];
+    swiglu_row(out + int64_t(m) * inner, gate, up, inner);
   }
 }
 
-// dgate_up [M,2I] from dout [M,I]
+// dgate_up [M,2I] from dout [M,I]; out [M,I] = what the forward gave, to the bit, for the weight gradient of
+// the Linear that read it. out may be dout.
 template <class Real>
-void swiglu_backward(Cpu<Real>&, Real* dgate_up, const Real* dout, const Real* gate_up, int rows, int inner) {
+void swiglu_backward(Cpu<Real>&, Real* dgate_up, Real* out, const Real* dout, const Real* gate_up, int rows,
+                     int inner) {
 #pragma omp parallel for schedule(static)
   for (int m = 0; m < rows; m++) {
     const Real *gate = gate_up + int64_t(m) * 2 * inner, *up = gate + inner;
@@ -422,6 +477,7 @@ void swiglu_backward(Cpu<Real>&, Real* dgate_up, const Real* dout, const Real* g
       dgate[c] = dy * up[c] * silu_derivative(gate[c]);
       dup[c] = dy * silu(gate[c]);
     }
+    swiglu_row(out + int64_t(m) * inner, gate, up, inner);
   }
 }
 
@@ -546,6 +602,20 @@ void sgd_update(Cpu<Real>&, Real* master, Real* weights, Real* moment, const Rea
 template <class Real>
 void round_weights(Cpu<Real>&, Real* weights, const Real* master, size_t n) {
   if (weights != master) std::copy_n(master, n, weights);
+}
+
+// ---- initial values ---------------------------------------------------------------------------------------
+
+// x [n] = standard_deviation * the normals 0 to n - 1 of the stream `key` (random.h), rounded to float: the
+// same bits on every device.
+template <class Real>
+void random_normals(Cpu<Real>&, Real* x, size_t n, uint64_t key, double standard_deviation) {
+#pragma omp parallel for schedule(static)
+  for (size_t i = 0; i < n; i += 2) {
+    double normal[2];
+    random_normal_pair(key, i / 2, normal);
+    for (size_t j = 0; j < 2 && i + j < n; j++) x[i + j] = float(standard_deviation * normal[j]);
+  }
 }
 
 }  // namespace gdn

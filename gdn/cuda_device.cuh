@@ -53,7 +53,7 @@ struct MatmulPlan {
 };
 
 // The ranges' own times on the GPU: what ran while a range was the innermost open one. An event is recorded
-// wherever a range begins or ends.
+// wherever a range begins or ends; what fails there is thrown by milliseconds(), for ranges end in destructors.
 class RangeTimes {
  public:
   explicit RangeTimes(cudaStream_t stream) : stream_(stream) { mark(); }
@@ -74,6 +74,7 @@ class RangeTimes {
   // Milliseconds by the names of the open ranges, "outer / inner", in the order in which they were first met.
   // Waits for the device.
   std::vector<std::pair<std::string, double>> milliseconds() const {
+    cuda_check(status_);
     cuda_check(cudaEventSynchronize(events_.back()));
     std::vector<std::pair<std::string, double>> sums;
     std::map<std::string, size_t> place;
@@ -92,13 +93,15 @@ class RangeTimes {
     std::string names;
     for (const char* name : open_) names += (names.empty() ? "" : " / ") + std::string(name);
     cudaEvent_t event = nullptr;
-    cuda_check(cudaEventCreate(&event));
+    if (status_ == cudaSuccess) status_ = cudaEventCreate(&event);
+    if (status_ != cudaSuccess) return;
     events_.push_back(event);
     ended_.push_back(names);
-    cuda_check(cudaEventRecord(event, stream_));
+    status_ = cudaEventRecord(event, stream_);
   }
 
   cudaStream_t stream_;
+  cudaError_t status_ = cudaSuccess;
   std::vector<const char*> open_;
   std::vector<cudaEvent_t> events_;
   std::vector<std::string> ended_;  // of the interval that ends at the event: its open ranges

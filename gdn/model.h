@@ -26,11 +26,23 @@ inline void sort_rows_by_token(int32_t* order, const int32_t* tokens, int rows, 
   for (int m = 0; m < rows; m++) order[start[size_t(tokens[m])]++] = m;
 }
 
-// A batch as the device gets it, in one piece: `packed` [3,rows] = tokens, targets, and the rows sorted by token.
-inline void pack_batch(int32_t* packed, const int32_t* tokens, const int32_t* targets, int rows, int vocab) {
+// Each row's steps since its document began, with a token `separator`, or else its sequence. tokens [B,T].
+inline void document_positions(int32_t* position, const int32_t* tokens, int batch, int length,
+                               int separator) {
+  for (int m = 0; m < batch * length; m++)
+    position[m] = m % length == 0 || tokens[m] == separator ? 0 : position[m - 1] + 1;
+}
+
+// A batch as the device gets it, in one piece: `packed` [4,B*T] = tokens, targets, the rows sorted by token,
+// and document_positions.
+constexpr int kPackedRows = 4;
+inline void pack_batch(int32_t* packed, const int32_t* tokens, const int32_t* targets, int batch, int length,
+                       int vocab, int separator) {
+  const int rows = batch * length;
   std::copy_n(tokens, rows, packed);
   std::copy_n(targets, rows, packed + rows);
   sort_rows_by_token(packed + 2 * size_t(rows), tokens, rows, vocab);
+  document_positions(packed + 3 * size_t(rows), tokens, batch, length, separator);
 }
 
 // What the recurrent form carries from token to token: per layer the last inputs of the short convolution
@@ -57,11 +69,13 @@ struct RecurrentState {
 
 enum class Use { training, inference };
 
-// What a training model computes again in the backward instead of keeping it for every layer; the gradients
-// keep their bits.
+constexpr int kNoSeparator = -1;  // documents are not masked
+
+// What a training model computes again in the backward, by extra work, instead of keeping it for every layer;
+// the gradients keep their bits.
 enum class Recompute {
   nothing,
-  elementwise,  // norms, qkv, the output gate, swiglu: one pass over memory each
+  convolution,  // qkv, from proj
   layers,       // everything but each layer's input
 };
 
@@ -74,28 +88,30 @@ class Model {
   using act = typename Device::act;
   static constexpr const char* kRemedy = "lower -b (sequences in a micro-batch) or raise -recompute";
 
-  // What one layer's forward leaves for its backward.
+  // What one layer's forward leaves for its backward. The inputs of the other three Linears (both norms'
+  // outputs, the gated o and swiglu) are not among it: the backward of what made them gives them again.
   struct LayerActivations {
-    act *x_in, *h_attn, *proj, *qkv, *o, *y, *x_mid, *h_mlp, *gate_up, *swiglu;
+    act *x_in, *proj, *qkv, *o, *x_mid, *gate_up;
     real *attn_rstd, *rnorm, *g, *beta, *o_rstd, *mlp_rstd;
     unsigned char* delta_rule;  // what gated_delta_rule_forward saves
   };
 
   Model(Parameters<Device>& parameters, int batch, int tokens, Use use,
-        Recompute recompute = Recompute::nothing)
+        Recompute recompute = Recompute::nothing, int separator = kNoSeparator)
       : p_(parameters),
         dev_(parameters.dev),
         config_(parameters.config),
         shape_(config_.mixer_shape(batch, tokens)),
         max_rows_(shape_.rows()),
         recompute_(recompute),
+        separator_(separator),
         logit_scale_(real(logit_scale(config_.mup()))),
         readout_scale_(real(readout_scale(config_.mup()))) {
     const size_t M = max_rows_, d = config_.width, I = config_.mlp_size, values = shape_.value_dim();
     const bool training = use == Use::training;
     // In inference all layers share one set of activations; in training what is computed again is shared.
     const bool share_all = !training || recompute == Recompute::layers;
-    const bool share_cheap = share_all || recompute == Recompute::elementwise;
+    const bool share_qkv = share_all || recompute == Recompute::convolution;
     for (int l = 0; l < config_.layers; l++) {
       const LayerActivations* first = l ? &layers_[0] : nullptr;
       const auto pick = [&](bool share, auto LayerActivations::*member, size_t n, auto make) {
@@ -110,11 +126,7 @@ class Model {
       x.proj = pick(share_all, &L::proj, M * shape_.columns(), a);
       x.o = pick(share_all, &L::o, M * values, a);
       x.gate_up = pick(share_all, &L::gate_up, M * 2 * I, a);
-      x.h_attn = pick(share_cheap, &L::h_attn, M * d, a);
-      x.h_mlp = share_cheap ? x.h_attn : activations(M * d);
-      x.qkv = pick(share_cheap, &L::qkv, M * shape_.conv_channels(), a);
-      x.y = pick(share_cheap, &L::y, M * values, a);
-      x.swiglu = pick(share_cheap, &L::swiglu, M * I, a);
+      x.qkv = pick(share_qkv, &L::qkv, M * shape_.conv_channels(), a);
       x.attn_rstd = pick(share_all, &L::attn_rstd, M, s);
       x.mlp_rstd = pick(share_all, &L::mlp_rstd, M, s);
       x.rnorm = pick(share_all, &L::rnorm, M * 2 * config_.heads_k, s);
@@ -125,12 +137,10 @@ class Model {
                           [&](size_t n) { return keep(bytes_, n, "delta rule states"); });
       layers_.push_back(x);
     }
-    batch_ = Buffer<Device, int32_t>(dev_, 3 * M, "tokens", kRemedy);
+    batch_ = Buffer<Device, int32_t>(dev_, kPackedRows * M, "tokens", kRemedy);
     losses_ = statistics(M);
     loss_sum_ = Buffer<Device, double>(dev_, 1, "statistics", kRemedy);
-    branch_ = activations(M * d);
-    x_out_ = activations(M * d);
-    h_out_ = activations(M * d);
+    branch_ = x_out_ = activations(M * d);
     out_rstd_ = statistics(M);
     // Logits in chunks of rows: at most 2^27 of them at a time (256 MiB in bf16), and never fewer than 64
     // rows.
@@ -138,26 +148,30 @@ class Model {
     // Logits and the layers' work space are never needed at the same time.
     size_t scratch = std::max(gated_delta_rule_scratch_bytes(dev_, shape_),
                               logit_rows_ * config_.padded_vocab * sizeof(act));
+    // The inputs of the Linears behind a norm, gate or swiglu are dead when those have run: all share one
+    // piece of memory.
+    size_t passing = M * std::max({d, values, I});
     if (training) {
-      dx_ = activations(M * d);
-      dh_ = branch_;  // a branch's output lives in the forward, its input's gradient in the backward
-      // The mixer's backward and the mlp's take turns in one piece of memory.
+      // So do the mixer's backward and the mlp's, which take turns.
       const auto aligned = [](size_t n) { return (n + 63) / 64 * 64; };
       const size_t proj = aligned(M * shape_.columns()), qkv = aligned(M * shape_.conv_channels());
-      const size_t value = aligned(M * values), gate_up = aligned(M * 2 * I), inner = aligned(M * I);
-      dproj_ = dgate_up_ = activations(std::max(proj + qkv + 2 * value, gate_up + inner));
-      dqkv_ = dproj_ + proj;
-      d_o_ = dqkv_ + qkv;
-      dy_ = d_o_ + value;
-      dswiglu_ = dgate_up_ + gate_up;
+      const size_t gate_up = aligned(M * 2 * I);
+      passing = std::max({passing, proj + qkv + M * values, gate_up + M * I});
+      h_ = dproj_ = dgate_up_ = keep(acts_, passing, "activation gradients");
+      y_ = dqkv_ = dproj_ + proj;  // y has been read when dqkv is written
+      d_o_ = dy_ = dqkv_ + qkv;
+      swiglu_ = dswiglu_ = dgate_up_ + gate_up;
+      dx_ = keep(acts_, M * d, "activation gradients");
+      dh_ = branch_;  // a branch's output lives in the forward, its input's gradient in the backward
       dg_ = statistics(M * config_.heads_v);
       dbeta_ = statistics(M * config_.heads_v);
-      for (size_t need :
-           {embedding_backward_scratch_bytes(dev_, int(M), int(d)),
-            rmsnorm_backward_scratch_bytes(dev_, int(M), int(d)),
-            short_conv_backward_scratch_bytes(dev_, shape_), gates_backward_scratch_bytes(dev_, shape_),
-            output_norm_backward_scratch_bytes(dev_, shape_)})
+      for (size_t need : {embedding_backward_scratch_bytes(dev_, int(M), int(d)),
+                          rmsnorm_backward_scratch_bytes(dev_, int(M), int(d)),
+                          short_conv_gates_backward_scratch_bytes(dev_, shape_),
+                          output_norm_backward_scratch_bytes(dev_, shape_)})
         scratch = std::max(scratch, need);
+    } else {
+      h_ = y_ = swiglu_ = activations(passing);
     }
     scratch_ = keep(bytes_, scratch, "work space");
     logits_ = reinterpret_cast<act*>(scratch_);
@@ -167,18 +181,21 @@ class Model {
   // nothing: read the loss with loss_sum() when it is needed. tokens, targets [B,T] on the host.
   void forward_backward(const int32_t* tokens, const int32_t* targets, int batch, int length,
                         float loss_weight) {
-    std::vector<int32_t> packed(3 * size_t(batch) * length);
-    pack_batch(packed.data(), tokens, targets, batch * length, config_.padded_vocab);
+    std::vector<int32_t> packed(kPackedRows * size_t(batch) * length);
+    pack_batch(packed.data(), tokens, targets, batch, length, config_.padded_vocab, separator_);
     upload_batch(packed.data(), batch, length);
     zero_loss();
     forward_backward(loss_weight);
   }
 
-  // The same in parts. `packed` [3,B*T] (pack_batch) may be pinned memory, and is then read later.
+  // The same in parts. `packed` [4,B*T] (pack_batch) may be pinned memory, and is then read later.
   void upload_batch(const int32_t* packed, int batch, int length) {
     set_shape(batch, length);
-    dev_.upload(tokens_, packed, 3 * size_t(shape_.rows()) * sizeof(int32_t));
+    dev_.upload(tokens_, packed, kPackedRows * size_t(shape_.rows()) * sizeof(int32_t));
   }
+  // The token that starts a document where the chunked form masks them: state and convolution then see
+  // nothing before it.
+  int separator() const { return separator_; }
   void zero_loss() { loss_sum_.zero(); }
   // Of the batch uploaded last. Launches and touches no host memory; its loss is added to the sum since zero_loss().
   void forward_backward(float loss_weight) {
@@ -191,6 +208,11 @@ class Model {
   void forward_loss(const int32_t* tokens, const int32_t* targets, int batch, int length) {
     upload_tokens(tokens, batch, length);
     dev_.upload(targets_, targets, size_t(shape_.rows()) * sizeof(int32_t));
+    if (separator_ != kNoSeparator) {
+      std::vector<int32_t> position(size_t(shape_.rows()));
+      document_positions(position.data(), tokens, batch, length, separator_);
+      dev_.upload(position_, position.data(), position.size() * sizeof(int32_t));
+    }
     zero_loss();
     forward(nullptr);
     classify(0);
@@ -218,7 +240,7 @@ class Model {
     std::vector<act> row(V);
     logits.resize(size_t(batch) * V);
     for (int b = 0; b < batch; b++)
-      linear_forward(dev_, logits_ + size_t(b) * V, h_out_ + (size_t(b + 1) * length - 1) * d,
+      linear_forward(dev_, logits_ + size_t(b) * V, h_ + (size_t(b + 1) * length - 1) * d,
                      p_.weights(p_.table.lm_head), 1, V, d, logit_scale_);
     for (int b = 0; b < batch; b++) {
       dev_.download(row.data(), logits_ + size_t(b) * V, V * sizeof(act));
@@ -250,6 +272,7 @@ class Model {
     tokens_ = batch_.get();
     targets_ = tokens_ + shape_.rows();
     order_ = targets_ + shape_.rows();
+    position_ = order_ + shape_.rows();
   }
 
   void upload_tokens(const int32_t* tokens, int batch, int length) {
@@ -271,7 +294,7 @@ class Model {
       mlp_forward(l);
     }
     Range<Device> r(dev_, "final norm");
-    residual_rmsnorm_forward(dev_, x_out_, h_out_, out_rstd_, at(config_.layers - 1).x_mid, branch_,
+    residual_rmsnorm_forward(dev_, x_out_, h_, out_rstd_, at(config_.layers - 1).x_mid, branch_,
                              p_.master(p_.table.final_norm), M, d);
   }
 
@@ -282,23 +305,20 @@ class Model {
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width;
     if (l == 0)
-      rmsnorm_forward(dev_, a.h_attn, a.attn_rstd, a.x_in, p_.master(w.attn_norm), M, d);
+      rmsnorm_forward(dev_, h_, a.attn_rstd, a.x_in, p_.master(w.attn_norm), M, d);
     else
-      residual_rmsnorm_forward(dev_, a.x_in, a.h_attn, a.attn_rstd, at(l - 1).x_mid, branch_,
+      residual_rmsnorm_forward(dev_, a.x_in, h_, a.attn_rstd, at(l - 1).x_mid, branch_,
                                p_.master(w.attn_norm), M, d);
     mixer_branch(l, state);
   }
 
-  // branch = mixer(h_attn)
+  // branch = mixer(h)
   void mixer_branch(int l, RecurrentState<Device>* state) {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width;
-    linear_forward(dev_, a.proj, a.h_attn, p_.weights(w.in_proj), M, shape_.columns(), d);
-    short_conv_forward(dev_, a.qkv, a.rnorm, a.proj, p_.master(w.taps),
-                       state ? state->history[l].get() : nullptr, shape_);
-    gates_forward(dev_, a.g, a.beta, a.proj, p_.master(w.A_log), p_.master(w.dt_bias), shape_,
-                  real(config_.beta_max()));
+    linear_forward(dev_, a.proj, h_, p_.weights(w.in_proj), M, shape_.columns(), d);
+    convolve(l, state ? state->history[l].get() : nullptr);
     {
       Range<Device> r(dev_, "gated delta rule");
       if (state)
@@ -308,55 +328,64 @@ class Model {
         gated_delta_rule_forward(dev_, a.o, a.delta_rule, a.qkv, a.g, a.beta, shape_, readout_scale_,
                                  scratch_);
     }
-    output_norm_forward(dev_, a.y, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
-    linear_forward(dev_, branch_, a.y, p_.weights(w.o_proj), M, d, shape_.value_dim());
+    output_norm_forward(dev_, y_, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
+    linear_forward(dev_, branch_, y_, p_.weights(w.o_proj), M, d, shape_.value_dim());
   }
+
+  // qkv, g and beta from proj
+  void convolve(int l, act* history) {
+    const LayerOffsets& w = p_.table.layers[l];
+    const LayerActivations& a = at(l);
+    short_conv_gates_forward(dev_, a.qkv, a.rnorm, a.g, a.beta, a.proj, p_.master(w.taps), p_.master(w.A_log),
+                             p_.master(w.dt_bias), history, shape_, real(config_.beta_max()),
+                             history ? nullptr : masked_position());
+  }
+
+  const int32_t* masked_position() const { return separator_ == kNoSeparator ? nullptr : position_; }
 
   // branch = mlp(rmsnorm(x_mid))
   void mlp_forward(int l) {
     Range<Device> range(dev_, "mlp forward");
     mlp_inner(l);
-    linear_forward(dev_, branch_, at(l).swiglu, p_.weights(p_.table.layers[l].down), shape_.rows(),
-                   config_.width, config_.mlp_size);
+    const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
+    swiglu_forward(dev_, swiglu_, at(l).gate_up, M, I);
+    linear_forward(dev_, branch_, swiglu_, p_.weights(p_.table.layers[l].down), M, d, I);
   }
 
-  // x_mid = x_in + the mixer's output;  swiglu = silu(W_gate h) * (W_up h),  h = rmsnorm(x_mid)
+  // x_mid = x_in + the mixer's output;  gate_up = (W_gate h, W_up h),  h = rmsnorm(x_mid)
   void mlp_inner(int l) {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
-    residual_rmsnorm_forward(dev_, a.x_mid, a.h_mlp, a.mlp_rstd, a.x_in, branch_, p_.master(w.mlp_norm), M,
-                             d);
-    linear_forward(dev_, a.gate_up, a.h_mlp, p_.weights(w.gate_up), M, 2 * I, d);
-    swiglu_forward(dev_, a.swiglu, a.gate_up, M, I);
+    residual_rmsnorm_forward(dev_, a.x_mid, h_, a.mlp_rstd, a.x_in, branch_, p_.master(w.mlp_norm), M, d);
+    linear_forward(dev_, a.gate_up, h_, p_.weights(w.gate_up), M, 2 * I, d);
   }
 
-  // From x_in all that the layer's forward left.
+  // From x_in all that the layer's forward left for its backward.
   void recompute_layer(int l) {
     Range<Device> range(dev_, "layer again");
     const LayerActivations& a = at(l);
-    rmsnorm_forward(dev_, a.h_attn, a.attn_rstd, a.x_in, p_.master(p_.table.layers[l].attn_norm),
-                    shape_.rows(), config_.width);
+    rmsnorm_forward(dev_, h_, a.attn_rstd, a.x_in, p_.master(p_.table.layers[l].attn_norm), shape_.rows(),
+                    config_.width);
     mixer_branch(l, nullptr);
     mlp_inner(l);
   }
 
-  // Logits, losses and, where loss_weight != 0, dh of the final norm and the head's weight gradient, in row
-  // chunks.
+  // Logits and losses and, where loss_weight != 0, the head's weight gradient and, in the place of h, the
+  // gradient of h, in row chunks.
   void classify(float loss_weight) {
     Range<Device> range(dev_, "classifier");
     const int M = shape_.rows(), d = config_.width, V = config_.padded_vocab;
     const size_t head = p_.table.lm_head;
     for (int first = 0; first < M; first += int(logit_rows_)) {
       const int rows = std::min(int(logit_rows_), M - first);
-      const act* h = h_out_ + size_t(first) * d;
+      act* h = h_ + size_t(first) * d;
       linear_forward(dev_, logits_, h, p_.weights(head), rows, V, d, logit_scale_);
       softmax_cross_entropy(dev_, logits_, losses_ + first, targets_ + first, rows, config_.vocab, V,
                             real(loss_weight));
       if (loss_weight == 0) continue;
-      linear_backward_input(dev_, dh_ + size_t(first) * d, logits_, p_.weights(head), rows, V, d,
-                            logit_scale_);
       linear_backward_weight(dev_, p_.gradients(head), logits_, h, rows, V, d, logit_scale_);
+      linear_backward_input(dev_, h, logits_, p_.weights(head), rows, V, d, logit_scale_);
     }
     sum_losses(dev_, loss_sum_.get(), losses_, M);
   }
@@ -366,7 +395,8 @@ class Model {
     Range<Device> range(dev_, "backward");
     const int M = shape_.rows(), d = config_.width;
     dev_.zero(dx_, size_t(M) * d * sizeof(act));
-    rmsnorm_backward(dev_, dx_, p_.gradients(p_.table.final_norm), dh_, x_out_, out_rstd_,
+    act* const nowhere = nullptr;
+    rmsnorm_backward(dev_, dx_, p_.gradients(p_.table.final_norm), nowhere, h_, x_out_, out_rstd_,
                      p_.master(p_.table.final_norm), M, d, scratch_);
     for (int l = config_.layers - 1; l >= 0; l--) {
       if (recompute_ == Recompute::layers) recompute_layer(l);
@@ -382,17 +412,14 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
-    if (recompute_ == Recompute::elementwise) {
-      rmsnorm_forward(dev_, a.h_mlp, a.mlp_rstd, a.x_mid, p_.master(w.mlp_norm), M, d);
-      swiglu_forward(dev_, a.swiglu, a.gate_up, M, I);
-    }
-    linear_backward_weight(dev_, p_.gradients(w.down), dx_, a.swiglu, M, d, I);
     linear_backward_input(dev_, dswiglu_, dx_, p_.weights(w.down), M, d, I);
-    swiglu_backward(dev_, dgate_up_, dswiglu_, a.gate_up, M, I);
-    linear_backward_weight(dev_, p_.gradients(w.gate_up), dgate_up_, a.h_mlp, M, 2 * I, d);
+    swiglu_backward(dev_, dgate_up_, swiglu_, dswiglu_, a.gate_up, M, I);
+    linear_backward_weight(dev_, p_.gradients(w.down), dx_, swiglu_, M, d, I);
     linear_backward_input(dev_, dh_, dgate_up_, p_.weights(w.gate_up), M, 2 * I, d);
-    rmsnorm_backward(dev_, dx_, p_.gradients(w.mlp_norm), dh_, a.x_mid, a.mlp_rstd, p_.master(w.mlp_norm), M,
-                     d, scratch_);
+    act* h = dh_;  // in the place of its gradient
+    rmsnorm_backward(dev_, dx_, p_.gradients(w.mlp_norm), h, dh_, a.x_mid, a.mlp_rstd, p_.master(w.mlp_norm),
+                     M, d, scratch_);
+    linear_backward_weight(dev_, p_.gradients(w.gate_up), dgate_up_, h, M, 2 * I, d);
   }
 
   void mixer_backward(int l) {
@@ -400,31 +427,25 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, values = shape_.value_dim();
-    if (recompute_ != Recompute::nothing)  // h_mlp took h_attn's place
-      rmsnorm_forward(dev_, a.h_attn, a.attn_rstd, a.x_in, p_.master(w.attn_norm), M, d);
-    if (recompute_ == Recompute::elementwise) {
-      output_norm_forward(dev_, a.y, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
-      act* const no_history = nullptr;
-      short_conv_forward(dev_, a.qkv, a.rnorm, a.proj, p_.master(w.taps), no_history, shape_);
-    }
-    linear_backward_weight(dev_, p_.gradients(w.o_proj), dx_, a.y, M, d, values);
     linear_backward_input(dev_, dy_, dx_, p_.weights(w.o_proj), M, d, values);
-    output_norm_backward(dev_, d_o_, dproj_, p_.gradients(w.o_norm), dy_, a.o, a.o_rstd, a.proj,
+    output_norm_backward(dev_, d_o_, dproj_, p_.gradients(w.o_norm), y_, dy_, a.o, a.o_rstd, a.proj,
                          p_.master(w.o_norm), shape_, scratch_);
+    linear_backward_weight(dev_, p_.gradients(w.o_proj), dx_, y_, M, d, values);
+    if (recompute_ == Recompute::convolution) convolve(l, nullptr);
     {
       Range<Device> r(dev_, "gated delta rule backward");
       gated_delta_rule_backward(dev_, dqkv_, dg_, dbeta_, d_o_, a.delta_rule, a.qkv, a.g, a.beta, shape_,
                                 readout_scale_, scratch_);
     }
-    gates_backward(dev_, dproj_, p_.gradients(w.A_log), p_.gradients(w.dt_bias), dg_, dbeta_, a.g, a.beta,
-                   a.proj, p_.master(w.A_log), p_.master(w.dt_bias), shape_, real(config_.beta_max()),
-                   scratch_);
-    short_conv_backward(dev_, dproj_, p_.gradients(w.taps), dqkv_, a.qkv, a.rnorm, a.proj, p_.master(w.taps),
-                        shape_, scratch_);
-    linear_backward_weight(dev_, p_.gradients(w.in_proj), dproj_, a.h_attn, M, shape_.columns(), d);
+    short_conv_gates_backward(dev_, dproj_, p_.gradients(w.taps), p_.gradients(w.A_log),
+                              p_.gradients(w.dt_bias), dqkv_, dg_, dbeta_, a.rnorm, a.g, a.beta, a.proj,
+                              p_.master(w.taps), p_.master(w.A_log), p_.master(w.dt_bias), shape_,
+                              real(config_.beta_max()), scratch_, masked_position());
     linear_backward_input(dev_, dh_, dproj_, p_.weights(w.in_proj), M, shape_.columns(), d);
-    rmsnorm_backward(dev_, dx_, p_.gradients(w.attn_norm), dh_, a.x_in, a.attn_rstd, p_.master(w.attn_norm),
-                     M, d, scratch_);
+    act* h = dh_;
+    rmsnorm_backward(dev_, dx_, p_.gradients(w.attn_norm), h, dh_, a.x_in, a.attn_rstd,
+                     p_.master(w.attn_norm), M, d, scratch_);
+    linear_backward_weight(dev_, p_.gradients(w.in_proj), dproj_, h, M, shape_.columns(), d);
   }
 
   Parameters<Device>& p_;
@@ -433,11 +454,14 @@ class Model {
   MixerShape shape_;
   const int max_rows_;
   const Recompute recompute_;
+  const int separator_;
   const real logit_scale_, readout_scale_;  // m_out and s of mup.h
   std::vector<LayerActivations> layers_;
-  Buffer<Device, int32_t> batch_;  // tokens, targets, order [M] of the batch, one behind the other
-  int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr;
-  act *branch_ = nullptr, *x_out_ = nullptr, *h_out_ = nullptr, *logits_ = nullptr;
+  Buffer<Device, int32_t> batch_;  // tokens, targets, order, position [M] of the batch, one behind the other
+  int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr, *position_ = nullptr;
+  // A branch's output; once it is added to the stream of the last layer, that. A norm's output; the gated o.
+  act *branch_ = nullptr, *x_out_ = nullptr, *h_ = nullptr, *y_ = nullptr, *swiglu_ = nullptr;
+  act* logits_ = nullptr;
   Buffer<Device, double> loss_sum_;
   real *losses_ = nullptr, *out_rstd_ = nullptr;
   size_t logit_rows_ = 0;

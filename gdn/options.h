@@ -41,10 +41,12 @@ struct Options {
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
   int recompute = 0;
-  bool resume = false, coord_check = false, help = false;
+  bool mask_docs = false, resume = false, coord_check = false, help = false;
   std::string load;
   int64_t generate = 0;
-  std::string prompt;
+  std::string prompt, vocabulary;
+  double temperature = 0.8, top_p = 1;
+  int64_t top_k = 0;
 };
 
 struct OptionSpec {
@@ -91,8 +93,11 @@ class OptionTable {
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",
           "at most 32, divides -B");
     whole("recompute", "0|1|2", o.recompute, 0, 2,
-          "what the backward computes again to save memory: 0 nothing, 1 norms, gates and activations, 2 "
-          "whole layers");
+          "what the backward computes again to save memory: 0 nothing, 1 the short convolution, 2 whole "
+          "layers");
+    flag("mask_docs", o.mask_docs,
+         "of shards: state and convolution see nothing before a document's start (token 50256); also with "
+         "-gen");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");
@@ -128,11 +133,16 @@ class OptionTable {
     section("coordinate check");
     flag("coord_check", o.coord_check,
          "8 steps at a constant -lr on one batch of -B sequences [4], then stop: sizes of activations, gradients and "
-         "updates as CSV, to the file -o or standard output (scripts/coord_check.py)");
-    section("generation");
+         "updates as CSV, to the file -o or standard output (scripts/coord_check.py); weights are fresh or those of -load");
+    section("generation, and samples while training");
     text("load", "FOLDER", o.load, "start from this checkpoint's weights");
     whole("gen", "N", o.generate, 1, int64_t(1) << 40, "generate N tokens from -load and stop", "none");
-    text("prompt", "TEXT", o.prompt, "text to continue (token ids where the model has GPT-2 tokens)");
+    text("prompt", "TEXT", o.prompt, "text to continue (GPT-2 tokens without -vocab: token ids)");
+    text("vocab", "FILE", o.vocabulary,
+         "GPT-2's vocabulary, to have text in and out (scripts/tokenize_text.py writes it)", "none");
+    real("temperature", "X", o.temperature, 0, 100, "logits are divided by it, 0: the most probable token");
+    whole("top_k", "N", o.top_k, 0, 1 << 24, "draw among the N most probable tokens, 0: all");
+    real("top_p", "X", o.top_p, 0, 1, "draw among the most probable tokens that together have probability X");
     flag("h", o.help, "this help");
   }
 
@@ -169,7 +179,7 @@ class OptionTable {
   std::vector<std::pair<std::string, std::string>> values() const {
     std::vector<std::pair<std::string, std::string>> values;
     for (const OptionSpec& s : specs_)
-      if (s.set && s.argument && !about_this_call(s.name)) values.emplace_back(s.name, s.show());
+      if (s.set && !about_this_call(s.name)) values.emplace_back(s.name, s.show());
     return values;
   }
 
@@ -195,13 +205,16 @@ class OptionTable {
 
  private:
   static bool about_this_call(const std::string& name) {
-    return name == "o" || name == "d" || name == "load" || name == "gen" || name == "prompt";
+    for (const char* mine : {"o", "d", "load", "gen", "prompt", "resume", "coord_check", "h"})
+      if (name == mine) return true;
+    return false;
   }
 
   void section(const char* title) { specs_.push_back({title, nullptr, "", "", nullptr, nullptr}); }
 
   void flag(const char* name, bool& target, const std::string& help) {
-    specs_.push_back({name, nullptr, help, "", [&target](const std::string&) { target = true; }, nullptr});
+    specs_.push_back({name, nullptr, help, "", [&target](const std::string& value) { target = value != "0"; },
+                      [&target] { return target ? "1" : "0"; }});
   }
 
   void text(const char* name, const char* argument, std::string& target, const std::string& help,

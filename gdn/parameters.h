@@ -85,6 +85,9 @@ inline ParameterTable make_parameter_table(const ModelConfig& c) {
   return table;
 }
 
+// The large tensors: all but gains, taps and the gates' scalars.
+inline bool drawn_from_a_normal(TensorClass cls) { return cls <= TensorClass::gate; }
+
 // Initial value number `index` of a tensor (model.md, "Initial values"): a function of seed, name and index
 // alone.
 inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64_t index) {
@@ -102,23 +105,6 @@ inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64
     }
     default:
       return float(init_std(mup, t.cls) * random_normal(key, index));
-  }
-}
-
-// Initial values `first` (even) to `first` + `count` of a tensor.
-template <class Real>
-void initial_values(Real* values, const Tensor& t, const Mup& mup, uint64_t key, size_t first, size_t count) {
-  if (t.cls > TensorClass::gate) {  // the classes after it are not drawn from a normal (mup.h)
-#pragma omp parallel for schedule(static)
-    for (size_t i = 0; i < count; i++) values[i] = initial_value(t, mup, key, first + i);
-    return;
-  }
-  const double std = init_std(mup, t.cls);
-#pragma omp parallel for schedule(static)
-  for (size_t i = 0; i < count; i += 2) {
-    double normal[2];
-    random_normal_pair(key, (first + i) / 2, normal);
-    for (size_t j = 0; j < 2 && i + j < count; j++) values[i + j] = float(std * normal[j]);
   }
 }
 
@@ -157,16 +143,18 @@ class Parameters {
 
   // Initial values from the seed.
   void initialize(uint64_t seed) {
-    constexpr size_t kPiece = 1 << 22;
     const Mup mup = config.mup();
-    HostBuffer<Device, real> values(dev, kPiece);
-    for (const Tensor& t : table.tensors)
-      for (size_t first = 0; first < t.size; first += kPiece) {
-        const size_t count = std::min(kPiece, t.size - first);
-        initial_values(values.get(), t, mup, stream_key(seed, t.name), first, count);
-        dev.upload(master(t.offset + first), values.get(), count * sizeof(real));
-        dev.synchronize();  // before the next values take their place
+    std::vector<real> values;
+    for (const Tensor& t : table.tensors) {
+      const uint64_t key = stream_key(seed, t.name);
+      if (drawn_from_a_normal(t.cls)) {
+        random_normals(dev, master(t.offset), t.size, key, init_std(mup, t.cls));
+        continue;
       }
+      values.resize(t.size);
+      for (size_t i = 0; i < t.size; i++) values[i] = initial_value(t, mup, key, i);
+      dev.upload(master(t.offset), values.data(), t.size * sizeof(real));
+    }
     round();
   }
 

@@ -11,6 +11,18 @@ constexpr int kConvTaps = 4;       // length of the short convolution
 constexpr int kChunk = 64;         // tokens the gated delta rule handles at a time
 constexpr double kNormEps = 1e-6;  // in every RMSNorm, and under the square root of the q/k L2 norm
 
+// Where documents are masked, log decay g of a document's first token: the state before it goes on as
+// e^-64 = 1.6e-28 of itself, which vanishes beside any number that float or double rounds, and the delta
+// rule's running sums of g (float on the GPU) lose no more than 64 * 2^-24 = 4e-6 of their differences;
+// infinity in its place would make those NaN, and a large number would round the decays after it away.
+constexpr double kDocumentDecay = -64;
+
+// Whether the convolution's input `distance` steps before row m is of m's document: position [M] counts the
+// steps since the row's document (or sequence) began; nullptr: documents are not masked.
+inline bool same_document(const int32_t* position, int64_t m, int distance) {
+  return !position || distance <= position[m];
+}
+
 // Shape of one mixer call. Value heads share q and k in groups of heads_v / heads_k (grouped values).
 //
 // A row of the mixer's projections, proj [B,T,columns]:

@@ -49,8 +49,9 @@ class TrainingStep {
     Range<Device> range(dev_, "pack batch");
     const int rows = micro_batch_ * length_;
     for (int i = 0; i < micro_batches_; i++)
-      pack_batch(next().batch.get() + 3 * size_t(i) * rows, inputs + size_t(i) * rows,
-                 targets + size_t(i) * rows, rows, p_.config.padded_vocab);
+      pack_batch(next().batch.get() + kPackedRows * size_t(i) * rows, inputs + size_t(i) * rows,
+                 targets + size_t(i) * rows, micro_batch_, length_, p_.config.padded_vocab,
+                 model_.separator());
   }
 
   // Queues step `step` (from 1) over the batch loaded last. Where its loss or gradient is not finite it changes
@@ -65,7 +66,7 @@ class TrainingStep {
     const int rows = micro_batch_ * length_;
     const float loss_weight = float(1.0 / (double(rows) * micro_batches_));
     for (int i = 0; i < micro_batches_; i++) {
-      model_.upload_batch(slot.batch.get() + 3 * size_t(i) * rows, micro_batch_, length_);
+      model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
       run(micro_batch_graph_, "micro-batch", [&] { model_.forward_backward(loss_weight); });
     }
     optimizer_.upload_scalars(*slot.scalars.get(), step, learning_rate);
@@ -99,7 +100,7 @@ class TrainingStep {
   // Of one step: what the device reads and writes while the host goes on.
   struct Slot {
     Slot(Device& dev, size_t numbers) : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1) {}
-    HostBuffer<Device, int32_t> batch;  // [micro-batches,3,rows]
+    HostBuffer<Device, int32_t> batch;  // [micro-batches,4,rows]
     HostBuffer<Device, typename Optimizer<Device>::Scalars> scalars;
     HostBuffer<Device, double> loss;
     HostBuffer<Device, real> norm;
@@ -107,7 +108,7 @@ class TrainingStep {
     bool behind_another = false;
   };
 
-  size_t batch_numbers() const { return 3 * size_t(micro_batches_) * micro_batch_ * length_; }
+  size_t batch_numbers() const { return kPackedRows * size_t(micro_batches_) * micro_batch_ * length_; }
   Slot& next() { return slots_[queued_ % 2]; }
 
   template <class Calls>

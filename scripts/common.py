@@ -1,15 +1,22 @@
-"""What the scripts share: one-line errors, reading CSV files, drawing."""
+"""What the scripts share: one-line errors, options, CSV files, running ./train_gdn, drawing."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
 import importlib
 import os
+import signal
+import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Sequence
+from typing import Any, Callable, Container, Iterable, Mapping, Sequence
+
+TRAIN_GDN = Path(__file__).resolve().parent.parent / "train_gdn"
 
 
 class Error(Exception):
@@ -55,11 +62,159 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces the CSV as a whole: a kill leaves the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(path)
+
+
 def number(path: Path, row: dict[str, str], column: str) -> float:
     try:
         return float(row[column])
     except ValueError:
         raise Error(f"{path}: {column} '{row[column]}': expected a number") from None
+
+
+def split(option: str, text: str, convert: type) -> list:
+    """The values of a list with commas, each once."""
+    try:
+        return list(dict.fromkeys(convert(word) for word in text.split(",")))
+    except ValueError:
+        raise Error(f"{option} '{text}': expected numbers with commas") from None
+
+
+def choose(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """The names of a list with commas, each once."""
+    for word in text.split(","):
+        if word not in known:
+            raise Error(f"{option} '{word}': expected {', '.join(known[:-1])} or {known[-1]}")
+    return list(dict.fromkeys(text.split(",")))
+
+
+def parse_extra(script: str, words: list[str], forbidden: Container[str]) -> dict[str, str]:
+    """Options of train_gdn as name -> value; each has a value."""
+    extra: dict[str, str] = {}
+    i = 0
+    while i < len(words):
+        name, equals, value = words[i].lstrip("-").partition("=")
+        if not words[i].startswith("-") or not name:
+            raise Error(f"after --: '{words[i]}': expected an option of train_gdn")
+        if name in forbidden:
+            raise Error(f"after --: -{name}: {script} sets this one")
+        if not equals:
+            i += 1
+            if i == len(words):
+                raise Error(f"after --: -{name} has no value")
+            value = words[i]
+        extra[name] = value
+        i += 1
+    return extra
+
+
+def find_binary(path: str) -> str:
+    if not os.access(path, os.X_OK) or os.path.isdir(path):
+        raise Error(f"{path}: no such program; build it with make, or give --binary")
+    return os.path.abspath(path)
+
+
+def clock(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def last_line(output: Path) -> str:
+    """What a train_gdn that failed said: its error, or its last line where it had no time for one."""
+    said = output.read_text(errors="replace").strip().splitlines()
+    errors = [line for line in said if line.startswith("train_gdn: ")]  # stdout may come after them
+    return (errors or said or [""])[-1].removeprefix("train_gdn: ")
+
+
+def add_pool_options(p: Parser) -> None:
+    p.add_argument(
+        "--gpus", default=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        help="GPUs to fill, as in 0,1 [CUDA_VISIBLE_DEVICES, else the one train_gdn chooses]",
+    )  # fmt: skip
+    p.add_argument("-j", "--per-gpu", type=int, default=1, metavar="N", help="runs at once on a GPU [1]")
+    p.add_argument("--binary", default=str(TRAIN_GDN), help="[train_gdn]")
+
+
+def die_with_parent() -> None:
+    """In the child: a script that is killed takes its runs along (Linux: PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+@dataclass
+class Slot:
+    """One place where a process can be."""
+
+    gpu: str | None
+    job: Any = None  # None: free
+    process: subprocess.Popen | None = None
+    start: float = 0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+class Pool:
+    """Processes at once, `per_gpu` on each GPU. Leaving the `with` kills those that still run."""
+
+    def __init__(self, gpus: str | None, per_gpu: int):
+        if per_gpu < 1:
+            raise Error(f"--per-gpu {per_gpu}: expected 1 or more")
+        self.slots = [Slot(gpu) for _ in range(per_gpu) for gpu in (gpus.split(",") if gpus else [None])]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for slot in self.busy():
+            slot.process.kill()
+            slot.process.wait()
+
+    def busy(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.job is not None]
+
+    def has_room(self) -> bool:
+        return len(self.busy()) < len(self.slots)
+
+    def start(self, job: Any, command: list[str], output: Path) -> None:
+        """Starts a process in a free slot; what it says goes to the file `output`."""
+        counts = {s.gpu: sum(b.gpu == s.gpu for b in self.busy()) for s in self.slots}
+        slot = min((s for s in self.slots if s.job is None), key=lambda s: counts[s.gpu])
+        environment = dict(os.environ)
+        if slot.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
+        if len(self.slots) > 1:  # share the cores
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self.slots))))
+        with output.open("w") as said:
+            slot.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                preexec_fn=die_with_parent,
+                start_new_session=True,
+            )
+        slot.job, slot.start = job, time.monotonic()
+
+    def finished(self) -> list[tuple[Any, int, float]]:
+        """Job, exit code and seconds of those that ended since the last call."""
+        ended = []
+        for slot in self.busy():
+            if slot.process.poll() is not None:
+                ended.append((slot.job, slot.process.returncode, slot.seconds()))
+                slot.job = None
+        return ended
 
 
 def import_package(name: str) -> ModuleType:

@@ -13,6 +13,9 @@ GatedDeltaNetForCausalLM has none of muP's multipliers, so they go into the weig
 Exact where r is a power of 2; else the scaled weights are rounded to their type once more. Rows of padding are left out:
 vocab_size is the number of tokens.
 
+./train_gdn -load takes a checkpoint itself rather than its export: of a muP export with r other than 1 it refuses
+norm_eps, as its norms have a fixed eps of 1e-6.
+
 --vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json; the tokenizer
 then loads with AutoTokenizer. A model of bytes gets a tokenizer of 256 bytes. Without PyTorch; weights keep their type.
 """

@@ -4,7 +4,8 @@
     python3 scripts/plot_transfer.py results/books.csv --out results/transfer --table results/transfer.md
 
 Reads CSVs of sweep.py; one panel per optimizer, parametrization and kind of heads. From a parabola through
-the three lowest points of loss against log2(lr), losses averaged over seeds:
+the three lowest points of loss against log2(lr), losses averaged over seeds (where a seed has only some of the
+learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
 A learning rate at which a seed diverged is not a point of the parabola; it is marked at the top of the plot.
@@ -41,8 +42,24 @@ class Curve:
         lrs = sorted({lr for losses in self.by_seed.values() for lr in losses} - self.bad_lrs)
         return {lr: [losses[lr] for losses in self.by_seed.values() if lr in losses] for lr in lrs}
 
+    def offsets(self) -> dict[int, float]:
+        """Each seed's mean difference from the seed that has the most points, over the points of both."""
+        if not self.by_seed:
+            return {}
+        reference = max(self.by_seed.values(), key=len)
+        differences = {
+            seed: [y - reference[lr] for lr, y in losses.items() if lr in reference and lr not in self.bad_lrs]
+            for seed, losses in self.by_seed.items()
+        }
+        return {seed: statistics.fmean(d) if d else 0.0 for seed, d in differences.items()}
+
     def mean(self) -> Losses:
-        return {lr: statistics.fmean(losses) for lr, losses in self.points().items()}
+        offsets = self.offsets()
+        level = statistics.fmean(offsets.values()) if offsets else 0.0
+        return {
+            lr: level + statistics.fmean(y[lr] - offsets[seed] for seed, y in self.by_seed.items() if lr in y)
+            for lr in self.points()
+        }
 
 
 @dataclass

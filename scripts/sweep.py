@@ -3,29 +3,42 @@
 
     python3 scripts/sweep.py -o results/books.csv -- -i 'books_train_*.bin' -j 'books_val_*.bin'
 
-Options after -- go to ./train_gdn. Without options: L = 8, H = 6, T = 512, 64 sequences a step, 1,000 steps,
-100 of them warm-up, cosine to lr / 20. Kill it at any time and give the same command again: rows in the CSV
-stay, a run that was cut off is repeated. A run that diverged or failed is a row too (column status).
+Options after -- go to ./train_gdn, and are kept in the column options. Without options: L = 8, H = 6, T = 512,
+64 sequences a step, 1,000 steps, 100 of them warm-up, cosine to lr / 20. The longest runs start first. Kill it at
+any time and give the same command again: rows in the CSV stay, a run that was cut off is repeated. A run that
+diverged or failed is a row too (column status). At the base width all parametrizations are the same network with
+the same updates, bit for bit: one of them is trained, and its row is written for each (column same_run_as).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import ctypes
 import fcntl
 import math
 import os
 import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import Error, Parser, read_csv, run_main
+from common import (
+    Error,
+    Parser,
+    Pool,
+    Slot,
+    add_pool_options,
+    choose,
+    clock,
+    find_binary,
+    last_line,
+    parse_extra,
+    read_csv,
+    run_main,
+    split,
+    write_csv,
+)
 
 COLUMNS = [
     "param",
@@ -38,12 +51,14 @@ COLUMNS = [
     "steps",
     "status",
     "message",
+    "same_run_as",
     "seconds",
     "tokens_per_s",
     "options",
 ]
 PARAMS = {"adamw": ["sp", "mup"], "sgd": ["sp", "mup0", "mup"]}
 LRS = {"adamw": "5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2", "sgd": "0.05,0.1,0.2,0.4,0.8,1.6"}
+BASE_WIDTH = 256  # of train_gdn, without -w0
 PROTOCOL = {"L": "8", "T": "512", "B": "64", "n": "1000", "warmup": "100"}
 QUIET = {"v": "0", "s": "0", "save": "0"}
 OF_THE_GRID = {"w", "lr", "param", "opt", "seed", "o", "resume", "load", "gen", "h"}  # not allowed after --
@@ -57,9 +72,11 @@ class Run:
     width: int
     lr: str
     seed: int
+    also: tuple[str, ...] = ()  # other parametrizations that are the same run
 
-    def key(self) -> tuple:
-        return self.optimizer, self.param, self.width, self.lr, self.seed
+    def keys(self) -> list[tuple]:
+        """Of its rows, its own first."""
+        return [(self.optimizer, p, self.width, self.lr, self.seed) for p in (self.param, *self.also)]
 
     def name(self) -> str:
         return f"{self.optimizer}_{self.param}_w{self.width}_lr{self.lr}_s{self.seed}"
@@ -76,67 +93,44 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--sgd_lrs", default=LRS["sgd"], help=f"[{LRS['sgd']}]")
     p.add_argument("--seeds", default="42", help="[42]")
     p.add_argument("--head_dim", help="fixed head size: heads of this many keys [6 heads whose size grows]")
+    add_pool_options(p)
     p.add_argument(
-        "--gpus", help="GPUs to fill, as in 0,1,2 (CUDA_VISIBLE_DEVICES) [the one train_gdn chooses]"
-    )
-    p.add_argument("--jobs", type=int, default=1, help="runs at once on a GPU [1]")
-    p.add_argument(
-        "--binary", default=str(Path(__file__).resolve().parent.parent / "train_gdn"), help="[train_gdn]"
+        "--minutes", type=float, default=math.inf, help="start no run that would not end in this time [no limit]"
     )
     p.add_argument("--retry", action="store_true", help="repeat the runs whose status is failed")
     p.add_argument("--dry-run", action="store_true", help="list the runs and their tokens, train nothing")
     cut = argv.index("--") if "--" in argv else len(argv)
     a = p.parse_args(argv[:cut])
-    a.extra = parse_extra(argv[cut + 1 :])
-    if a.jobs < 1:
-        raise Error(f"--jobs {a.jobs}: expected 1 or more")
-    return a
-
-
-def parse_extra(words: list[str]) -> dict[str, str]:
-    """Options of train_gdn as name -> value; each has a value."""
-    extra: dict[str, str] = {}
-    i = 0
-    while i < len(words):
-        name, equals, value = words[i].lstrip("-").partition("=")
-        if not words[i].startswith("-") or not name:
-            raise Error(f"after --: '{words[i]}': expected an option of train_gdn")
-        if name in OF_THE_GRID:
-            raise Error(f"after --: -{name}: sweep.py sets this one")
-        if not equals:
-            i += 1
-            if i == len(words):
-                raise Error(f"after --: -{name} has no value")
-            value = words[i]
-        extra[name] = value
-        i += 1
-    if "i" in extra and "j" not in extra:
+    a.extra = parse_extra("sweep.py", argv[cut + 1 :], OF_THE_GRID)
+    if "i" in a.extra and "j" not in a.extra:
         raise Error("after --: -i without -j leaves no validation loss; give -j FILES too")
-    return extra
-
-
-def split(option: str, text: str, convert: type) -> list:
-    try:
-        return list(dict.fromkeys(convert(word) for word in text.split(",")))
-    except ValueError:
-        raise Error(f"{option} '{text}': expected numbers with commas") from None
+    if not a.minutes > 0:
+        raise Error(f"--minutes {a.minutes:g}: expected a positive number")
+    for name in ("n", "B", "T", "w0"):
+        value = a.extra.get(name, "1")
+        if not value.isdigit() or value == "0":
+            raise Error(f"after --: -{name} '{value}': expected a positive whole number")
+    return a
 
 
 def make_grid(a: argparse.Namespace) -> list[Run]:
     """Every run, narrow widths first."""
     widths, seeds = split("--widths", a.widths, int), split("--seeds", a.seeds, int)
+    base = int(a.extra.get("w0", BASE_WIDTH))
     runs = []
     for width in sorted(widths):
-        for optimizer in dict.fromkeys(a.optimizers.split(",")):
-            if optimizer not in PARAMS:
-                raise Error(f"--optimizers '{optimizer}': expected adamw or sgd")
+        for optimizer in choose("--optimizers", a.optimizers, list(PARAMS)):
             lrs = split("--lrs", a.lrs or getattr(a, optimizer + "_lrs"), float)
             if any(not lr > 0 for lr in lrs):
                 raise Error(f"--lrs: expected positive numbers, got {min(lrs):g}")
-            for param in dict.fromkeys(a.params.split(",")) if a.params else PARAMS[optimizer]:
-                if param not in PARAMS["sgd"]:
-                    raise Error(f"--params '{param}': expected sp, mup0 or mup")
-                runs += [Run(optimizer, param, width, f"{lr:.6g}", seed) for lr in lrs for seed in seeds]
+            params = choose("--params", a.params, PARAMS["sgd"]) if a.params else PARAMS[optimizer]
+            same = [(params[-1], tuple(params[:-1]))] if width == base else [(param, ()) for param in params]
+            runs += [
+                Run(optimizer, param, width, f"{lr:.6g}", seed, also)
+                for param, also in same
+                for lr in lrs
+                for seed in seeds
+            ]
     return runs
 
 
@@ -191,16 +185,16 @@ def read_rows(a: argparse.Namespace, path: Path) -> dict[tuple, dict[str, str]]:
     return rows
 
 
-def write_rows(path: Path, rows: dict[tuple, dict]) -> None:
-    """Replaces the CSV as a whole: a kill leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+def fill_in(a: argparse.Namespace, runs: list[Run], rows: dict[tuple, dict]) -> None:
+    """Writes the rows that are the same run as one which is there, under this parametrization or another."""
+    for run in runs:
+        if run.width != int(a.extra.get("w0", BASE_WIDTH)):
+            continue
+        others = [(run.optimizer, p, run.width, run.lr, run.seed) for p in PARAMS["sgd"]]
+        done = [rows[key] for key in others if key in rows and not rows[key]["same_run_as"]]
+        for key in run.keys() if done else []:
+            if key not in rows or (rows[key]["same_run_as"] == done[0]["param"]):
+                rows[key] = {**done[0], "param": key[1], "same_run_as": done[0]["param"]}
 
 
 def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: float) -> dict[str, str]:
@@ -213,9 +207,7 @@ def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: fl
             (val if entry["split"] == "val" else train).append(entry)
     except (Error, OSError) as e:
         problem = str(e)
-    said = (folder / "output.txt").read_text(errors="replace").strip().splitlines()
-    errors = [line for line in said if line.startswith("train_gdn: ")]  # stdout may come after them
-    last_line = (errors or said or [""])[-1].removeprefix("train_gdn: ")
+    said = last_line(folder / "output.txt")
     row = dict.fromkeys(COLUMNS, "")
     row.update(
         optimizer=run.optimizer,
@@ -234,8 +226,8 @@ def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: fl
         row["tokens_per_s"] = f"{statistics.median(float(entry['tokens_per_s']) for entry in train):.0f}"
     steps = settings(a, run.optimizer)["n"]
     if code != 0:
-        row["status"] = "diverged" if "is not finite" in last_line else "failed"
-        row["message"] = f"killed by signal {-code}" if code < 0 else last_line or f"exit code {code}"
+        row["status"] = "diverged" if "is not finite" in said else "failed"
+        row["message"] = f"killed by signal {-code}" if code < 0 else said or f"exit code {code}"
     elif len(train) != int(steps) or not val or int(val[-1]["step"]) != len(train):
         row["status"], row["message"] = "failed", problem or f"stopped after step {len(train)} of {steps}"
     else:
@@ -245,42 +237,6 @@ def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: fl
             row["status"] = "diverged"
             row["message"] = f"validation loss {loss:.4f}, above the first step's {losses[0]:.4f}"
     return row
-
-
-def die_with_parent() -> None:
-    """In the child: a sweep.py that is killed takes its runs along (Linux: PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-@dataclass
-class Slot:
-    """One place where a run can be."""
-
-    gpu: str | None
-    run: Run | None = None
-    process: subprocess.Popen | None = None
-    folder: Path = Path()
-    start: float = 0
-
-    def launch(self, a: argparse.Namespace, run: Run, folder: Path, threads: int | None) -> None:
-        self.run, self.folder, self.start = run, folder, time.monotonic()
-        environment = dict(os.environ)
-        if self.gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpu
-        if threads:
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
-        folder.mkdir(parents=True)
-        with (folder / "output.txt").open("w") as output:
-            self.process = subprocess.Popen(
-                command(a, run, folder),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                preexec_fn=die_with_parent,
-                start_new_session=True,
-            )
 
 
 @dataclass
@@ -293,23 +249,19 @@ class Eta:
         self.seen.setdefault(width, []).append(seconds)
 
     def seconds(self, width: int) -> float:
+        """NaN while nothing is known."""
+        if not self.seen:
+            return math.nan
         nearest = min(self.seen, key=lambda w: abs(math.log(w / width)))
         return statistics.fmean(self.seen[nearest]) * (width / nearest) ** 1.2
 
-    def text(self, waiting: list[Run], slots: list[Slot]) -> str:
-        if not self.seen:
-            return "?"
-        left = sum(self.seconds(run.width) for run in waiting)
-        for slot in slots:
-            if slot.run:
-                left += max(0, self.seconds(slot.run.width) - (time.monotonic() - slot.start))
-        return clock(left / len(slots))
+    def left(self, slot: Slot) -> float:
+        """Of a run that is under way."""
+        return max(0, self.seconds(slot.job.width) - slot.seconds())
 
-
-def clock(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    def text(self, waiting: list[Run], pool: Pool) -> str:
+        left = sum(self.seconds(run.width) for run in waiting) + sum(map(self.left, pool.busy()))
+        return "?" if math.isnan(left) else clock(left / len(pool.slots))
 
 
 def describe(row: dict[str, str]) -> str:
@@ -331,42 +283,40 @@ def keep_log(folder: Path, final: Path) -> None:
 
 def train_all(
     a: argparse.Namespace, waiting: list[Run], total: int, path: Path, rows: dict[tuple, dict]
-) -> None:
-    logs = path.with_name(path.stem + "_runs")
+) -> list[Run]:
+    """Trains the waiting runs and returns those that a.minutes left no time for."""
+    start, logs = time.monotonic(), path.with_name(path.stem + "_runs")
     for stale in logs.glob("*.part"):
         shutil.rmtree(stale)
-    gpus = a.gpus.split(",") if a.gpus else [None]
-    slots = [Slot(gpu) for _ in range(a.jobs) for gpu in gpus]
-    threads = max(1, (os.cpu_count() or 1) // len(slots)) if len(slots) > 1 else None  # share the cores
+    waiting = sorted(waiting, key=lambda run: -run.width)  # the order of the grid within a width
+    too_long: list[Run] = []
     eta = Eta()
     for row in rows.values():
-        if row["status"] == "ok":
+        if row["status"] == "ok" and not row["same_run_as"]:
             eta.add(int(row["width"]), float(row["seconds"]))
     done = total - len(waiting)
-    try:
-        while waiting or any(slot.run for slot in slots):
-            for slot in slots:
-                if slot.run and slot.process.poll() is not None:
-                    run, seconds = slot.run, time.monotonic() - slot.start
-                    row = result(a, run, slot.folder, slot.process.returncode, seconds)
-                    keep_log(slot.folder, logs / run.name())
-                    rows[run.key()] = row
-                    write_rows(path, rows)
-                    slot.run = None
-                    done += 1
-                    if row["status"] == "ok":
-                        eta.add(run.width, seconds)
-                    print(f"{done}/{total}  {describe(row)}  eta {eta.text(waiting, slots)}", flush=True)
-                if not slot.run and waiting:
-                    run = waiting.pop(0)
-                    slot.launch(a, run, logs / (run.name() + ".part"), threads)
+    with Pool(a.gpus, a.per_gpu) as pool:
+        while waiting or pool.busy():
+            for run, code, seconds in pool.finished():
+                row = result(a, run, logs / (run.name() + ".part"), code, seconds)
+                keep_log(logs / (run.name() + ".part"), logs / run.name())
+                rows[run.keys()[0]] = row
+                fill_in(a, [run], rows)
+                write_csv(path, COLUMNS, rows.values())
+                done += 1
+                if row["status"] == "ok":
+                    eta.add(run.width, seconds)
+                print(f"{done}/{total}  {describe(row)}  eta {eta.text(waiting, pool)}", flush=True)
+            while waiting and pool.has_room():
+                run = waiting.pop(0)
+                if time.monotonic() - start + eta.seconds(run.width) > 60 * a.minutes:
+                    too_long.append(run)
+                    continue
+                folder = logs / (run.name() + ".part")
+                folder.mkdir(parents=True)
+                pool.start(run, command(a, run, folder), folder / "output.txt")
             time.sleep(0.05)
-    finally:
-        for slot in slots:
-            if slot.run:
-                slot.process.kill()
-                slot.process.wait()
-                shutil.rmtree(slot.folder, ignore_errors=True)
+    return too_long
 
 
 def list_runs(a: argparse.Namespace, runs: list[Run], rows: dict[tuple, dict], waiting: list[Run]) -> None:
@@ -375,8 +325,9 @@ def list_runs(a: argparse.Namespace, runs: list[Run], rows: dict[tuple, dict], w
         values = settings(a, run.optimizer)
         if run in waiting:
             tokens += int(values["n"]) * int(values["B"]) * int(values["T"])
-        state = "to do" if run in waiting else rows[run.key()]["status"]
-        print(f"{run.optimizer:5} {run.param:4} w {run.width:<5} lr {run.lr:<8} seed {run.seed:<4} {state}")
+        state = "to do" if run in waiting else rows[run.keys()[0]]["status"]
+        params = "=".join((run.param, *run.also))
+        print(f"{run.optimizer:5} {params:11} w {run.width:<5} lr {run.lr:<8} seed {run.seed:<4} {state}")
     print(f"{len(runs)} runs, {len(waiting)} to do, {tokens:,} tokens to train on")
 
 
@@ -387,23 +338,18 @@ def interrupt(*_: object) -> None:
 def main(argv: list[str]) -> int:
     a = parse_arguments(argv)
     runs = make_grid(a)
-    for name in ("n", "B", "T"):
-        value = settings(a, "adamw")[name]
-        if not value.isdigit() or value == "0":
-            raise Error(f"after --: -{name} '{value}': expected a positive whole number")
     path = Path(a.out)
     path = path if path.suffix == ".csv" else path.with_name(path.name + ".csv")
     rows = read_rows(a, path)
+    fill_in(a, runs, rows)
 
     def is_done(run: Run) -> bool:
-        return run.key() in rows and not (a.retry and rows[run.key()]["status"] == "failed")
+        return run.keys()[0] in rows and not (a.retry and rows[run.keys()[0]]["status"] == "failed")
 
     if a.dry_run:
         list_runs(a, runs, rows, [run for run in runs if not is_done(run)])
         return 0
-    if not os.access(a.binary, os.X_OK) or os.path.isdir(a.binary):
-        raise Error(f"{a.binary}: no such program; build it with make, or give --binary")
-    a.binary = os.path.abspath(a.binary)
+    a.binary = find_binary(a.binary)
     logs = path.with_name(path.stem + "_runs")
     logs.mkdir(parents=True, exist_ok=True)
     lock = os.open(logs, os.O_RDONLY)
@@ -412,16 +358,21 @@ def main(argv: list[str]) -> int:
     except BlockingIOError:
         raise Error(f"{path}: another sweep.py writes it") from None
     rows = read_rows(a, path)  # once more, now that nobody else writes it
+    if rows:
+        fill_in(a, runs, rows)
+        write_csv(path, COLUMNS, rows.values())
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        train_all(a, [run for run in runs if not is_done(run)], len(runs), path, rows)
+        too_long = train_all(a, [run for run in runs if not is_done(run)], len(runs), path, rows)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", flush=True)
         return 130
-    count = {s: sum(rows[run.key()]["status"] == s for run in runs) for s in ("ok", "diverged", "failed")}
-    print(f"{path}: " + ", ".join(f"{n} {status}" for status, n in count.items()))
-    if count["failed"]:
-        raise Error(f"{count['failed']} runs failed, see the column message; --retry repeats them")
+    ended = [rows[run.keys()[0]]["status"] for run in runs if run.keys()[0] in rows]
+    counts = {status: ended.count(status) for status in ("ok", "diverged", "failed")}
+    left = f", {len(too_long)} left (--minutes {a.minutes:g}; the same command goes on)" if too_long else ""
+    print(f"{path}: " + ", ".join(f"{n} {status}" for status, n in counts.items()) + left)
+    if counts["failed"]:
+        raise Error(f"{counts['failed']} runs failed, see the column message; --retry repeats them")
     return 0
 
 

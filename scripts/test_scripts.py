@@ -35,6 +35,7 @@ TRAIN_GDN = HERE.parent / "train_gdn"
 HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 needs_matplotlib = unittest.skipUnless(HAVE_MATPLOTLIB, "matplotlib is missing")
 needs_tiktoken = unittest.skipUnless(importlib.util.find_spec("tiktoken"), "tiktoken is missing")
+needs_tensorboard = unittest.skipUnless(importlib.util.find_spec("tensorboardX"), "tensorboardX is missing")
 needs_train_gdn = unittest.skipUnless(TRAIN_GDN.exists(), "./train_gdn is not built")
 
 # A trainer whose loss is a parabola in log2(lr): lr > 0.1 diverges, lr 0.05 fails, lr 0.03 ends early without
@@ -119,8 +120,9 @@ class Sweep(InFolder):
     def test_default_grid_is_the_small_protocol(self) -> None:
         done = call("sweep.py", "--dry-run", "-o", self.csv)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertEqual(done.stdout.count("to do\n"), 3 * 6 * (2 + 3))
-        self.assertIn("90 runs, 90 to do, 2,949,120,000 tokens", done.stdout)
+        self.assertEqual(done.stdout.count("to do\n"), 6 * (1 + 1) + 2 * 6 * (2 + 3))
+        self.assertEqual(done.stdout.count(" mup=sp=mup0 "), 6)
+        self.assertIn("72 runs, 72 to do, 2,359,296,000 tokens", done.stdout)
         self.assertFalse(self.csv.exists())
 
     def test_command_lines(self) -> None:
@@ -167,7 +169,7 @@ class Sweep(InFolder):
 
     def test_every_ending_is_a_row(self) -> None:
         done = self.sweep(
-            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "--jobs", "3", extra=("-n", "20")
+            "--widths", "256", "--lrs", "0.004,0.02,0.03,0.05,0.2", "-j", "3", extra=("-n", "20")
         )
         self.assert_one_line_error(done, "2 runs failed", "--retry")
         rows = {row["lr"]: row for row in rows_of(self.csv)}
@@ -196,6 +198,40 @@ class Sweep(InFolder):
         self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008", "--retry")
         self.assertEqual(len(self.calls()), 4)
         self.assertEqual(len(rows_of(self.csv)), 3)
+
+    def test_parametrizations_share_the_run_at_the_base_width(self) -> None:
+        words = ("--binary", self.fake, "-o", self.csv, "--optimizers", "adamw", "--lrs", "0.004,0.05")
+        self.assertEqual(call("sweep.py", *words, "--widths", "256", "--params", "sp").returncode, 1)
+        self.assertEqual(len(self.calls()), 2)
+        done = call("sweep.py", *words, "--widths", "256,512", "--params", "sp,mup")
+        self.assert_one_line_error(done, "3 runs failed")
+        self.assertEqual(len(self.calls()), 2 + 4)
+        self.assertIn("-w 512", self.calls()[2])  # the longest first
+        rows = {(r["param"], r["width"], r["lr"]): r for r in rows_of(self.csv)}
+        self.assertEqual(len(rows), 8)
+        for lr in ("0.004", "0.05"):
+            own, copy = rows["sp", "256", lr], rows["mup", "256", lr]
+            self.assertEqual((own["same_run_as"], copy["same_run_as"]), ("", "sp"))
+            self.assertEqual({**copy, "param": "sp", "same_run_as": ""}, own)
+            self.assertEqual(rows["mup", "512", lr]["same_run_as"], "")
+        call("sweep.py", *words, "--widths", "512", "--params", "sp,mup", "--", "-w0", "512")
+        self.assertEqual(len(self.calls()), 6)  # other options: an error, no run
+
+    def test_no_run_starts_that_would_not_end_in_time(self) -> None:
+        words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "--minutes", "0.025")
+        done = self.sweep(*words, FAKE_SECONDS="0.6")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        finished = len(rows_of(self.csv))
+        self.assertIn(finished, (1, 2))
+        self.assertIn(f"{finished} ok, 0 diverged, 0 failed, {4 - finished} left", done.stdout)
+        self.assertEqual(len(self.calls()), finished)
+        self.assertEqual(self.sweep(*words[:4]).returncode, 0)
+        self.assertEqual(len(self.calls()), 4)
+
+    def test_every_gpu_is_filled(self) -> None:
+        words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "-j", "2")
+        self.assertEqual(self.sweep(*words, CUDA_VISIBLE_DEVICES="4,7", FAKE_SECONDS="0.3").returncode, 0)
+        self.assertEqual(sorted(line[-1] for line in self.calls()), ["4", "4", "7", "7"])
 
     def kill_and_resume(self, how: signal.Signals) -> None:
         words = [
@@ -249,6 +285,10 @@ class Sweep(InFolder):
         self.assert_one_line_error(self.sweep(extra=("-lr", "1")), "-lr")
         self.assert_one_line_error(self.sweep(extra=("-i", "x.bin")), "-j")
         self.assert_one_line_error(self.sweep(extra=("-L",)), "no value")
+        self.assert_one_line_error(self.sweep(extra=("-n", "0")), "-n '0'")
+        self.assert_one_line_error(self.sweep("--minutes", "0"), "--minutes 0")
+        self.assert_one_line_error(self.sweep("-j", "0"), "--per-gpu 0")
+        self.assert_one_line_error(self.sweep("--optimizers", "adam"), "--optimizers 'adam'")
         self.assert_one_line_error(
             call("sweep.py", "--binary", "/no/such", "-o", self.csv), "/no/such", "make"
         )
@@ -301,6 +341,126 @@ class Sweep(InFolder):
         self.assertEqual(list((self.folder / "out_runs").glob("*/step_*")), [])
 
 
+# -coord_check of a trainer whose v' has slope BREAK under mup at step 1, 0.5 under sp; a seed's sizes are a factor
+# apart, and the widest sp run of seed 9 fails.
+FAKE_COORD = f"""#!{sys.executable}
+import os, sys
+assert sys.argv[1] == "-coord_check"
+o = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+with open(os.path.join(os.path.dirname(sys.argv[0]), "calls.txt"), "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\\n")
+if o["-param"] == "sp" and o["-seed"] == "9" and o["-w"] == "1024":
+    sys.exit("train_gdn: -coord_check at width 1024: after 1 steps the loss is not finite; lower -lr")
+d, seed = int(o["-w"]), 1 + int(o["-seed"]) / 10
+with open(o["-o"], "w") as out:
+    out.write("step,layer,activation,rms,rms_change_since_step_0,")
+    out.write("rms_slope_min,rms_slope_max,change_slope_min,change_slope_max\\n")
+    for step in (0, 1):
+        slope = 0.5 if o["-param"] == "sp" else float(os.environ.get("BREAK", 0)) * step
+        out.write(f"{{step}},0,v',{{seed * d**slope}},{{step * d**slope}},0,0,0,0\\n")
+        out.write(f"{{step}},,logits,{{d**-0.3}},{{step * d**-0.2}},-0.5,0,-0.5,0\\n")
+        out.write(f"{{step}},0,grad:v_proj,{{1 / d}},,,,,\\n")
+    out.write(f"1,0,update:v_proj,{{d**0.3}},,0,0,,\\n")
+"""
+
+
+class CoordCheck(InFolder):
+    WORDS = ("--widths", "256,512,1024", "--growth", "head_dim", "--seeds", "1,2")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.fake = self.folder / "fake_train_gdn"
+        self.fake.write_text(FAKE_COORD)
+        self.fake.chmod(0o755)
+
+    def check(self, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+        words = ("--binary", self.fake, "-o", self.folder / "out", *self.WORDS, *arguments)
+        return call("coord_check.py", *words, **environment)
+
+    def calls(self) -> list[str]:
+        return (self.folder / "calls.txt").read_text().splitlines()
+
+    def slopes(self) -> dict[tuple[str, ...], dict[str, str]]:
+        rows = rows_of(self.folder / "out_slopes.csv")
+        return {(r["param"], r["activation"], r["what"], r["step"]): r for r in rows}
+
+    @needs_matplotlib
+    def test_slopes_table_and_figures(self) -> None:
+        done = self.check("-j", 2, "--table", self.folder / "table.md", "--", "-T", 16)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(len(self.calls()), 2 * 2 * 3)
+        for word in ("-w 1024", "-heads 6", "-lr 1e-3", "-clip 0", "-T 16", "-B 1", "-L 4"):
+            self.assertIn(word, self.calls()[0])
+        slopes = self.slopes()
+        self.assertAlmostEqual(float(slopes["sp", "v'", "change", "1"]["slope"]), 0.5)
+        self.assertAlmostEqual(float(slopes["mup", "logits", "rms", "0"]["slope"]), -0.3)
+        self.assertAlmostEqual(float(slopes["mup", "grad:v_proj", "rms", "0"]["slope"]), -1)
+        self.assertEqual(slopes["mup", "grad:v_proj", "rms", "0"]["judged"], "0")
+        sizes = {(r["param"], r["width"], r["step"], r["activation"]): r for r in rows_of(self.folder / "out.csv")}
+        self.assertAlmostEqual(float(sizes["mup", "256", "1", "v'"]["rms"]), math.sqrt((1.1**2 + 1.2**2) / 2), places=5)
+        self.assertEqual(sizes["mup", "256", "1", "v'"]["seeds"], "2")
+        table = (self.folder / "table.md").read_text()
+        self.assertIn(table, done.stdout)
+        self.assertIn("AdamW, SP, 6 heads: 3 of 6 slopes outside", table)
+        self.assertIn("AdamW, muP, 6 heads: 0 of 6 slopes outside", table)
+        self.assertEqual((self.folder / "out_adamw_head_dim.png").read_bytes()[:4], b"\x89PNG")
+        self.assertIn("<svg", (self.folder / "out_adamw_head_dim.svg").read_text())
+
+    @needs_matplotlib
+    def test_a_slope_outside_is_an_error(self) -> None:
+        done = self.check("--params", "mup", BREAK="0.11")
+        self.assert_one_line_error(done, "2 slopes of mup are more than 0.1 outside")
+        self.assertIn("v' (change), layer 0, step 1: slope +0.11 +- 0.00, wanted 0", done.stdout)
+        self.assertEqual(self.check("--params", "mup", "--tolerance", "0.12", BREAK="0.11").returncode, 0)
+        self.assert_one_line_error(self.check("--params", "mup", "--tolerance", "0.12", "--updates"), "1 slopes of mup")
+
+    @needs_matplotlib
+    def test_runs_are_used_again_where_the_options_are_equal(self) -> None:
+        words = ("--params", "mup", "--widths", "256,512", "--seeds", "1", "--")
+        self.check(*words)
+        self.assertEqual(self.check(*words).returncode, 0)
+        self.assertEqual(len(self.calls()), 2)
+        self.check(*words, "-T", 16)
+        self.assertEqual(len(self.calls()), 4)
+        self.check(*words, "-load", "runs/w{width}")
+        self.assertIn("-load runs/w512", self.calls()[4])
+
+    @needs_matplotlib
+    def test_a_failed_run_is_said(self) -> None:
+        done = self.check("--seeds", "9")
+        self.assert_one_line_error(done, "adamw_head_dim_sp_w1024_s9 failed", "the loss is not finite")
+        self.assertAlmostEqual(float(self.slopes()["sp", "v'", "rms", "0"]["slope"]), 0.5)  # from the other widths
+
+    @needs_matplotlib
+    def test_errors(self) -> None:
+        self.assert_one_line_error(self.check("--widths", "256"), "--widths 256", "two widths")
+        self.assert_one_line_error(self.check("--params", "up"), "--params 'up'")
+        self.assert_one_line_error(self.check("--growth", "both"), "--growth 'both'")
+        self.assert_one_line_error(self.check("--tolerance", "-1"), "--tolerance -1")
+        self.assert_one_line_error(self.check("--", "-seed", "1"), "-seed", "coord_check.py sets this one")
+        self.assert_one_line_error(call("coord_check.py", "--binary", "/no/such"), "/no/such", "make")
+
+    @needs_matplotlib
+    @needs_train_gdn
+    def test_real_trainer_on_the_cpu(self) -> None:
+        words = ["-o", self.folder / "out", "--widths", "64,128,256", "--heads", 3, "--head_dim", 16, "--seeds", 1]
+        words += ["--optimizers", "adamw,sgd", "--tolerance", 5, "--updates", "-j", 2]
+        done = call("coord_check.py", *words, "--", "-d", "cpu", "-L", 1, "-T", 8, OMP_NUM_THREADS="1")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        rows = rows_of(self.folder / "out_slopes.csv")
+        for optimizer in ("adamw", "sgd"):
+            for growth in ("head_dim", "heads"):
+                # Weights of one standard deviation at every width: their product grows as the root of the width.
+                initial = {
+                    r["param"]: float(r["slope"])
+                    for r in rows
+                    if (r["optimizer"], r["growth"], r["activation"], r["what"], r["step"])
+                    == (optimizer, growth, "v'", "rms", "0")
+                }
+                self.assertLess(abs(initial["mup"]), 0.15)
+                self.assertGreater(initial["sp"], 0.35)
+
+
 def parabola(x0: float, a: float, c: float, xs: range) -> dict[float, float]:
     return {2.0**x: c + a * (x - x0) ** 2 for x in xs}
 
@@ -347,6 +507,14 @@ class Minima(unittest.TestCase):
         self.assertAlmostEqual(of_wide.shift_std, 0)
         self.assertAlmostEqual(of_wide.regret, 0.08 * 0.25)
         self.assertAlmostEqual(of_wide.grid_regret, 0)  # x = -8 and -9 are as good
+
+
+    def test_a_seed_with_some_of_the_points_bends_nothing(self) -> None:
+        full = parabola(-8.3, 0.04, 4.0, range(-11, -5))
+        some = {lr: y + 0.3 for lr, y in full.items() if 2.0**-9 <= lr <= 2.0**-7}
+        m = find_minimum(Curve({1: full, 2: some}).mean())
+        self.assertAlmostEqual(m.x0, -8.3)
+        self.assertAlmostEqual(m.c, 4.15)
 
 
 class Plots(InFolder):
@@ -453,10 +621,125 @@ class Plots(InFolder):
         self.assert_one_line_error(done, "needs the package matplotlib", "requirements.txt")
 
     def test_help(self) -> None:
-        for script in ("sweep.py", "plot_transfer.py", "plot_log.py", "tokenize_text.py", "export_hf.py"):
+        for script in ("sweep.py", "coord_check.py", "plot_transfer.py", "plot_log.py", "follow_log.py", "tokenize_text.py",
+                       "export_hf.py"):  # fmt: skip
             done = call(script, "-h")
             self.assertEqual(done.returncode, 0)
             self.assertIn("python3 scripts/" + script, done.stdout)
+
+
+HEADER = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n"
+NAMES = ["loss", "lr", "grad_norm", "ms", "tokens_per_s", "sol"]
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """Step, name and value of all scalars in TensorBoard's event files, in order (records of length, checksum, Event,
+    checksum)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            scalars += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + size :]
+    return scalars
+
+
+def train_row(step: int) -> str:
+    return f"{step},train,{8 - step / 4},0.5,2,10,1000,0.25\n"
+
+
+def train_scalars(step: int) -> list[tuple[int, str, float]]:
+    values = (8 - step / 4, 0.5, 2, 10, 1000, 0.25)
+    return [(step, f"train/{name}", value) for name, value in zip(NAMES, values)]
+
+
+class FollowLog(InFolder):
+    @needs_tensorboard
+    def test_events_are_the_rows(self) -> None:
+        for name, rows in (("a", 3), ("b", 1)):
+            (self.folder / name).mkdir()
+            text = HEADER + "".join(map(train_row, range(1, rows + 1))) + f"{rows},val,4.5,,,,,\n" + "9,tra"
+            (self.folder / name / "log.csv").write_text(text)
+        for _ in range(2):  # the second call replaces what the first one wrote
+            done = call("follow_log.py", self.folder / "a", self.folder / "b" / "log.csv", "--once", "-o", self.folder / "out")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn("6 rows of 2 logs", done.stdout)
+            want = [s for step in (1, 2, 3) for s in train_scalars(step)] + [(3, "val/loss", 4.5)]
+            self.assertEqual(events(self.folder / "out" / "a"), want)
+            self.assertEqual(events(self.folder / "out" / "b"), [*train_scalars(1), (1, "val/loss", 4.5)])
+
+    @needs_tensorboard
+    def test_follows_a_run_that_grows_and_is_resumed(self) -> None:
+        run = self.folder / "run"
+        run.mkdir()
+        words = [sys.executable, str(HERE / "follow_log.py"), str(run), "--every", "0.05", "-o", str(self.folder / "out")]
+        follower = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(follower.wait)
+        self.addCleanup(follower.kill)
+
+        def wait_for(steps: list[int]) -> None:
+            want = [s for step in steps for s in train_scalars(step)]
+            for _ in range(600):
+                if events(self.folder / "out" / "run") == want:
+                    return
+                time.sleep(0.05)
+            self.assertEqual(events(self.folder / "out" / "run"), want)
+
+        log = run / "log.csv"
+        wait_for([])
+        log.write_text(HEADER + train_row(1) + train_row(2)[:9])  # a row that is being written
+        wait_for([1])
+        with log.open("a") as f:
+            f.write(train_row(2)[9:] + train_row(3))
+        wait_for([1, 2, 3])
+        (run / "log.csv.tmp").write_text(HEADER + train_row(1))  # resumed after step 1
+        (run / "log.csv.tmp").rename(log)
+        with log.open("a") as f:
+            f.write(train_row(2) + train_row(3) + train_row(4))
+        wait_for([1, 2, 3, 4])
+        follower.send_signal(signal.SIGINT)
+        self.assertIn("4 rows of 1 logs", follower.communicate(timeout=60)[0])
+        self.assertEqual(follower.returncode, 0)
+
+    @unittest.skipUnless(importlib.util.find_spec("wandb"), "wandb is missing")
+    def test_weights_and_biases_without_network(self) -> None:
+        (self.folder / "log.csv").write_text(HEADER + train_row(1) + train_row(2))
+        done = call("follow_log.py", self.folder, "--once", "--wandb", "project", WANDB_MODE="offline", WANDB_DIR=str(self.folder))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("2 rows of 1 logs to Weights & Biases", done.stdout)
+        data = b"".join(path.read_bytes() for path in self.folder.glob("wandb/offline-run-*/run-*.wandb"))
+        for name in NAMES:
+            self.assertIn(f"train/{name}".encode(), data)
+
+    def test_errors(self) -> None:
+        out = ("--once", "-o", self.folder / "out")
+        self.assert_one_line_error(call("follow_log.py", self.folder / "none", *out), "none: no such file")
+        self.assert_one_line_error(call("follow_log.py", self.folder, *out), "log.csv: no such file")
+        self.assert_one_line_error(call("follow_log.py", self.folder, self.folder, *out), "named twice")
+        self.assert_one_line_error(call("follow_log.py", self.folder, "--every", 0), "--every 0.0")
+        log = self.folder / "log.csv"
+        log.write_text(HEADER)
+        for package, words in (("tensorboardX", out), ("wandb", ("--once", "--wandb", "project"))):
+            (self.folder / f"{package}.py").write_text(f"raise ImportError('none', name='{package}')\n")
+            done = call("follow_log.py", log, *words, PYTHONPATH=str(self.folder))
+            self.assert_one_line_error(done, f"needs the package {package}", "requirements.txt")
+
+    @needs_tensorboard
+    def test_wrong_formats(self) -> None:
+        log = self.folder / "log.csv"
+        for text, part in (
+            ("step,loss\n", "log.csv: line 1: expected step,split,"),
+            ("\xff\xfe\n", "log.csv: line 1"),
+            (HEADER + "1,train,2\n", "log.csv: line 2"),
+            (HEADER + train_row(1) + "x,train,1,1,1,1,1,1\n", "log.csv: line 3"),
+            (HEADER + "1,test,1,1,1,1,1,1\n", "log.csv: line 2"),
+        ):
+            log.write_bytes(text.encode("latin1"))
+            self.assert_one_line_error(call("follow_log.py", log, "--once", "-o", self.folder / "out"), part)
 
 
 def read_shard(path: Path) -> list[int]:
@@ -600,6 +883,34 @@ class Tokenizing(InFolder):
         self.assertEqual(self.tokenize(self.folder / "a.txt", out="b").returncode, 0)
         a, b = ((self.folder / out / "vocab.txt").read_bytes() for out in "ab")
         self.assertEqual(a, b)
+
+    @needs_train_gdn
+    def test_vocabulary_turns_tokens_into_text(self) -> None:
+        self.jsonl(50)
+        self.assertEqual(self.tokenize("--val", 0, self.folder / "a.jsonl").returncode, 0)
+        lines = (self.folder / "out" / "vocab.txt").read_text().splitlines()
+        self.assertEqual(lines[0], "train_gdn vocabulary 1")
+        self.assertTrue(lines[1].startswith("letters 41-5a,61-7a,aa-aa,b5-b5,"), lines[1])
+        self.assertTrue(lines[2].startswith("numbers 30-39,b2-b3,"), lines[2])
+        self.assertTrue(lines[3].startswith("spaces 9-d,20-20,85-85,a0-a0,"), lines[3])
+        self.assertEqual([bytes.fromhex(line) for line in lines[4:]], self.tokens)
+
+        def train_gdn(*words: object) -> str:
+            words = (TRAIN_GDN, "-d", "cpu", "-seed", 1, *words)
+            done = subprocess.run([*map(str, words)], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout.decode(errors="replace")
+
+        shards, run = self.folder / "out" / "train_*.bin", self.folder / "run"
+        train_gdn("-i", shards, "-w", 16, "-heads", 1, "-L", 1, "-T", 8, "-B", 1, "-n", 1, "-s", 0, "-v", 0, "-o", run)
+        text = train_gdn("-load", run, "-gen", 9, "-prompt", "the th\u4e2d", "-vocab", self.folder / "out" / "vocab.txt")
+        self.assertTrue(text.startswith("the th\u4e2d"), text)
+        # the same by numbers: the prompt's tokens by tiktoken, and what follows
+        prompt = [50256, *self.encode("the th\u4e2d")]
+        numbers = [int(n) for n in train_gdn("-load", run, "-gen", 9, "-prompt", " ".join(map(str, prompt))).split()]
+        self.assertEqual(numbers[: len(prompt)], prompt)
+        known = [*self.tokens, b"<|endoftext|>"]
+        self.assertEqual(text, b"".join(known[n] for n in numbers[1:]).decode(errors="replace") + "\n")
 
     def test_errors(self) -> None:
         text = self.folder / "a.txt"

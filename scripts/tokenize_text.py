@@ -9,7 +9,7 @@ is a document, taken from --column; any other file is text: one document, or sev
 between them. A document goes to validation by its own hash, so that copies of it stay on one side. A shard ends with
 the document that fills it.
 
-The folder also gets vocab.txt, which turns tokens back into text (./train_gdn -gen -vocab shards/vocab.txt).
+The folder also gets vocab.txt, for text in and out (./train_gdn -load run_001 -gen 200 -prompt Once -vocab shards/vocab.txt).
 Stopped at any moment, the same command goes on after the last whole shard and writes the same bytes.
 
 --vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, or a
@@ -31,7 +31,6 @@ import os
 import struct
 import sys
 import time
-import unicodedata
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -43,8 +42,6 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 END_OF_TEXT = 50256
 SEPARATOR = "<|endoftext|>"
 BATCH_CHARACTERS = 1 << 20  # of text that goes to a process at a time
-SPACES = [(9, 13), (32, 32), (133, 133), (160, 160), (5760, 5760), (8192, 8202), (8232, 8233), (8239, 8239),
-          (8287, 8287), (12288, 12288)]  # Unicode's White_Space  # fmt: skip
 Ranks = dict[bytes, int]
 
 
@@ -105,17 +102,20 @@ def read_vocabulary(path: Path | None) -> Ranks:
     return ranks
 
 
-def ranges(category: str) -> str:
-    """Code points whose category begins with this letter, as first-last in hexadecimal, with commas."""
-    members = (c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith(category))
-    runs = [list(run) for _, run in itertools.groupby(enumerate(members), lambda pair: pair[1] - pair[0])]
-    return ",".join(f"{run[0][1]:x}-{run[-1][1]:x}" for run in runs)
+def ranges(pattern: str) -> str:
+    """Code points that tiktoken takes for this pattern, as first-last in hexadecimal, with commas."""
+    tiktoken = import_package("tiktoken")
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks={bytes([b]): b for b in range(256)}, special_tokens={})
+    characters = "".join(chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000)
+    members = enumerate(map(ord, bytes(encoding.encode_ordinary(characters)).decode()))  # what does not match is left out
+    runs = [[c for _, c in run] for _, run in itertools.groupby(members, lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0]:x}-{run[-1]:x}" for run in runs)
 
 
 def vocabulary_text(ranks: Ranks) -> str:
     """What ./train_gdn -vocab reads (gdn/vocabulary.h): classes of characters, then each token in hexadecimal."""
-    spaces = ",".join(f"{first:x}-{last:x}" for first, last in SPACES)
-    head = ["train_gdn vocabulary 1", f"letters {ranges('L')}", f"numbers {ranges('N')}", f"spaces {spaces}"]
+    classes = {"letters": r"\p{L}", "numbers": r"\p{N}", "spaces": r"\s"}
+    head = ["train_gdn vocabulary 1", *(f"{name} {ranges(pattern)}" for name, pattern in classes.items())]
     return "\n".join(head + [token.hex() for token in sorted(ranks, key=ranks.__getitem__)]) + "\n"
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import packages  # noqa: F401
 import torch
 import torch.nn.functional as F
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import packages  # noqa: F401
 import torch
 
 import others

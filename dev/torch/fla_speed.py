@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import packages  # noqa: F401
 import torch
 
 import others

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import packages  # noqa: F401
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open

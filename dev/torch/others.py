@@ -20,6 +20,7 @@ import inspect
 import math
 from unittest import mock
 
+import packages  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call

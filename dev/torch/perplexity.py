@@ -15,6 +15,7 @@ import math
 import sys
 from pathlib import Path
 
+import packages  # noqa: F401
 import numpy as np
 import torch
 
@@ -47,10 +48,13 @@ def from_fla(folder: Path):
 
 def from_torch(folder: Path, device: str):
     """The folder alone decides: sp has no multipliers, and norm_eps is in every norm."""
-    j = json.loads((folder / "config.json").read_text())
-    c = Config(j["hidden_size"], j["num_hidden_layers"], j["num_heads"], j["num_v_heads"], j["head_dim"],
-               round(j["expand_v"] * j["head_dim"]), j["intermediate_size"], j["vocab_size"], j["vocab_size"],
-               j["tie_word_embeddings"], j["allow_neg_eigval"], parametrization="sp")
+    try:
+        j = json.loads((folder / "config.json").read_text())
+        c = Config(j["hidden_size"], j["num_hidden_layers"], j["num_heads"], j["num_v_heads"], j["head_dim"],
+                   round(j["expand_v"] * j["head_dim"]), j["intermediate_size"], j["vocab_size"], j["vocab_size"],
+                   j["tie_word_embeddings"], j["allow_neg_eigval"], parametrization="sp")
+    except (ValueError, KeyError, TypeError) as e:
+        sys.exit(f"perplexity.py: {folder}/config.json: not a configuration that export_hf.py writes ({e!r})")
     w = {name: x.to(device) for name, x in read_safetensors(str(folder / "model.safetensors")).items()}
     for module in others.olmo_model(tuple(vars(c).items())).modules():
         if hasattr(module, "variance_epsilon"):

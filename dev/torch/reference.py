@@ -17,6 +17,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+import packages  # noqa: F401
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -142,10 +143,15 @@ def initialize(c: Config, seed: int) -> Parameters:
 def read_safetensors(path: str, prefix: str = "") -> Parameters:
     """The tensors whose name starts with prefix, without it, in float32 (or float64)."""
     types = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16}
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        data = bytearray(file.read())
     tensors = {}
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            data = bytearray(file.read())
+    except OSError as e:
+        sys.exit(f"{path}: {e.strerror}")
+    except (ValueError, MemoryError, OverflowError):
+        sys.exit(f"{path}: not a safetensors file")
     for name, entry in header.items():
         if name != "__metadata__" and name.startswith(prefix):
             begin, end = entry["data_offsets"]
@@ -166,11 +172,14 @@ def find_checkpoint(path: str) -> str:
 def load_checkpoint(path: str) -> tuple[Config, Parameters]:
     """Master weights where the checkpoint has them, else the rounded ones."""
     path = find_checkpoint(path)
-    with open(f"{path}/config.json") as file:
-        j = json.load(file)
-    c = Config(j["hidden_size"], j["num_hidden_layers"], j["num_heads"], j["num_v_heads"], j["head_dim"],
-               round(j["expand_v"] * j["head_dim"]), j["intermediate_size"], padded_vocab=j["vocab_size"],
-               tied=j["tie_word_embeddings"], neg_eigval=j["allow_neg_eigval"], **j["train_gdn"])
+    try:
+        with open(f"{path}/config.json") as file:
+            j = json.load(file)
+        c = Config(j["hidden_size"], j["num_hidden_layers"], j["num_heads"], j["num_v_heads"], j["head_dim"],
+                   round(j["expand_v"] * j["head_dim"]), j["intermediate_size"], padded_vocab=j["vocab_size"],
+                   tied=j["tie_word_embeddings"], neg_eigval=j["allow_neg_eigval"], **j["train_gdn"])
+    except (ValueError, KeyError, TypeError) as e:
+        sys.exit(f"{path}/config.json: not a configuration of train_gdn ({e!r})")
     master = f"{path}/training_state.safetensors"
     w = (read_safetensors(master, "master.") if os.path.exists(master)
          else read_safetensors(f"{path}/model.safetensors"))

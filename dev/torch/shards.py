@@ -7,6 +7,7 @@ a file covers its tokens [iT, iT + T]; a file of n tokens holds (n - 1) // T of 
 import glob
 import sys
 
+import packages  # noqa: F401
 import numpy as np
 
 VOCAB = 50257

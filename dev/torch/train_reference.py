@@ -11,6 +11,7 @@ import math
 import sys
 import time
 
+import packages  # noqa: F401
 import torch
 
 from reference import Config, Parameters, initialize, is_linear, load_checkpoint, loss, make_config

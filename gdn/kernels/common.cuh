@@ -2,6 +2,8 @@
 // stage of every gradient that is summed over rows.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -82,6 +84,21 @@ __device__ inline uint32_t pack2(float low, float high) {
   return uint32_t(__bfloat16_as_ushort(pair.x)) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
 }
 
+// Sixteen bytes on their way to shared memory, or zeros where `read` is false (`from` is then not read). To
+// be waited for with __pipeline_commit and __pipeline_wait_prior; a thread sees its own without a barrier.
+__device__ inline void copy16_async(uint4* to, const act* from, bool read) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(read ? 16 : 0)
+               : "memory");
+}
+
+// The same of one number.
+__device__ inline void copy4_async(float* to, const float* from, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(read ? 4 : 0)
+               : "memory");
+}
+
 // Rounds to nearest even.
 __device__ inline uint4 pack8(const float (&x)[8]) {
   return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
@@ -139,31 +156,46 @@ __device__ inline T block_sum(T x, T* shared) {
   return lane_sum(lane < kWarps ? shared[lane] : T(0));
 }
 
-constexpr int kPartialGroups = 16;
+constexpr int kPartialGroups = 16, kPartialSums = 3;
 
-// gradient [columns] += sum of the `count` rows of partials [count,stride], whose order depends on `count`
-// alone: group i of 16 sums rows i, i + 16, ..., then the groups are added in order. A block does 32 columns.
+// gradient [columns] += sum of the `count` rows of partials [count,stride].
+struct PartialSum {
+  float* gradient = nullptr;
+  const float* partials = nullptr;
+  int count = 0, columns = 0, stride = 0;
+};
+
+struct PartialSums {
+  PartialSum of[kPartialSums];
+};
+
+// The order of a sum depends on its `count` alone: group i of 16 adds up rows i, i + 16, ..., then the groups
+// are added in order. A block does 32 columns of one gradient.
 static __global__ void __launch_bounds__(32 * kPartialGroups)
-    add_partials_kernel(float* gradient, const float* __restrict__ partials, int count, int columns,
-                        int stride) {
-  __shared__ float sums[kPartialGroups][32];
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 32, column = blockIdx.x * 32 + lane;
+    add_partials_kernel(const __grid_constant__ PartialSums sums) {
+  __shared__ float group_sums[kPartialGroups][32];
+  int which = 0, block = blockIdx.x;
+  while (block >= divide_up(sums.of[which].columns, 32)) block -= divide_up(sums.of[which++].columns, 32);
+  const PartialSum& mine = sums.of[which];
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32, column = block * 32 + lane;
   float sum = 0;
-  if (column < columns) {
+  if (column < mine.columns) {
 #pragma unroll 8
-    for (int p = group; p < count; p += kPartialGroups) sum += partials[int64_t(p) * stride + column];
+    for (int p = group; p < mine.count; p += kPartialGroups)
+      sum += mine.partials[int64_t(p) * mine.stride + column];
   }
-  sums[group][lane] = sum;
+  group_sums[group][lane] = sum;
   __syncthreads();
-  if (group != 0 || column >= columns) return;
-  for (int i = 1; i < kPartialGroups; i++) sum += sums[i][lane];
-  gradient[column] += sum;
+  if (group != 0 || column >= mine.columns) return;
+  for (int i = 1; i < kPartialGroups; i++) sum += group_sums[i][lane];
+  mine.gradient[column] += sum;
 }
 
-inline void add_partials(Cuda& dev, float* gradient, const float* partials, int count, int columns,
-                         int stride) {
-  add_partials_kernel<<<divide_up(columns, 32), 32 * kPartialGroups, 0, dev.stream>>>(gradient, partials,
-                                                                                      count, columns, stride);
+// The second stage of up to kPartialSums gradients in one launch.
+inline void add_partials(Cuda& dev, const PartialSums& sums) {
+  int blocks = 0;
+  for (const PartialSum& s : sums.of) blocks += divide_up(s.columns, 32);
+  add_partials_kernel<<<blocks, 32 * kPartialGroups, 0, dev.stream>>>(sums);
   launched("add_partials");
 }
 

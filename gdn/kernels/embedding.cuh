@@ -5,15 +5,15 @@
 
 namespace gdn {
 
-constexpr int kEmbeddingThreads = 128;
+constexpr int kEmbeddingThreads = 128, kEmbeddingRows = 4;
 
-// A block copies 8 rows, each thread one vector of eight columns in each.
+// A block copies 4 rows, each thread one vector of eight columns in each.
 // Floor at M = 32768, d = 1024: 67 MB out and 2 KB in for each distinct token; with 9.8 thousand of them 87
-// MB, 0.0206 ms at the copy rate. Reached on an H200: 0.0287 ms, 72% of the copy rate.
+// MB, 0.0206 ms at the copy rate. With 8 rows a block an H200 reached 72% of the copy rate.
 static __global__ void __launch_bounds__(kEmbeddingThreads)
     embedding_forward_kernel(act* __restrict__ x, const act* __restrict__ w_emb,
                              const int32_t* __restrict__ tokens, int rows, int width) {
-  constexpr int kRows = 8;
+  constexpr int kRows = kEmbeddingRows;
   const int column = (blockIdx.y * kEmbeddingThreads + threadIdx.x) * 8, first = blockIdx.x * kRows;
   if (column >= width) return;
   uint4 packed[kRows];
@@ -30,104 +30,120 @@ inline void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");
   if (rows == 0) return;
-  const dim3 grid(divide_up(rows, 8), divide_up(width, 8 * kEmbeddingThreads));
+  const dim3 grid(divide_up(rows, kEmbeddingRows), divide_up(width, 8 * kEmbeddingThreads));
   embedding_forward_kernel<<<grid, kEmbeddingThreads, 0, dev.stream>>>(x, w_emb, tokens, rows, width);
   launched("embedding_forward");
 }
 
-// Backward. The sorted positions are cut into chunks of kSortedChunk; a run is the positions of one token. A
-// run inside one chunk is added to dw_emb by that chunk's block. A run that crosses chunk borders leaves one
-// partial sum in each of its chunks: in row 0 of the chunk where the run came in from the chunk before, in
-// row 1 where it begins. A second kernel adds up each crossing run's partial sums in order.
-constexpr int kSortedChunk = 32;
+// Backward. The sorted positions are cut into chunks; a run is the positions of one token. A run inside one
+// chunk is added to dw_emb by that chunk's block. A run that crosses chunk borders leaves one partial sum in
+// each of its chunks: in row 0 of the chunk where the run came in from the chunk before, in row 1 where it
+// begins. A second kernel adds up each crossing run's partial sums in order. A thread owns four columns.
+constexpr int kLongestSortedChunk = 128;
 
-// dw_emb row += sum, eight columns
-__device__ inline void add8(float* to, const float (&sum)[8]) {
-  float total[8];
-  load8(total, to);
-  for (int i = 0; i < 8; i++) total[i] += sum[i];
-  store8(to, total);
+// A long chunk leaves few partial sums of the frequent tokens; a narrow model needs more blocks.
+inline int sorted_chunk(int width) { return width >= 768 ? kLongestSortedChunk : kLongestSortedChunk / 2; }
+
+constexpr int kEmbeddingBackwardThreads = 256;
+
+inline int embedding_backward_threads(int width) {
+  return width >= 4 * kEmbeddingBackwardThreads ? kEmbeddingBackwardThreads : divide_up(width / 4, 32) * 32;
 }
 
-// Floor at M = 32768, d = 1024: 67 MB of dx, and 8 KB in and out of dw_emb for each distinct token; with 9.8
-// thousand of them 148 MB, 0.0349 ms at the copy rate. Reached on an H200, by both kernels together: 0.0767
-// ms, 45% of the copy rate.
-static __global__ void __launch_bounds__(kEmbeddingThreads)
+__device__ inline float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+__device__ inline void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
+__device__ inline float4 add4(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+__device__ inline float4 unpack4(uint2 v) {
+  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),
+                     __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+}
+
+// Of kGroup positions, the rows of dx and the rows of dw_emb that they complete are all loaded before the
+// first is added: each of them waited for in turn was the time of the chunks of rare tokens. Floor at M =
+// 32768, d = 1024: 67 MB of dx, and 8 KB in and out of dw_emb for each distinct token; with 9.8 thousand of
+// them 148 MB, 0.0349 ms at the copy rate, by both kernels together.
+static __global__ void __launch_bounds__(kEmbeddingBackwardThreads)
     embedding_backward_chunks_kernel(float* __restrict__ dw_emb, float* __restrict__ partials,
                                      const act* __restrict__ dx, const int32_t* __restrict__ tokens,
-                                     const int32_t* __restrict__ order, int rows, int width) {
-  constexpr int kGroup = 8;  // rows loaded before the first is added
-  __shared__ int32_t row_at[kSortedChunk];
-  __shared__ int32_t token_at[kSortedChunk + 2];  // with the neighbours before and after; -1 past the ends
-  const int begin = blockIdx.x * kSortedChunk, count = min(kSortedChunk, rows - begin);
-  if (int(threadIdx.x) < kSortedChunk + 2) {
-    const int position = begin + int(threadIdx.x) - 1;
-    token_at[threadIdx.x] = position >= 0 && position < rows ? tokens[order[position]] : -1;
+                                     const int32_t* __restrict__ order, int rows, int width, int chunk) {
+  constexpr int kGroup = 8;
+  __shared__ int32_t row_at[kLongestSortedChunk];
+  __shared__ int32_t
+      token_at[kLongestSortedChunk + 2];  // with the neighbours before and after; -1 past the ends
+  const int begin = blockIdx.x * chunk, count = min(chunk, rows - begin);
+  for (int i = int(threadIdx.x); i < count + 2; i += int(blockDim.x)) {
+    const int position = begin + i - 1;
+    const int32_t row = position >= 0 && position < rows ? order[position] : -1;
+    if (i >= 1 && i <= count) row_at[i - 1] = row;
+    token_at[i] = row >= 0 ? tokens[row] : -1;
   }
-  if (int(threadIdx.x) < count) row_at[threadIdx.x] = order[begin + threadIdx.x];
   __syncthreads();
-  const int column = (blockIdx.y * kEmbeddingThreads + threadIdx.x) * 8;
+  const int column = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
   if (column >= width) return;
 
   const int32_t* token = token_at + 1;
-  bool came_in = token[-1] == token[0];  // the current run began in an earlier chunk
-  float sum[8] = {};
+  const int32_t before = token[-1];  // the run of this token came in
+  float4 sum = make_float4(0, 0, 0, 0);
   for (int first = 0; first < count; first += kGroup) {
-    uint4 packed[kGroup];
-#pragma unroll
-    for (int i = 0; i < kGroup; i++)
-      if (first + i < count) packed[i] = load16(dx + int64_t(row_at[first + i]) * width + column);
+    uint2 packed[kGroup];
+    float4 old[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; i++) {
-      const int position = first + i;
-      if (position >= count) break;
-      float value[8];
-      unpack8(value, packed[i]);
-      for (int c = 0; c < 8; c++) sum[c] += value[c];
-      const bool run_ends = token[position] != token[position + 1];
-      if (!run_ends && position + 1 < count) continue;
+      const int p = first + i;
+      if (p >= count) break;
+      packed[i] = *reinterpret_cast<const uint2*>(dx + int64_t(row_at[p]) * width + column);
+      if (token[p] != token[p + 1] && token[p] != before)
+        old[i] = load4(dw_emb + int64_t(token[p]) * width + column);
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; i++) {
+      const int p = first + i;
+      if (p >= count) break;
+      sum = add4(sum, unpack4(packed[i]));
+      const bool run_ends = token[p] != token[p + 1], came_in = token[p] == before;
+      if (!run_ends && p + 1 < count) continue;
       if (run_ends && !came_in)
-        add8(dw_emb + int64_t(token[position]) * width + column, sum);
+        store4(dw_emb + int64_t(token[p]) * width + column, add4(old[i], sum));
       else
-        store8(partials + (int64_t(blockIdx.x) * 2 + (came_in ? 0 : 1)) * width + column, sum);
-      came_in = false;
-      for (int c = 0; c < 8; c++) sum[c] = 0;
+        store4(partials + (int64_t(blockIdx.x) * 2 + (came_in ? 0 : 1)) * width + column, sum);
+      sum = make_float4(0, 0, 0, 0);
     }
   }
 }
 
 // The block of the chunk in which a crossing run begins adds up the run; the other blocks have nothing to do.
-static __global__ void __launch_bounds__(kEmbeddingThreads)
+static __global__ void __launch_bounds__(kEmbeddingBackwardThreads)
     embedding_backward_runs_kernel(float* __restrict__ dw_emb, const float* __restrict__ partials,
                                    const int32_t* __restrict__ tokens, const int32_t* __restrict__ order,
-                                   int rows, int width) {
-  const int column = (blockIdx.y * kEmbeddingThreads + threadIdx.x) * 8;
-  const int begin = blockIdx.x * kSortedChunk, end = begin + kSortedChunk;
-  if (column >= width || end >= rows) return;
+                                   int rows, int width, int chunk) {
+  const int begin = blockIdx.x * chunk, end = begin + chunk;
+  if (end >= rows) return;
   const int32_t token = tokens[order[end - 1]];
   if (tokens[order[end]] != token) return;  // no run leaves this chunk
   if (begin > 0 && tokens[order[begin]] == token && tokens[order[begin - 1]] == token)
     return;  // it began earlier
 
-  // The run goes through all chunks whose first position holds its token; these are found by bisection.
-  int inside = blockIdx.x + 1, outside = divide_up(rows, kSortedChunk);
-  while (outside - inside > 1) {
-    const int middle = (inside + outside) / 2;
-    (tokens[order[middle * kSortedChunk]] == token ? inside : outside) = middle;
+  // The run goes through the chunks from here to the first whose first position has another token.
+  int outside = int(blockIdx.x) + 1, more = int(blockDim.x);
+  while (more == int(blockDim.x)) {
+    const int64_t first = int64_t(outside + int(threadIdx.x)) * chunk;
+    more = __syncthreads_count(first < rows && tokens[order[first]] == token);
+    outside += more;
   }
-  float sum[8];
-  load8(sum, partials + (int64_t(blockIdx.x) * 2 + 1) * width + column);
-#pragma unroll 4
-  for (int chunk = blockIdx.x + 1; chunk < outside; chunk++) {
-    float value[8];
-    load8(value, partials + int64_t(chunk) * 2 * width + column);
-    for (int c = 0; c < 8; c++) sum[c] += value[c];
-  }
-  add8(dw_emb + int64_t(token) * width + column, sum);
+  const int column = (blockIdx.y * blockDim.x + threadIdx.x) * 4;
+  if (column >= width) return;
+  float4 sum = load4(partials + (int64_t(blockIdx.x) * 2 + 1) * width + column);
+#pragma unroll 8
+  for (int i = blockIdx.x + 1; i < outside; i++)
+    sum = add4(sum, load4(partials + int64_t(i) * 2 * width + column));
+  float* to = dw_emb + int64_t(token) * width + column;
+  store4(to, add4(load4(to), sum));
 }
 
 inline size_t embedding_backward_scratch_bytes(Cuda&, int rows, int width) {
-  return size_t(divide_up(rows, kSortedChunk)) * 2 * width * sizeof(float);
+  return size_t(divide_up(rows, sorted_chunk(width))) * 2 * width * sizeof(float);
 }
 
 inline void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const int32_t* tokens,
@@ -136,12 +152,13 @@ inline void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const in
   require_multiple_of_8(width, "the width of the embedding");
   if (rows == 0) return;
   float* partials = static_cast<float*>(scratch);
-  const dim3 grid(divide_up(rows, kSortedChunk), divide_up(width, 8 * kEmbeddingThreads));
-  embedding_backward_chunks_kernel<<<grid, kEmbeddingThreads, 0, dev.stream>>>(dw_emb, partials, dx, tokens,
-                                                                               order, rows, width);
+  const int chunk = sorted_chunk(width), threads = embedding_backward_threads(width);
+  const dim3 grid(divide_up(rows, chunk), divide_up(width, 4 * threads));
+  embedding_backward_chunks_kernel<<<grid, threads, 0, dev.stream>>>(dw_emb, partials, dx, tokens, order,
+                                                                     rows, width, chunk);
   launched("embedding_backward_chunks");
-  embedding_backward_runs_kernel<<<grid, kEmbeddingThreads, 0, dev.stream>>>(dw_emb, partials, tokens, order,
-                                                                             rows, width);
+  embedding_backward_runs_kernel<<<grid, threads, 0, dev.stream>>>(dw_emb, partials, tokens, order, rows,
+                                                                   width, chunk);
   launched("embedding_backward_runs");
 }
 

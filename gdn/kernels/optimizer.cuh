@@ -9,7 +9,7 @@
 namespace gdn {
 
 constexpr int kNormThreads = 256, kNormLoads = 4;       // 16-byte loads of a thread in flight
-constexpr int kUpdateThreads = 256, kUpdateBlocks = 5;  // blocks of a multiprocessor
+constexpr int kUpdateThreads = 256, kUpdateBlocks = 4;  // blocks of a multiprocessor
 constexpr int kUpdatePiece = 4 * 4 * kUpdateThreads;    // numbers of the arena a block takes at a time
 
 // ---- norm -------------------------------------------------------------------------------------------------
@@ -144,9 +144,7 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
                   const typename Rule::Step* __restrict__ step) {
   const float length = *norm;
   if (!isfinite(length)) return;
-  __shared__ Rule rule;
-  if (threadIdx.x == 0) rule = Rule::of(*step);
-  __syncthreads();
+  const Rule rule = Rule::of(*step);
   const float factor = rule.clip > 0 && length > rule.clip ? rule.clip / length : 1.0f;
   const size_t arena_end = spans[count - 1].offset + spans[count - 1].size;
   int first = 0;
@@ -158,7 +156,6 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
       const size_t span_end = span.offset + span.size, end = min(span_end, begin + kUpdatePiece);
       for (size_t i = begin + threadIdx.x * 4; i < end; i += 4 * kUpdateThreads) {
         if (i < span.offset) continue;
-        asm volatile("" ::: "memory");  // the rule is read again each time, and registers stay free
         if (i + 4 > span_end) {
           for (size_t j = i; j < span_end; j++) {
             float unused = 0;

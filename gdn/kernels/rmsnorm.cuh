@@ -16,6 +16,7 @@ template <int kVectorsOfThread, int kWarps>
 struct RowTeam {
   static constexpr int kVectors = kVectorsOfThread, kWarpsPerRow = kWarps;
   static constexpr int kRows = kRowWarps / kWarpsPerRow;  // a block handles at a time
+  static constexpr int kBackwardBlocks = kVectors <= 2 ? 3 : kVectors <= 4 ? 2 : 1;  // of a multiprocessor
   static constexpr int kMaxWidth = kVectors * kWarpsPerRow * 32 * 8;
 
   __device__ static int row_in_block() { return threadIdx.x / 32 / kWarpsPerRow; }
@@ -124,13 +125,15 @@ inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd,
   launch_rmsnorm_forward<true>(dev, x_out, h, rstd, x, branch, w, rows, width);
 }
 
-// dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh. A block walks over rows and keeps its sum of dw in
-// registers; partials [blocks,d] gets it.
-// Floor at M = 32768, d = 1024: 268 MB (dh, x, dx in, dx out), 0.0634 ms at the copy rate. Reached on an
-// H200, with the sum of the partials: 0.0817 ms, 78% of the copy rate.
+// dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh, and h (where not null) as the forward gave it; h
+// may be dh: a thread reads its part of dh before it writes there. A block walks over rows and keeps its sum
+// of dw in registers; partials [blocks,d] gets it. As many blocks as run at once: more would only be more
+// partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.0792 ms at the copy rate.
+// Without h and with twice the blocks, 268 MB, an H200 reached 78% of the copy rate, the sum of the partials
+// included.
 template <class Team>
-__global__ void __launch_bounds__(kRowThreads)
-    rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, const act* __restrict__ dh,
+__global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
+    rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, act* h, const act* dh,
                             const act* __restrict__ x, const float* __restrict__ rstd,
                             const float* __restrict__ w, int rows, int width) {
   constexpr int kVectors = Team::kVectors;
@@ -174,6 +177,9 @@ __global__ void __launch_bounds__(kRowThreads)
         load8(gain, w + Team::column(v));
         for (int i = 0; i < 8; i++) dx8[i] += r * (gain[i] * dh8[i] - x8[i] * r * mean);
         store16(dx + start + Team::column(v), pack8(dx8));
+        if (!h) continue;
+        for (int i = 0; i < 8; i++) x8[i] *= gain[i] * r;
+        store16(h + start + Team::column(v), pack8(x8));
       }
   }
 
@@ -201,27 +207,29 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // How many blocks share the rows, and so how many partial sums of dw there are.
-inline int rmsnorm_backward_blocks(const Cuda& dev, int rows) {
-  return std::min(divide_up(rows, kRowWarps), 4 * dev.multiprocessors);
+inline int rmsnorm_backward_blocks(const Cuda& dev, int rows, int width) {
+  int at_once = 0;
+  with_row_team(width, [&](auto team) { at_once = decltype(team)::kBackwardBlocks * dev.multiprocessors; });
+  return std::min(divide_up(rows, kRowWarps), at_once);
 }
 
 inline size_t rmsnorm_backward_scratch_bytes(Cuda& dev, int rows, int width) {
-  return size_t(rmsnorm_backward_blocks(dev, rows)) * width * sizeof(float);
+  return size_t(rmsnorm_backward_blocks(dev, rows, width)) * width * sizeof(float);
 }
 
-inline void rmsnorm_backward(Cuda& dev, act* dx, float* dw, const act* dh, const act* x, const float* rstd,
-                             const float* w, int rows, int width, void* scratch) {
+inline void rmsnorm_backward(Cuda& dev, act* dx, float* dw, act* h, const act* dh, const act* x,
+                             const float* rstd, const float* w, int rows, int width, void* scratch) {
   Range<Cuda> range(dev, __func__);
   if (rows == 0) return;
-  const int blocks = rmsnorm_backward_blocks(dev, rows);
+  const int blocks = rmsnorm_backward_blocks(dev, rows, width);
   float* partials = static_cast<float*>(scratch);
   with_row_team(width, [&](auto team) {
     using Team = decltype(team);
     rmsnorm_backward_kernel<Team>
-        <<<blocks, kRowThreads, 0, dev.stream>>>(dx, partials, dh, x, rstd, w, rows, width);
+        <<<blocks, kRowThreads, 0, dev.stream>>>(dx, partials, h, dh, x, rstd, w, rows, width);
   });
   launched("rmsnorm_backward");
-  add_partials(dev, dw, partials, blocks, width, width);
+  add_partials(dev, {{{dw, partials, blocks, width, width}}});
 }
 
 }  // namespace gdn

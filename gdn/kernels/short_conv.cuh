@@ -1,37 +1,57 @@
-// The mixer's short convolution, silu and the L2 norm of q and k, fused: proj is read once and qkv written
-// once.
+// The mixer's short convolution, silu and the L2 norm of q and k, fused, with the gates (gates.cuh) in the
+// same launch: proj is read once and qkv written once.
 //
-// A thread owns eight channels and walks along time, the inputs of the last steps in registers. The channels
-// of one head of q or k lie side by side in a power of two of lanes (the last ones idle when dk / 8 is none),
-// so that its norm is a sum over lanes; the channels of v follow densely from the next warp on.
+// A thread owns eight channels and walks along time, the inputs of the last three steps in registers. Steps
+// that are still to come are on their way to shared memory, where a thread has slots of its own: so loads are
+// in flight all the time, and need neither registers nor barriers. The channels of one head of q or k lie
+// side by side in a power of two of lanes (the last ones idle when dk / 8 is none), so that its norm is a sum
+// over lanes; the channels of v follow densely from the next warp on. The last block along the channels does
+// the gates.
 #pragma once
 
+#include <algorithm>
+
 #include "common.cuh"
+#include "gates.cuh"
 
 namespace gdn {
 
 constexpr int kConvThreads = 128;
 constexpr int kConvHalo = kConvTaps - 1;
-constexpr int kConvForwardGroup = 8, kConvBackwardGroup = 4;  // time steps whose loads are in flight together
-constexpr int kConvTile = 64;                                 // time steps of a block
+constexpr int kConvGroup = 4;                                   // time steps that are waited for together
+constexpr int kConvForwardGroups = 3, kConvBackwardGroups = 2;  // in shared memory, on their way or in use
+constexpr int kConvForwardTile = 64, kConvBackwardTile = 128;   // time steps of a block, at most
+static_assert(kConvGroup == kConvTaps, "the window of inputs is back in its first slot after a group");
 
 struct ConvLayout {
   int batch, tokens, channels, columns;  // B, T, C, P
   int normed_heads, head_dim;            // 2 Hk, dk
   int lanes;                             // of a head
   int normed_threads, threads;           // threads along the channels: for q and k (whole warps), for all
+  int tile;                              // time steps of a block
+  int channel_blocks() const { return divide_up(threads, kConvThreads); }
+  int tiles() const { return divide_up(tokens, tile); }
+  dim3 grid() const { return dim3(channel_blocks() + 1, tiles(), batch); }
 };
 
-inline ConvLayout conv_layout(const MixerShape& s) {
+// The longer a tile, the fewer inputs are read twice and the fewer partial sums there are; with few blocks
+// along the channels it is shorter, so that there are enough in all. It must not depend on B and T: work
+// space is made for the largest ones.
+inline ConvLayout conv_layout(const MixerShape& s, int longest_tile) {
   require_head_dims(s);
   const int lanes = lanes_for(s.head_dim_k / 8), normed_threads = divide_up(2 * s.heads_k * lanes, 32) * 32;
-  return {s.batch,     s.tokens,       s.conv_channels(),
-          s.columns(), 2 * s.heads_k,  s.head_dim_k,
-          lanes,       normed_threads, normed_threads + s.value_dim() / 8};
-}
-
-inline dim3 conv_grid(const ConvLayout& at) {
-  return dim3(divide_up(at.threads, kConvThreads), divide_up(at.tokens, kConvTile), at.batch);
+  ConvLayout at = {s.batch,
+                   s.tokens,
+                   s.conv_channels(),
+                   s.columns(),
+                   2 * s.heads_k,
+                   s.head_dim_k,
+                   lanes,
+                   normed_threads,
+                   normed_threads + s.value_dim() / 8,
+                   0};
+  at.tile = longest_tile / 4 * std::min(at.channel_blocks(), 4);
+  return at;
 }
 
 // What a thread of the grid's x axis works on.
@@ -70,57 +90,89 @@ __device__ inline void load_taps(float (&tap)[kConvTaps][8], const float* taps, 
   }
 }
 
-// u = sum_j tap[j] * x[j]
-__device__ inline void convolve(float (&u)[8], const float (&tap)[kConvTaps][8], const uint4* x) {
+// u = sum_j tap[j] * x_{t-3+j}; step t's input is x[(i + 3) % 4], the three before it x[i], x[(i + 1) % 4]
+// and x[(i + 2) % 4].
+__device__ inline void convolve(float (&u)[8], const float (&tap)[kConvTaps][8],
+                                const float (&x)[kConvTaps][8], int i) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) u[i] = 0;
+  for (int c = 0; c < 8; c++) u[c] = tap[0][c] * x[i][c];
 #pragma unroll
-  for (int j = 0; j < kConvTaps; j++) {
-    float value[8];
-    unpack8(value, x[j]);
+  for (int j = 1; j < kConvTaps; j++)
 #pragma unroll
-    for (int i = 0; i < 8; i++) u[i] += tap[j][i] * value[i];
-  }
+    for (int c = 0; c < 8; c++) u[c] += tap[j][c] * x[(i + j) % kConvTaps][c];
 }
 
-// A block does kConvTile steps of one sequence.
-// Floor at M = 32768, C = 3072: 403 MB (the columns of proj in, qkv out), 0.0951 ms at the copy rate. Reached
-// on an H200: 0.1537 ms, 62% of the copy rate.
-static __global__ void __launch_bounds__(kConvThreads)
-    short_conv_forward_kernel(act* __restrict__ qkv, float* __restrict__ rnorm, const act* __restrict__ proj,
-                              const float* __restrict__ taps, const act* __restrict__ history,
-                              ConvLayout at) {
-  constexpr int kGroup = kConvForwardGroup;
-  const ConvThread me = conv_thread(at);
-  const int sequence = blockIdx.z, begin = blockIdx.y * kConvTile, end = min(begin + kConvTile, at.tokens);
-  const act* from = proj + int64_t(sequence) * at.tokens * at.columns + me.channel;
-  act* to = qkv + int64_t(sequence) * at.tokens * at.channels + me.channel;
-  float* norms = rnorm + int64_t(sequence) * at.tokens * at.normed_heads + me.head;
-  const act* before = history ? history + int64_t(sequence) * kConvHalo * at.channels + me.channel : nullptr;
+// Makes zeros of the inputs before a document's start in the window of convolve(..., i), of a step that is
+// `position` steps after it.
+__device__ inline void mask_window(float (&x)[kConvTaps][8], int position, int i) {
+#pragma unroll
+  for (int j = 0; j < kConvHalo; j++)
+    if (kConvHalo - j > position)
+#pragma unroll
+      for (int c = 0; c < 8; c++) x[(i + j) % kConvTaps][c] = 0;
+}
 
-  float tap[kConvTaps][8];
+// position [M] of the group of steps from t on, up to `end` (kConvHalo: all inputs are of one document).
+__device__ inline void load_positions(int (&to)[kConvGroup], const int32_t* position, int t, int end) {
+#pragma unroll
+  for (int i = 0; i < kConvGroup; i++) to[i] = t + i < end ? position[t + i] : kConvHalo;
+}
+
+// A block does a tile of one sequence. position [M], read where kMasked: steps since the row's document
+// began. Floor at M = 32768, C = 3072: 403 MB (the columns of proj in, qkv out), 0.0951 ms at the copy rate.
+template <bool kMasked>
+static __global__ void __launch_bounds__(kConvThreads, 5)
+    short_conv_gates_forward_kernel(act* __restrict__ qkv, float* __restrict__ rnorm, float* __restrict__ g,
+                                    float* __restrict__ beta, const act* __restrict__ proj,
+                                    const float* __restrict__ taps, const act* __restrict__ history,
+                                    const int32_t* __restrict__ position, ConvLayout at, GateInputs gates) {
+  constexpr int kGroups = kConvForwardGroups;
+  __shared__ uint4 slots[kGroups * kConvGroup][kConvThreads];
+  const int sequence = blockIdx.z, begin = blockIdx.y * at.tile, end = min(begin + at.tile, at.tokens);
+  const int64_t row0 = int64_t(sequence) * at.tokens;
+  if (blockIdx.x == gridDim.x - 1)
+    return gates_forward_rows(g, beta, proj, kMasked ? position : nullptr, gates, int(row0) + begin,
+                              int(row0) + end);
+  const ConvThread me = conv_thread(at);
+  const act* from = proj + row0 * at.columns + me.channel;
+  act* to = qkv + row0 * at.channels + me.channel;
+  float* norms = rnorm + row0 * at.normed_heads + me.head;
+
+  const auto fetch = [&](int t, int group) {
+#pragma unroll
+    for (int i = 0; i < kConvGroup; i++)
+      copy16_async(&slots[group * kConvGroup + i][threadIdx.x], from + int64_t(t + i) * at.columns,
+                   me.active && t + i < end);
+    __pipeline_commit();
+  };
+#pragma unroll
+  for (int group = 0; group < kGroups - 1; group++) fetch(begin + group * kConvGroup, group);
+
+  float tap[kConvTaps][8], x[kConvTaps][8];
   load_taps(tap, taps, me);
-  uint4 x[kConvHalo + kGroup];  // x[kConvHalo + i]: the input at step t + i
+  const act* before = history ? history + int64_t(sequence) * kConvHalo * at.channels + me.channel : nullptr;
 #pragma unroll
   for (int j = 0; j < kConvHalo; j++) {
     const int t = begin - kConvHalo + j;
-    x[j] = make_uint4(0, 0, 0, 0);
-    if (me.active && t >= 0) x[j] = load16(from + int64_t(t) * at.columns);
-    if (me.active && t < 0 && before) x[j] = load16(before + int64_t(t + kConvHalo) * at.channels);
+    uint4 packed = make_uint4(0, 0, 0, 0);
+    if (me.active && t >= 0) packed = load16(from + int64_t(t) * at.columns);
+    if (me.active && t < 0 && before) packed = load16(before + int64_t(t + kConvHalo) * at.channels);
+    unpack8(x[j], packed);
   }
+
+  int group = 0;
 #pragma unroll 1
-  for (int t = begin; t < end; t += kGroup) {
+  for (int t = begin; t < end; t += kConvGroup) {
+    fetch(t + (kGroups - 1) * kConvGroup, group == 0 ? kGroups - 1 : group - 1);
+    [[maybe_unused]] int since[kConvGroup];
+    if constexpr (kMasked) load_positions(since, position + row0, t, end);
+    __pipeline_wait_prior(kGroups - 1);
 #pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-      x[kConvHalo + i] = make_uint4(0, 0, 0, 0);
-      if (me.active && t + i < end) x[kConvHalo + i] = load16(from + int64_t(t + i) * at.columns);
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-      if (t + i >= end) break;  // the whole block
-      float p[8];
-      convolve(p, tap, x + i);
-      float squares = 0;
+    for (int i = 0; i < kConvGroup; i++) {
+      unpack8(x[(i + kConvHalo) % kConvTaps], slots[group * kConvGroup + i][threadIdx.x]);
+      if constexpr (kMasked) mask_window(x, since[i], i);
+      float p[8], squares = 0;
+      convolve(p, tap, x, i);
 #pragma unroll
       for (int c = 0; c < 8; c++) {
         p[c] *= fast_sigmoid(p[c]);
@@ -128,14 +180,13 @@ static __global__ void __launch_bounds__(kConvThreads)
       }
       if (me.normed) {  // the whole warp
         const float r = rsqrtf(lane_sum(squares, at.lanes) + float(kNormEps));
-        if (me.leads) norms[int64_t(t + i) * at.normed_heads] = r;
+        if (me.leads && t + i < end) norms[int64_t(t + i) * at.normed_heads] = r;
 #pragma unroll
         for (int c = 0; c < 8; c++) p[c] *= r;
       }
-      if (me.active) store16(to + int64_t(t + i) * at.channels, pack8(p));
+      if (me.active && t + i < end) store16(to + int64_t(t + i) * at.channels, pack8(p));
     }
-#pragma unroll
-    for (int j = 0; j < kConvHalo; j++) x[j] = x[kGroup + j];
+    group = group == kGroups - 1 ? 0 : group + 1;
   }
 }
 
@@ -157,137 +208,159 @@ static __global__ void __launch_bounds__(kConvThreads)
   for (int j = 0; j < kConvHalo; j++) store16(mine + int64_t(j) * at.channels, x[j]);
 }
 
-inline void short_conv_forward(Cuda& dev, act* qkv, float* rnorm, const act* proj, const float* taps,
-                               act* history, const MixerShape& shape) {
+inline void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float* beta,
+                                     const act* proj, const float* taps, const float* A_log,
+                                     const float* dt_bias, act* history, const MixerShape& shape,
+                                     float beta_max, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
-  const ConvLayout at = conv_layout(shape);
+  const ConvLayout at = conv_layout(shape, kConvForwardTile);
   if (shape.rows() == 0) return;
-  short_conv_forward_kernel<<<conv_grid(at), kConvThreads, 0, dev.stream>>>(qkv, rnorm, proj, taps, history,
-                                                                            at);
-  launched("short_conv_forward");
+  const auto kernel =
+      position ? short_conv_gates_forward_kernel<true> : short_conv_gates_forward_kernel<false>;
+  kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(qkv, rnorm, g, beta, proj, taps, history, position, at,
+                                                     gates_of(A_log, dt_bias, beta_max, shape));
+  launched("short_conv_gates_forward");
   if (!history) return;
   const dim3 grid(divide_up(at.channels / 8, kConvThreads), at.batch);
   short_conv_history_kernel<<<grid, kConvThreads, 0, dev.stream>>>(history, proj, at);
   launched("short_conv_history");
 }
 
-// With p = silu(u) and q = p rnorm
-//   dp = rnorm (dq - q (q . dq))    du = dp silu'(u)    dx_t = sum_j tap[j] du_{t+3-j}
-// A block computes du of its kConvTile steps and of the three after them, which it needs for dx, and so never
-// stores du; its sum of dtaps goes to its row of partials [B * tiles, C, 4].
-// Floor at M = 32768, C = 3072, 2 Hk dk = 1536: 705 MB (dqkv, q and k, proj in, dproj out), 0.1664 ms at the
-// copy rate. Reached on an H200, with the sum of the partials: 0.3211 ms, 52% of the copy rate.
-static __global__ void __launch_bounds__(kConvThreads)
-    short_conv_backward_kernel(act* __restrict__ dproj, float* __restrict__ partials,
-                               const act* __restrict__ dqkv, const act* __restrict__ qkv,
-                               const float* __restrict__ rnorm, const act* __restrict__ proj,
-                               const float* __restrict__ taps, ConvLayout at) {
-  constexpr int kGroup = kConvBackwardGroup;
-  const ConvThread me = conv_thread(at);
-  const int sequence = blockIdx.z, begin = blockIdx.y * kConvTile, end = min(begin + kConvTile, at.tokens);
+// A block does a tile: of u and p = silu(u), which it computes again, of du and, with the three steps of du
+// after the tile, of dx. Its sums of dtaps, or of dA_log and ddt_bias, are in its tile's row of partials [B *
+// tiles, stride]: 4 C for dtaps, then Hv and Hv. Floor at M = 32768, C = 3072: 604 MB (the columns of proj,
+// dqkv in, those of dproj out), 0.1425 ms at the copy rate.
+template <bool kMasked>
+static __global__ void __launch_bounds__(kConvThreads, 3)
+    short_conv_gates_backward_kernel(act* __restrict__ dproj, float* __restrict__ partials, int stride,
+                                     const act* __restrict__ dqkv, const float* __restrict__ dg,
+                                     const float* __restrict__ dbeta, const float* __restrict__ rnorm,
+                                     const float* __restrict__ g, const float* __restrict__ beta,
+                                     const act* __restrict__ proj, const float* __restrict__ taps,
+                                     const int32_t* __restrict__ position, ConvLayout at, GateInputs gates) {
+  constexpr int kGroups = kConvBackwardGroups, kSlots = kGroups * kConvGroup;
+  __shared__ uint4 x_slots[kSlots][kConvThreads], dq_slots[kSlots][kConvThreads];
+  __shared__ float r_slots[kSlots][kConvThreads];
+  const int sequence = blockIdx.z, begin = blockIdx.y * at.tile, end = min(begin + at.tile, at.tokens);
   const int du_end = min(end + kConvHalo, at.tokens);  // du is zero from here on
   const int64_t row0 = int64_t(sequence) * at.tokens;
-  const act *from = proj + row0 * at.columns + me.channel, *q_from = qkv + row0 * at.channels + me.channel;
-  const act* dq_from = dqkv + row0 * at.channels + me.channel;
+  float* mine = partials + (sequence * gridDim.y + blockIdx.y) * int64_t(stride);
+  if (blockIdx.x == gridDim.x - 1)
+    return gates_backward_rows<kConvThreads / 32>(dproj, mine + at.channels * kConvTaps, dg, dbeta, g, beta,
+                                                  proj, kMasked ? position : nullptr, gates,
+                                                  int(row0) + begin, int(row0) + end);
+  const ConvThread me = conv_thread(at);
+  const act *from = proj + row0 * at.columns + me.channel, *dq_from = dqkv + row0 * at.channels + me.channel;
   const float* norms = rnorm + row0 * at.normed_heads + me.head;
   act* to = dproj + row0 * at.columns + me.channel;
-  const uint4 zero = make_uint4(0, 0, 0, 0);
 
-  float tap[kConvTaps][8], dtap[kConvTaps][8] = {};
+  const auto fetch = [&](int t, int group) {
+#pragma unroll
+    for (int i = 0; i < kConvGroup; i++) {
+      const int slot = group * kConvGroup + i;
+      const bool read = me.active && t + i < du_end;
+      copy16_async(&x_slots[slot][threadIdx.x], from + int64_t(t + i) * at.columns, read);
+      copy16_async(&dq_slots[slot][threadIdx.x], dq_from + int64_t(t + i) * at.channels, read);
+      if (me.normed) copy4_async(&r_slots[slot][threadIdx.x], norms + int64_t(t + i) * at.normed_heads, read);
+    }
+    __pipeline_commit();
+  };
+  fetch(begin, 0);
+
+  float tap[kConvTaps][8], dtap[kConvTaps][8] = {}, x[kConvTaps][8];
   load_taps(tap, taps, me);
-  uint4 x[kConvHalo + kGroup];  // x[kConvHalo + i]: the input at step t + i
 #pragma unroll
   for (int j = 0; j < kConvHalo; j++) {
     const int t = begin - kConvHalo + j;
-    x[j] = me.active && t >= 0 ? load16(from + int64_t(t) * at.columns) : zero;
+    unpack8(x[j], me.active && t >= 0 ? load16(from + int64_t(t) * at.columns) : make_uint4(0, 0, 0, 0));
   }
-  float dx[kConvHalo][8] = {};  // dx[j]: what is known of dx at step t - 3 + j
+  float dx[kConvTaps][8] = {};  // at step t + i, dx[(i + j) % 4]: what is known of dx at step t + i - 3 + j
+  int group = 0;
 #pragma unroll 1
-  for (int t = begin; t < end + kConvHalo; t += kGroup) {
-    uint4 dq[kGroup], q[kGroup];
-    float r[kGroup];
+  for (int t = begin; t < end + kConvHalo; t += kConvGroup) {
+    fetch(t + kConvGroup, group ^ 1);
+    [[maybe_unused]] int since[kConvGroup];
+    if constexpr (kMasked) load_positions(since, position + row0, t, du_end);
+    __pipeline_wait_prior(1);
 #pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-      const bool loads = me.active && t + i < du_end;
-      x[kConvHalo + i] = loads ? load16(from + int64_t(t + i) * at.columns) : zero;
-      dq[i] = loads ? load16(dq_from + int64_t(t + i) * at.channels) : zero;
-      q[i] = loads && me.normed ? load16(q_from + int64_t(t + i) * at.channels) : zero;
-      r[i] = loads && me.normed ? norms[int64_t(t + i) * at.normed_heads] : 0.0f;
-    }
+    for (int i = 0; i < kConvGroup; i++) {
+      const int slot = group * kConvGroup + i;
+      float du[8], u[8], slope[8];
+      unpack8(x[(i + kConvHalo) % kConvTaps], x_slots[slot][threadIdx.x]);
+      unpack8(du, dq_slots[slot][threadIdx.x]);
+      if constexpr (kMasked) mask_window(x, since[i], i);
+      convolve(u, tap, x, i);
 #pragma unroll
-    for (int i = 0; i < kGroup; i++) {
-      float du[8], u[8];
-      unpack8(du, dq[i]);
-      if (me.normed) {  // the whole warp
-        float direction[8], along = 0;
-        unpack8(direction, q[i]);
-#pragma unroll
-        for (int c = 0; c < 8; c++) along += direction[c] * du[c];
-        along = lane_sum(along, at.lanes);
-#pragma unroll
-        for (int c = 0; c < 8; c++) du[c] = r[i] * (du[c] - direction[c] * along);
-      }
-      convolve(u, tap, x + i);
-#pragma unroll
-      for (int c = 0; c < 8; c++) {
+      for (int c = 0; c < 8; c++) {  // u becomes p = silu(u); slope = silu'(u) = s + p (1 - s)
         const float s = fast_sigmoid(u[c]);
-        du[c] *= s * (1 + u[c] * (1 - s));
+        u[c] *= s;
+        slope[c] = s + u[c] * (1 - s);
       }
+      if (me.normed) {  // the whole warp
+        float along = 0;
+#pragma unroll
+        for (int c = 0; c < 8; c++) along += u[c] * du[c];
+        const float r = r_slots[slot][threadIdx.x];
+        along = r * r * r * lane_sum(along, at.lanes);  // r (q . dq) r, to go with p = q / r
+#pragma unroll
+        for (int c = 0; c < 8; c++) du[c] = r * du[c] - along * u[c];
+      }
+#pragma unroll
+      for (int c = 0; c < 8; c++) du[c] *= slope[c];
       if (t + i < end) {  // the three steps after the tile are another block's
 #pragma unroll
-        for (int j = 0; j < kConvTaps; j++) {
-          float value[8];
-          unpack8(value, x[i + j]);
+        for (int j = 0; j < kConvTaps; j++)
 #pragma unroll
-          for (int c = 0; c < 8; c++) dtap[j][c] += du[c] * value[c];
-        }
+          for (int c = 0; c < 8; c++) dtap[j][c] += du[c] * x[(i + j) % kConvTaps][c];
       }
       // du_t is the last part of dx_{t-3}, and the first of dx_t.
 #pragma unroll
-      for (int c = 0; c < 8; c++) {
-        dx[0][c] += tap[0][c] * du[c];
-        dx[1][c] += tap[1][c] * du[c];
-        dx[2][c] += tap[2][c] * du[c];
-      }
+      for (int j = 0; j < kConvHalo; j++)
+        if (!kMasked || kConvHalo - j <= since[i])
+#pragma unroll
+          for (int c = 0; c < 8; c++) dx[(i + j) % kConvTaps][c] += tap[j][c] * du[c];
+#pragma unroll
+      for (int c = 0; c < 8; c++) dx[(i + kConvHalo) % kConvTaps][c] = tap[kConvHalo][c] * du[c];
       const int done = t + i - kConvHalo;
-      if (me.active && done >= begin && done < end) store16(to + int64_t(done) * at.columns, pack8(dx[0]));
-#pragma unroll
-      for (int c = 0; c < 8; c++) {
-        dx[0][c] = dx[1][c];
-        dx[1][c] = dx[2][c];
-        dx[2][c] = tap[3][c] * du[c];
-      }
+      if (me.active && done >= begin && done < end) store16(to + int64_t(done) * at.columns, pack8(dx[i]));
     }
-#pragma unroll
-    for (int j = 0; j < kConvHalo; j++) x[j] = x[kGroup + j];
+    group ^= 1;
   }
   if (!me.active) return;
-  float4* partial = reinterpret_cast<float4*>(partials) +
-                    (int64_t(sequence) * gridDim.y + blockIdx.y) * at.channels + me.channel;
+  float4* partial = reinterpret_cast<float4*>(mine) + me.channel;
 #pragma unroll
   for (int c = 0; c < 8; c++) partial[c] = make_float4(dtap[0][c], dtap[1][c], dtap[2][c], dtap[3][c]);
 }
 
-inline int short_conv_backward_tiles(const MixerShape& shape) {
-  return shape.batch * divide_up(shape.tokens, kConvTile);
+// Numbers in a tile's row of partials, a multiple of four for 16-byte stores.
+inline int conv_partials_stride(const MixerShape& shape) {
+  return shape.conv_channels() * kConvTaps + divide_up(2 * shape.heads_v, 4) * 4;
 }
 
-inline size_t short_conv_backward_scratch_bytes(Cuda&, const MixerShape& shape) {
-  return size_t(short_conv_backward_tiles(shape)) * shape.conv_channels() * kConvTaps * sizeof(float);
+inline size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape& shape) {
+  const ConvLayout at = conv_layout(shape, kConvBackwardTile);
+  return size_t(at.batch) * at.tiles() * conv_partials_stride(shape) * sizeof(float);
 }
 
-inline void short_conv_backward(Cuda& dev, act* dproj, float* dtaps, act* dqkv, const act* qkv,
-                                const float* rnorm, const act* proj, const float* taps,
-                                const MixerShape& shape, void* scratch) {
+inline void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float* dA_log, float* ddt_bias,
+                                      act* dqkv, const float* dg, const float* dbeta, const float* rnorm,
+                                      const float* g, const float* beta, const act* proj, const float* taps,
+                                      const float* A_log, const float* dt_bias, const MixerShape& shape,
+                                      float beta_max, void* scratch, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
-  const ConvLayout at = conv_layout(shape);
+  const ConvLayout at = conv_layout(shape, kConvBackwardTile);
   if (shape.rows() == 0) return;
-  float* partials = static_cast<float*>(scratch);
-  short_conv_backward_kernel<<<conv_grid(at), kConvThreads, 0, dev.stream>>>(dproj, partials, dqkv, qkv,
-                                                                             rnorm, proj, taps, at);
-  launched("short_conv_backward");
-  add_partials(dev, dtaps, partials, short_conv_backward_tiles(shape), at.channels * kConvTaps,
-               at.channels * kConvTaps);
+  const int count = at.batch * at.tiles(), stride = conv_partials_stride(shape), heads = shape.heads_v;
+  float *partials = static_cast<float*>(scratch), *of_gates = partials + at.channels * kConvTaps;
+  const auto kernel =
+      position ? short_conv_gates_backward_kernel<true> : short_conv_gates_backward_kernel<false>;
+  kernel<<<at.grid(), kConvThreads, 0, dev.stream>>>(dproj, partials, stride, dqkv, dg, dbeta, rnorm, g, beta,
+                                                     proj, taps, position, at,
+                                                     gates_of(A_log, dt_bias, beta_max, shape));
+  launched("short_conv_gates_backward");
+  add_partials(dev, {{{dtaps, partials, count, at.channels * kConvTaps, stride},
+                      {dA_log, of_gates, count, heads, stride},
+                      {ddt_bias, of_gates + heads, count, heads, stride}}});
 }
 
 }  // namespace gdn

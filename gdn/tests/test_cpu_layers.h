@@ -208,12 +208,15 @@ Layer<Real> rmsnorm_layer(int rows, int width) {
     Array<Real> h = unset<Real>(rows * width), rstd = unset<Real>(rows);
     rmsnorm_forward(cpu<Real>, h.data(), rstd.data(), in.at("x").data(), in.at("w").data(), rows, width);
     saved["rstd"] = rstd;
+    saved["h"] = h;
     return Tensors<Real>{{"h", h}};
   };
   const auto backward = [=](const auto& in, const auto& saved, const auto& d_out) {
     Accumulator<Real> dx(rows * width), dw(width);
-    rmsnorm_backward(cpu<Real>, dx.data(), dw.data(), d_out.at("h").data(), in.at("x").data(),
+    Array<Real> h = d_out.at("h");  // in the place of its gradient
+    rmsnorm_backward(cpu<Real>, dx.data(), dw.data(), h.data(), h.data(), in.at("x").data(),
                      saved.at("rstd").data(), in.at("w").data(), rows, width, nullptr);
+    CHECK(h == saved.at("h"));
     return Tensors<Real>{{"x", dx.added()}, {"w", dw.added()}};
   };
   Random random;
@@ -237,8 +240,9 @@ Layer<Real> residual_rmsnorm_layer(int rows, int width) {
   const auto backward = [=](const auto& in, const auto& saved, const auto& d_out) {
     Array<Real> dx = d_out.at("x_out");
     Accumulator<Real> dw(width);
-    rmsnorm_backward(cpu<Real>, dx.data(), dw.data(), d_out.at("h").data(), saved.at("x_out").data(),
-                     saved.at("rstd").data(), in.at("w").data(), rows, width, nullptr);
+    rmsnorm_backward(cpu<Real>, dx.data(), dw.data(), static_cast<Real*>(nullptr), d_out.at("h").data(),
+                     saved.at("x_out").data(), saved.at("rstd").data(), in.at("w").data(), rows, width,
+                     nullptr);
     return Tensors<Real>{{"x", dx}, {"branch", dx}, {"w", dw.added()}};
   };
   Random random;
@@ -273,38 +277,45 @@ Layer<Real> linear_layer(int rows, int out, int in_width, Real scale) {
 }
 
 // The mixer's layers see their own columns of proj; the others are NaN, and must stay NaN in dproj.
+using Positions = std::vector<int32_t>;  // none: documents are not masked
+
+inline const int32_t* data_or_null(const Positions& position) {
+  return position.empty() ? nullptr : position.data();
+}
+
 template <class Real>
-Layer<Real> short_conv_layer(const MixerShape& shape) {
+Layer<Real> short_conv_layer(const MixerShape& shape, const Positions& position = {}) {
   const int M = shape.rows(), C = shape.conv_channels(), P = shape.columns();
   const auto forward = [=](const auto& in, auto& saved) {
     Array<Real> proj = unset<Real>(M * P), qkv = unset<Real>(M * C);
     Array<Real> rnorm = unset<Real>(M * 2 * shape.heads_k);
     put_columns(proj, P, 0, in.at("proj"));
     short_conv_forward(cpu<Real>, qkv.data(), rnorm.data(), proj.data(), in.at("taps").data(),
-                       static_cast<Real*>(nullptr), shape);
+                       static_cast<Real*>(nullptr), shape, data_or_null(position));
     saved["proj"] = proj;
-    saved["qkv"] = qkv;
     saved["rnorm"] = rnorm;
     return Tensors<Real>{{"qkv", qkv}};
   };
   const auto backward = [=](const auto& in, const auto& saved, const auto& d_out) {
     Array<Real> dproj = unset<Real>(M * P), dqkv = d_out.at("qkv");
     Accumulator<Real> dtaps(C * kConvTaps);
-    short_conv_backward(cpu<Real>, dproj.data(), dtaps.data(), dqkv.data(), saved.at("qkv").data(),
-                        saved.at("rnorm").data(), saved.at("proj").data(), in.at("taps").data(), shape,
-                        nullptr);
+    short_conv_backward(cpu<Real>, dproj.data(), dtaps.data(), dqkv.data(), saved.at("rnorm").data(),
+                        saved.at("proj").data(), in.at("taps").data(), shape, nullptr,
+                        data_or_null(position));
     CHECK(all_nan(columns(dproj, P, C, P - C)));
     return Tensors<Real>{{"proj", columns(dproj, P, 0, C)}, {"taps", dtaps.added()}};
   };
   Random random;
-  return {"short conv, T = " + std::to_string(shape.tokens),
+  return {(position.empty() ? "short conv, T = " : "short conv of documents, T = ") +
+              std::to_string(shape.tokens),
           {{"proj", random.array<Real>(M * C, -2, 2)}, {"taps", random.array<Real>(C * kConvTaps)}},
           forward,
           backward};
 }
 
 template <class Real>
-Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a) {
+Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a,
+                        const Positions& position = {}) {
   const int M = shape.rows(), H = shape.heads_v, P = shape.columns();
   const int A = shape.a_column(), B = shape.b_column();
   const auto forward = [=](const auto& in, auto& saved) {
@@ -312,7 +323,7 @@ Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a
     put_columns(proj, P, A, in.at("a"));
     put_columns(proj, P, B, in.at("b"));
     gates_forward(cpu<Real>, g.data(), beta.data(), proj.data(), in.at("A_log").data(),
-                  in.at("dt_bias").data(), shape, beta_max);
+                  in.at("dt_bias").data(), shape, beta_max, data_or_null(position));
     saved["proj"] = proj;
     saved["g"] = g;
     saved["beta"] = beta;
@@ -324,7 +335,7 @@ Layer<Real> gates_layer(const MixerShape& shape, Real beta_max, double largest_a
     gates_backward(cpu<Real>, dproj.data(), dA_log.data(), ddt_bias.data(), d_out.at("g").data(),
                    d_out.at("beta").data(), saved.at("g").data(), saved.at("beta").data(),
                    saved.at("proj").data(), in.at("A_log").data(), in.at("dt_bias").data(), shape, beta_max,
-                   nullptr);
+                   nullptr, data_or_null(position));
     CHECK(all_nan(columns(dproj, P, 0, A)));
     CHECK(all_zero(columns(dproj, P, B + H, P - B - H)));
     return Tensors<Real>{{"a", columns(dproj, P, A, H)},
@@ -410,14 +421,16 @@ Layer<Real> output_norm_layer(const MixerShape& shape) {
                         shape);
     saved["proj"] = proj;
     saved["rstd"] = rstd;
+    saved["y"] = y;
     return Tensors<Real>{{"y", y}};
   };
   const auto backward = [=](const auto& in, const auto& saved, const auto& d_out) {
-    Array<Real> d_o = unset<Real>(M * V), dproj = unset<Real>(M * P);
+    Array<Real> d_o = d_out.at("y"), dproj = unset<Real>(M * P), y = unset<Real>(M * V);
     Accumulator<Real> dw_o(shape.head_dim_v);
-    output_norm_backward(cpu<Real>, d_o.data(), dproj.data(), dw_o.data(), d_out.at("y").data(),
+    output_norm_backward(cpu<Real>, d_o.data(), dproj.data(), dw_o.data(), y.data(), d_o.data(),
                          in.at("o").data(), saved.at("rstd").data(), saved.at("proj").data(),
                          in.at("w_o").data(), shape, nullptr);
+    CHECK(y == saved.at("y"));
     CHECK(all_nan(columns(dproj, P, 0, Z)));
     CHECK(all_nan(columns(dproj, P, Z + V, P - Z - V)));
     return Tensors<Real>{{"o", d_o}, {"z", columns(dproj, P, Z, V)}, {"w_o", dw_o.added()}};
@@ -433,14 +446,16 @@ Layer<Real> output_norm_layer(const MixerShape& shape) {
 
 template <class Real>
 Layer<Real> swiglu_layer(int rows, int inner) {
-  const auto forward = [=](const auto& in, auto&) {
+  const auto forward = [=](const auto& in, auto& saved) {
     Array<Real> out = unset<Real>(rows * inner);
     swiglu_forward(cpu<Real>, out.data(), in.at("gate_up").data(), rows, inner);
+    saved["out"] = out;
     return Tensors<Real>{{"out", out}};
   };
-  const auto backward = [=](const auto& in, const auto&, const auto& d_out) {
-    Array<Real> dgate_up = unset<Real>(rows * 2 * inner);
-    swiglu_backward(cpu<Real>, dgate_up.data(), d_out.at("out").data(), in.at("gate_up").data(), rows, inner);
+  const auto backward = [=](const auto& in, const auto& saved, const auto& d_out) {
+    Array<Real> dgate_up = unset<Real>(rows * 2 * inner), out = d_out.at("out");
+    swiglu_backward(cpu<Real>, dgate_up.data(), out.data(), out.data(), in.at("gate_up").data(), rows, inner);
+    CHECK(out == saved.at("out"));
     return Tensors<Real>{{"gate_up", dgate_up}};
   };
   return {"swiglu", {{"gate_up", Random().array<Real>(rows * 2 * inner, -4, 4)}}, forward, backward};
@@ -488,6 +503,8 @@ std::vector<Layer<Real>> layers() {
       linear_layer<Real>(7, 5, 11, Real(0.375)),
       gates_layer<Real>({2, 3, 1, 3, 2, 2}, Real(1), 3),
       gates_layer<Real>({2, 3, 1, 4, 2, 2}, Real(2), 30),
+      gates_layer<Real>({2, 3, 1, 3, 2, 2}, Real(1), 3, {0, 1, 0, 0, 0, 1}),
+      short_conv_layer<Real>({2, 9, 2, 4, 3, 5}, {0, 0, 1, 2, 3, 4, 0, 1, 0, 0, 1, 0, 1, 2, 0, 0, 0, 1}),
       output_norm_layer<Real>({2, 3, 1, 3, 2, 5}),
       output_norm_layer<Real>({1, 1, 1, 1, 1, 2}),
       swiglu_layer<Real>(5, 13),
@@ -747,11 +764,14 @@ TEST_CASE("residual rmsnorm: may add in place") {
   const int rows = 3, width = 7;
   const auto layer = residual_rmsnorm_layer<double>(rows, width);
   const auto outputs = run(layer).outputs;
-  auto x = layer.inputs.at("x"), h = unset<double>(rows * width), rstd = unset<double>(rows);
-  residual_rmsnorm_forward(cpu<double>, x.data(), h.data(), rstd.data(), x.data(),
-                           layer.inputs.at("branch").data(), layer.inputs.at("w").data(), rows, width);
-  CHECK(x == outputs.at("x_out"));
-  CHECK(h == outputs.at("h"));
+  for (const char* place : {"x", "branch"}) {
+    auto in = layer.inputs;
+    auto h = unset<double>(rows * width), rstd = unset<double>(rows);
+    residual_rmsnorm_forward(cpu<double>, in.at(place).data(), h.data(), rstd.data(), in.at("x").data(),
+                             in.at("branch").data(), in.at("w").data(), rows, width);
+    CHECK(in.at(place) == outputs.at("x_out"));
+    CHECK(h == outputs.at("h"));
+  }
 }
 
 // ---- scalar functions and the classifier ------------------------------------------------------------------

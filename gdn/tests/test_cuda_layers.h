@@ -193,16 +193,9 @@ inline void check_columns(const char* what, const Acts& out, const Numbers& ref,
         kActTolerance);
 }
 
-// Nothing but columns [begin, end) may have been written.
-inline void check_untouched(const Acts& out, int stride, int begin, int end) {
-  const Numbers numbers = out.numbers();
-  bool untouched = true;
-  for (size_t i = 0; i < numbers.size(); i++) {
-    const int c = int(i % stride);
-    if (c < begin || c >= end) untouched = untouched && std::isnan(numbers[i]);
-  }
-  INFO("columns outside " << begin << ".." << end << " belong to other layers");
-  CHECK(untouched);
+// As before the run.
+inline bool all_nan(const Numbers& x) {
+  return std::all_of(x.begin(), x.end(), [](double v) { return std::isnan(v); });
 }
 
 TEST_CASE("cuda: embedding") {
@@ -260,7 +253,7 @@ TEST_CASE("cuda: rmsnorm") {
     Numbers h_ref(n), sum_ref(n), r_ref(rows);
     const Acts dev_x(dev, x), dev_branch(dev, branch), dev_dh(dev, dh);
     const Floats dev_w(dev, w);
-    Acts h(dev, n), sum(dev, n), dx(dev, dx_start), in_place(dev, x);
+    Acts h(dev, n), sum(dev, n), dx(dev, dx_start), in_place(dev, x), in_branch(dev, branch);
     Floats r(dev, size_t(rows)), dw(dev, dw_start);
 
     run_twice([&] { gdn::rmsnorm_forward(dev, h, r, dev_x, dev_w, rows, width); }, h, r);
@@ -272,10 +265,24 @@ TEST_CASE("cuda: rmsnorm") {
     Numbers dx_ref = dx_start, dw_ref = dw_start;
     const Numbers r_used = r.numbers();
     Scratch scratch(dev, gdn::rmsnorm_backward_scratch_bytes(dev, rows, width));
-    run_twice([&] { gdn::rmsnorm_backward(dev, dx, dw, dev_dh, dev_x, r, dev_w, rows, width, scratch); }, dx,
-              dw);
-    gdn::rmsnorm_backward(cpu, dx_ref.data(), dw_ref.data(), dh.data(), x.data(), r_used.data(), w.data(),
-                          rows, width, nullptr);
+    const std::vector<act> h_of_forward = h.elements();
+    Acts dh_then_h(dev, dh), h_again(dev, n);
+    run_twice(
+        [&] { gdn::rmsnorm_backward(dev, dx, dw, nullptr, dev_dh, dev_x, r, dev_w, rows, width, scratch); },
+        dx, dw);
+    const std::vector<act> dx_without_h = dx.elements();
+    const std::vector<float> dw_without_h = dw.elements();
+    for (Acts* to : {&h_again, &dh_then_h}) {  // h elsewhere, and in the place of its gradient
+      const Acts& from = to == &dh_then_h ? dh_then_h : dev_dh;
+      run_twice([&] { gdn::rmsnorm_backward(dev, dx, dw, *to, from, dev_x, r, dev_w, rows, width, scratch); },
+                dx, dw, *to);
+      CHECK(to->same_bits(h_of_forward));
+      CHECK(dx.same_bits(dx_without_h));
+      CHECK(dw.same_bits(dw_without_h));
+    }
+    double* const nowhere = nullptr;
+    gdn::rmsnorm_backward(cpu, dx_ref.data(), dw_ref.data(), nowhere, dh.data(), x.data(), r_used.data(),
+                          w.data(), rows, width, nullptr);
     check_close("dx", dx, dx_ref, kActTolerance);
     check_close("dw", dw, dw_ref, kSumTolerance);
 
@@ -292,6 +299,11 @@ TEST_CASE("cuda: rmsnorm") {
         [&] { gdn::residual_rmsnorm_forward(dev, in_place, h, r, in_place, dev_branch, dev_w, rows, width); },
         in_place, h, r);
     CHECK(in_place.same_bits(sum_before));
+    CHECK(h.same_bits(h_before));
+    run_twice(
+        [&] { gdn::residual_rmsnorm_forward(dev, in_branch, h, r, dev_x, in_branch, dev_w, rows, width); },
+        in_branch, h, r);
+    CHECK(in_branch.same_bits(sum_before));
     CHECK(h.same_bits(h_before));
   }
   Acts x(dev, Numbers(12, 1.0)), h(dev, size_t(12));
@@ -331,101 +343,90 @@ TEST_CASE("cuda: linear") {
   }
 }
 
-TEST_CASE("cuda: short convolution") {
-  if (skip_without_gpu("cuda: short convolution")) return;
+TEST_CASE("cuda: short convolution and gates") {
+  if (skip_without_gpu("cuda: short convolution and gates")) return;
   Cuda dev;
   Reference cpu;
-  for (const MixerShape& s : mixer_shapes()) {
-    INFO(describe(s) << ", seed " << seed());
-    Random random;
-    const int M = s.rows(), C = s.conv_channels(), P = s.columns();
-    const size_t norms = size_t(M) * 2 * s.heads_k, in_history = size_t(s.batch) * 3 * C;
-    const Numbers proj = random.bf16(size_t(M) * P), taps = random.fp32(size_t(C) * 4, 0.4);
-    const Numbers dqkv = random.bf16(size_t(M) * C), dtaps_start = random.fp32(taps.size());
-    const Numbers history_start = random.bf16(in_history);
-    Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), history_ref = history_start;
-    const Acts dev_proj(dev, proj);
-    const Floats dev_taps(dev, taps);
-    Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
-    Floats rnorm(dev, norms);
+  std::vector<MixerShape> shapes = mixer_shapes();
+  shapes.push_back({2, 300, 6, 6, 128, 256});  // several tiles of the longest, the last one ragged
+  for (const MixerShape& s : shapes)
+    for (bool documents : {false, true}) {
+      INFO(describe(s) << ", seed " << seed() << (documents ? ", documents" : ""));
+      Random random;
+      const int M = s.rows(), C = s.conv_channels(), P = s.columns(), H = s.heads_v;
+      const double beta_max = M % 2 ? 1 : 2;
+      const size_t norms = size_t(M) * 2 * s.heads_k, in_history = size_t(s.batch) * 3 * C, n = size_t(M) * H;
+      const Numbers proj = random.bf16(size_t(M) * P, 2), taps = random.fp32(size_t(C) * 4, 0.4);
+      const Numbers A_log = random.fp32(H), dt_bias = random.fp32(H, 2, -4);
+      const Numbers dqkv = random.bf16(size_t(M) * C), dg = random.fp32(n), dbeta = random.fp32(n);
+      const Numbers dtaps_start = random.fp32(taps.size()), dA_start = random.fp32(H),
+                    ddt_start = random.fp32(H);
+      const Numbers history_start = random.bf16(in_history);
+      Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), g_ref(n), beta_ref(n), history_ref = history_start;
+      const Acts dev_proj(dev, proj);
+      const Floats dev_taps(dev, taps), dev_A(dev, A_log), dev_dt(dev, dt_bias);
+      // documents of one to six tokens, and at the edges of tiles
+      std::vector<int32_t> position(M);
+      for (int m = 0; m < M; m++) {
+        const int t = m % s.tokens;
+        const bool starts = t == 0 || t % 32 == 0 || t % 32 == 31 || random.uniform(0, 4) < 1;
+        position[m] = starts ? 0 : position[m - 1] + 1;
+      }
+      const DeviceCopy<int32_t> dev_position(dev, position);
+      const int32_t *masked = documents ? static_cast<int32_t*>(dev_position) : nullptr,
+                    *masked_ref = documents ? position.data() : nullptr;
+      Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
+      Floats rnorm(dev, norms), g(dev, n), beta(dev, n);
 
-    run_twice([&] { gdn::short_conv_forward(dev, qkv, rnorm, dev_proj, dev_taps, history, s); }, qkv, rnorm,
-              history);
-    gdn::short_conv_forward(cpu, qkv_ref.data(), rnorm_ref.data(), proj.data(), taps.data(),
-                            history_ref.data(), s);
-    check_close("qkv after history", qkv, qkv_ref, kActTolerance);
-    check_close("rnorm after history", rnorm, rnorm_ref, kFloatTolerance);
-    check_close("history", history, history_ref, 0);
-    run_twice([&] { gdn::short_conv_forward(dev, qkv, rnorm, dev_proj, dev_taps, nullptr, s); }, qkv, rnorm);
-    gdn::short_conv_forward(cpu, qkv_ref.data(), rnorm_ref.data(), proj.data(), taps.data(), (double*)nullptr,
-                            s);
-    check_close("qkv", qkv, qkv_ref, kActTolerance);
-    check_close("rnorm", rnorm, rnorm_ref, kFloatTolerance);
+      const auto forward = [&](act* from) {
+        gdn::short_conv_gates_forward(dev, qkv, rnorm, g, beta, dev_proj, dev_taps, dev_A, dev_dt, from, s,
+                                      float(beta_max), masked);
+      };
+      const auto forward_ref = [&](double* from) {
+        gdn::short_conv_gates_forward(cpu, qkv_ref.data(), rnorm_ref.data(), g_ref.data(), beta_ref.data(),
+                                      proj.data(), taps.data(), A_log.data(), dt_bias.data(), from, s,
+                                      beta_max, masked_ref);
+      };
+      run_twice([&] { forward(history); }, qkv, rnorm, g, beta, history);
+      forward_ref(history_ref.data());
+      check_close("qkv after history", qkv, qkv_ref, kActTolerance);
+      check_close("rnorm after history", rnorm, rnorm_ref, kFloatTolerance);
+      check_close("history", history, history_ref, 0);
+      run_twice([&] { forward(nullptr); }, qkv, rnorm, g, beta);
+      forward_ref(nullptr);
+      check_close("qkv", qkv, qkv_ref, kActTolerance);
+      check_close("rnorm", rnorm, rnorm_ref, kFloatTolerance);
+      check_close("g", g, g_ref, kFloatTolerance);
+      check_close("beta", beta, beta_ref, kFloatTolerance);
 
-    // Both backward passes from the GPU's rounded qkv.
-    const Numbers qkv_used = qkv.numbers(), rnorm_used = rnorm.numbers();
-    Numbers dproj_ref(proj.size()), dtaps_ref = dtaps_start, work = dqkv;
-    Acts dproj(dev, proj.size()), dev_dqkv(dev, dqkv);
-    Floats dtaps(dev, dtaps_start);
-    Scratch scratch(dev, gdn::short_conv_backward_scratch_bytes(dev, s));
-    run_twice(
-        [&] {
-          gdn::short_conv_backward(dev, dproj, dtaps, dev_dqkv, qkv, rnorm, dev_proj, dev_taps, s, scratch);
-        },
-        dproj, dtaps, dev_dqkv);
-    gdn::short_conv_backward(cpu, dproj_ref.data(), dtaps_ref.data(), work.data(), qkv_used.data(),
-                             rnorm_used.data(), proj.data(), taps.data(), s, nullptr);
-    check_columns("dproj", dproj, dproj_ref, P, 0, C);
-    check_untouched(dproj, P, 0, C);
-    check_close("dtaps", dtaps, dtaps_ref, kSumTolerance);
-  }
-}
-
-TEST_CASE("cuda: gates") {
-  if (skip_without_gpu("cuda: gates")) return;
-  Cuda dev;
-  Reference cpu;
-  for (const MixerShape& s : mixer_shapes()) {
-    INFO(describe(s) << ", seed " << seed());
-    Random random;
-    const int M = s.rows(), P = s.columns(), H = s.heads_v;
-    const double beta_max = M % 2 ? 1 : 2;
-    const size_t n = size_t(M) * H;
-    const Numbers proj = random.bf16(size_t(M) * P, 4), A_log = random.fp32(H),
-                  dt_bias = random.fp32(H, 2, -4);
-    const Numbers dg = random.fp32(n), dbeta = random.fp32(n), dA_start = random.fp32(H),
-                  ddt_start = random.fp32(H);
-    Numbers g_ref(n), beta_ref(n), dproj_ref(proj.size()), dA_ref = dA_start, ddt_ref = ddt_start;
-    const Acts dev_proj(dev, proj);
-    const Floats dev_A(dev, A_log), dev_dt(dev, dt_bias), dev_dg(dev, dg), dev_dbeta(dev, dbeta);
-    Floats g(dev, n), beta(dev, n), dA(dev, dA_start), ddt(dev, ddt_start);
-    Acts dproj(dev, proj.size());
-
-    run_twice([&] { gdn::gates_forward(dev, g, beta, dev_proj, dev_A, dev_dt, s, float(beta_max)); }, g,
-              beta);
-    gdn::gates_forward(cpu, g_ref.data(), beta_ref.data(), proj.data(), A_log.data(), dt_bias.data(), s,
-                       beta_max);
-    check_close("g", g, g_ref, kFloatTolerance);
-    check_close("beta", beta, beta_ref, kFloatTolerance);
-
-    const Numbers g_used = g.numbers(), beta_used = beta.numbers();
-    Scratch scratch(dev, gdn::gates_backward_scratch_bytes(dev, s));
-    run_twice(
-        [&] {
-          gdn::gates_backward(dev, dproj, dA, ddt, dev_dg, dev_dbeta, g, beta, dev_proj, dev_A, dev_dt, s,
-                              float(beta_max), scratch);
-        },
-        dproj, dA, ddt);
-    gdn::gates_backward(cpu, dproj_ref.data(), dA_ref.data(), ddt_ref.data(), dg.data(), dbeta.data(),
-                        g_used.data(), beta_used.data(), proj.data(), A_log.data(), dt_bias.data(), s,
-                        beta_max, nullptr);
-    check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
-    check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);
-    check_columns("padding", dproj, dproj_ref, P, s.b_column() + H, P);
-    check_untouched(dproj, P, s.a_column(), P);
-    check_close("dA_log", dA, dA_ref, kSumTolerance);
-    check_close("ddt_bias", ddt, ddt_ref, kSumTolerance);
-  }
+      // Both backward passes from the GPU's rnorm, g and beta.
+      const Numbers rnorm_used = rnorm.numbers(), g_used = g.numbers(), beta_used = beta.numbers();
+      Numbers dproj_ref(proj.size()), dtaps_ref = dtaps_start, dA_ref = dA_start, ddt_ref = ddt_start;
+      Numbers work = dqkv;
+      Acts dproj(dev, proj.size()), dev_dqkv(dev, dqkv);
+      const Floats dev_dg(dev, dg), dev_dbeta(dev, dbeta);
+      Floats dtaps(dev, dtaps_start), dA(dev, dA_start), ddt(dev, ddt_start);
+      Scratch scratch(dev, gdn::short_conv_gates_backward_scratch_bytes(dev, s));
+      run_twice(
+          [&] {
+            gdn::short_conv_gates_backward(dev, dproj, dtaps, dA, ddt, dev_dqkv, dev_dg, dev_dbeta, rnorm, g,
+                                           beta, dev_proj, dev_taps, dev_A, dev_dt, s, float(beta_max),
+                                           scratch, masked);
+          },
+          dproj, dtaps, dA, ddt, dev_dqkv);
+      gdn::short_conv_gates_backward(cpu, dproj_ref.data(), dtaps_ref.data(), dA_ref.data(), ddt_ref.data(),
+                                     work.data(), dg.data(), dbeta.data(), rnorm_used.data(), g_used.data(),
+                                     beta_used.data(), proj.data(), taps.data(), A_log.data(), dt_bias.data(),
+                                     s, beta_max, nullptr, masked_ref);
+      check_columns("dproj", dproj, dproj_ref, P, 0, C);
+      check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
+      check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);
+      check_columns("padding", dproj, dproj_ref, P, s.b_column() + H, P);
+      CHECK(all_nan(columns(dproj.numbers(), P, s.z_column(), s.a_column())));  // the output norm's
+      check_close("dtaps", dtaps, dtaps_ref, kSumTolerance);
+      check_close("dA_log", dA, dA_ref, kSumTolerance);
+      check_close("ddt_bias", ddt, ddt_ref, kSumTolerance);
+    }
 }
 
 TEST_CASE("cuda: output norm") {
@@ -454,16 +455,30 @@ TEST_CASE("cuda: output norm") {
 
     const Numbers rstd_used = rstd.numbers();
     Scratch scratch(dev, gdn::output_norm_backward_scratch_bytes(dev, s));
+    const std::vector<act> y_of_forward = y.elements();
+    Acts y_again(dev, n), dy_then_d_o(dev, dy);
     run_twice(
         [&] {
-          gdn::output_norm_backward(dev, d_o, dproj, dw, dev_dy, dev_o, rstd, dev_proj, dev_w, s, scratch);
+          gdn::output_norm_backward(dev, d_o, dproj, dw, y_again, dev_dy, dev_o, rstd, dev_proj, dev_w, s,
+                                    scratch);
         },
-        d_o, dproj, dw);
-    gdn::output_norm_backward(cpu, d_o_ref.data(), dproj_ref.data(), dw_ref.data(), dy.data(), o.data(),
-                              rstd_used.data(), proj.data(), w_o.data(), s, nullptr);
+        d_o, dproj, dw, y_again);
+    CHECK(y_again.same_bits(y_of_forward));
+    const std::vector<act> d_o_elsewhere = d_o.elements();
+    run_twice(
+        [&] {
+          gdn::output_norm_backward(dev, dy_then_d_o, dproj, dw, y_again, dy_then_d_o, dev_o, rstd, dev_proj,
+                                    dev_w, s, scratch);
+        },
+        dy_then_d_o, dproj, dw, y_again);
+    CHECK(dy_then_d_o.same_bits(d_o_elsewhere));
+    Numbers y_unused(n);
+    gdn::output_norm_backward(cpu, d_o_ref.data(), dproj_ref.data(), dw_ref.data(), y_unused.data(),
+                              dy.data(), o.data(), rstd_used.data(), proj.data(), w_o.data(), s, nullptr);
     check_close("d_o", d_o, d_o_ref, kActTolerance);
     check_columns("dz", dproj, dproj_ref, P, z, z + s.value_dim());
-    check_untouched(dproj, P, z, z + s.value_dim());
+    CHECK(all_nan(columns(dproj.numbers(), P, 0, z)));  // the other layers'
+    CHECK(all_nan(columns(dproj.numbers(), P, z + s.value_dim(), P)));
     check_close("dw_o", dw, dw_ref, kSumTolerance);
   }
   MixerShape odd{1, 4, 1, 1, 24, 32};
@@ -491,8 +506,17 @@ TEST_CASE("cuda: swiglu") {
     run_twice([&] { gdn::swiglu_forward(dev, out, dev_gate_up, rows, inner); }, out);
     gdn::swiglu_forward(cpu, out_ref.data(), gate_up.data(), rows, inner);
     check_close("out", out, out_ref, kActTolerance);
-    run_twice([&] { gdn::swiglu_backward(dev, dgate_up, dev_dout, dev_gate_up, rows, inner); }, dgate_up);
-    gdn::swiglu_backward(cpu, dgate_up_ref.data(), dout.data(), gate_up.data(), rows, inner);
+    const std::vector<act> out_of_forward = out.elements();
+    Acts out_again(dev, n), dout_then_out(dev, dout);
+    for (Acts* to : {&out_again, &dout_then_out}) {  // elsewhere, and in the place of its gradient
+      const Acts& from = to == &dout_then_out ? dout_then_out : dev_dout;
+      run_twice([&] { gdn::swiglu_backward(dev, dgate_up, *to, from, dev_gate_up, rows, inner); }, dgate_up,
+                *to);
+      CHECK(to->same_bits(out_of_forward));
+    }
+    Numbers out_unused(n);
+    gdn::swiglu_backward(cpu, dgate_up_ref.data(), out_unused.data(), dout.data(), gate_up.data(), rows,
+                         inner);
     check_close("dgate_up", dgate_up, dgate_up_ref, kActTolerance);
   }
 }

@@ -189,37 +189,35 @@ Outputs run_mixer(Device& dev, const GoldenFile& golden) {
   const Buffer<Device, unsigned char> saved(dev, gated_delta_rule_saved_bytes(dev, shape), "a test");
   size_t bytes = gated_delta_rule_scratch_bytes(dev, shape);
   for (const size_t need :
-       {short_conv_backward_scratch_bytes(dev, shape), gates_backward_scratch_bytes(dev, shape),
-        output_norm_backward_scratch_bytes(dev, shape)})
+       {short_conv_gates_backward_scratch_bytes(dev, shape), output_norm_backward_scratch_bytes(dev, shape)})
     bytes = std::max(bytes, need);
   const Buffer<Device, unsigned char> scratch(dev, bytes, "a test");
   const real s = real(readout_scale(c.mup())), beta_max = real(c.beta_max());
   act* const no_history = nullptr;
 
   linear_forward(dev, proj.get(), h.get(), w_in.get(), M, P, d);
-  short_conv_forward(dev, qkv.get(), rnorm.get(), proj.get(), w_taps.get(), no_history, shape);
-  gates_forward(dev, g.get(), beta.get(), proj.get(), A_log.get(), dt_bias.get(), shape, beta_max);
+  short_conv_gates_forward(dev, qkv.get(), rnorm.get(), g.get(), beta.get(), proj.get(), w_taps.get(),
+                           A_log.get(), dt_bias.get(), no_history, shape, beta_max);
   gated_delta_rule_forward(dev, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, s,
                            scratch.get());
   output_norm_forward(dev, normed.get(), rstd.get(), o.get(), proj.get(), gain.get(), shape);
   linear_forward(dev, y.get(), normed.get(), w_out.get(), M, d, values);
 
   const auto dproj = acts(proj.size()), dqkv = acts(qkv.size()), d_o = acts(o.size()),
-             dnormed = acts(o.size());
+             dnormed = acts(o.size()), normed_again = acts(o.size());
   const auto dh = acts(h.size());
   const auto dg = reals(g.size()), dbeta = reals(g.size()), dw_in = reals(w_in.size()),
              dw_out = reals(w_out.size());
   const auto dtaps = reals(w_taps.size()), dA_log = reals(H), ddt_bias = reals(H), dgain = reals(gain.size());
-  linear_backward_weight(dev, dw_out.get(), dy.get(), normed.get(), M, d, values);
   linear_backward_input(dev, dnormed.get(), dy.get(), w_out.get(), M, d, values);
-  output_norm_backward(dev, d_o.get(), dproj.get(), dgain.get(), dnormed.get(), o.get(), rstd.get(),
-                       proj.get(), gain.get(), shape, scratch.get());
+  output_norm_backward(dev, d_o.get(), dproj.get(), dgain.get(), normed_again.get(), dnormed.get(), o.get(),
+                       rstd.get(), proj.get(), gain.get(), shape, scratch.get());
+  linear_backward_weight(dev, dw_out.get(), dy.get(), normed_again.get(), M, d, values);
   gated_delta_rule_backward(dev, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
                             g.get(), beta.get(), shape, s, scratch.get());
-  gates_backward(dev, dproj.get(), dA_log.get(), ddt_bias.get(), dg.get(), dbeta.get(), g.get(), beta.get(),
-                 proj.get(), A_log.get(), dt_bias.get(), shape, beta_max, scratch.get());
-  short_conv_backward(dev, dproj.get(), dtaps.get(), dqkv.get(), qkv.get(), rnorm.get(), proj.get(),
-                      w_taps.get(), shape, scratch.get());
+  short_conv_gates_backward(dev, dproj.get(), dtaps.get(), dA_log.get(), ddt_bias.get(), dqkv.get(), dg.get(),
+                            dbeta.get(), rnorm.get(), g.get(), beta.get(), proj.get(), w_taps.get(),
+                            A_log.get(), dt_bias.get(), shape, beta_max, scratch.get());
   linear_backward_weight(dev, dw_in.get(), dproj.get(), h.get(), M, P, d);
   linear_backward_input(dev, dh.get(), dproj.get(), w_in.get(), M, P, d);
   dev.synchronize();

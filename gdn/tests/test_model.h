@@ -5,8 +5,10 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -146,7 +148,7 @@ template <class Device>
 std::vector<std::vector<typename Device::real>> gradients_by_recompute(Parameters<Device>& p,
                                                                        const TestBatch& b) {
   std::vector<std::vector<typename Device::real>> gradients;
-  for (Recompute recompute : {Recompute::nothing, Recompute::elementwise, Recompute::layers}) {
+  for (Recompute recompute : {Recompute::nothing, Recompute::convolution, Recompute::layers}) {
     Model<Device> model(p, b.batch, b.length, Use::training, recompute);
     p.zero_gradients();
     add_gradient(model, b);
@@ -166,7 +168,7 @@ TEST_CASE("model: recomputing activations changes no bit of the gradients, and s
   CHECK(gradients[0] == gradients[1]);
   CHECK(gradients[0] == gradients[2]);
   std::vector<size_t> bytes;
-  for (Recompute recompute : {Recompute::nothing, Recompute::elementwise, Recompute::layers}) {
+  for (Recompute recompute : {Recompute::nothing, Recompute::convolution, Recompute::layers}) {
     dev.allocated.clear();
     Model<Cpu<float>> model(p, b.batch, b.length, Use::training, recompute);
     bytes.push_back(dev.allocated["activations"] + dev.allocated["delta rule states"]);
@@ -218,6 +220,73 @@ TEST_CASE("model: the recurrent form gives the chunked form's losses, in pieces 
   }
 }
 
+// ---- documents that see nothing of each other
+
+constexpr int kSeparator = 7;
+
+// Documents in a batch of at least 130 tokens a sequence: one cut off at the start, one of one token, ones
+// shorter than the convolution and than a chunk, starts at and beside a chunk's edge, and one over a whole
+// chunk.
+inline TestBatch with_documents(TestBatch b) {
+  for (int32_t& token : b.tokens)
+    if (token == kSeparator) token++;
+  for (int row = 0; row < b.batch; row++)
+    for (int start : {4 + row, 5 + row, 8 + row, 10, 30, 63, 64, 66, 129})
+      b.tokens[size_t(row) * b.length + start] = kSeparator;
+  return b;
+}
+
+// The documents of a batch one by one, as batches of one sequence.
+inline std::vector<TestBatch> documents_of(const TestBatch& b) {
+  std::vector<TestBatch> documents;
+  for (int m = 0; m < b.batch * b.length; m++) {
+    if (m % b.length == 0 || b.tokens[m] == kSeparator) documents.push_back({1, 0, {}, {}});
+    TestBatch& document = documents.back();
+    document.length++;
+    document.tokens.push_back(b.tokens[m]);
+    document.targets.push_back(b.targets[m]);
+  }
+  return documents;
+}
+
+TEST_CASE("model: masked documents have the losses and gradients of each alone (double)") {
+  Cpu<double> dev;
+  for (const ModelConfig& config : {small_config(2, 0), small_config(0, 8)}) {
+    Parameters<Cpu<double>> p(dev, config);
+    p.allocate_gradients();
+    scatter(p, 51);
+    const TestBatch b = with_documents(random_batch(2, 140, p.config.vocab, 52));
+    const auto gradients = [&] {
+      std::vector<double> gradients(p.gradients(), p.gradients() + p.table.size);
+      p.zero_gradients();
+      return gradients;
+    };
+    p.zero_gradients();
+    double loss = 0;
+    for (const TestBatch& document : documents_of(b)) {
+      Model<Cpu<double>> model(p, 1, document.length, Use::training);
+      model.forward_backward(document.tokens.data(), document.targets.data(), 1, document.length, 1);
+      loss += model.loss_sum();
+    }
+    const std::vector<double> expected = gradients();
+    for (Recompute recompute : {Recompute::nothing, Recompute::convolution, Recompute::layers}) {
+      Model<Cpu<double>> model(p, b.batch, b.length, Use::training, recompute, kSeparator);
+      model.forward_backward(b.tokens.data(), b.targets.data(), b.batch, b.length, 1);
+      CHECK(model.loss_sum() == doctest::Approx(loss).epsilon(1e-13));
+      const std::vector<double> masked = gradients();
+      for (const Tensor& t : p.table.tensors) {
+        CAPTURE(t.name);
+        CHECK(relative_error(&masked[t.offset], &expected[t.offset], t.size) <= 1e-12);
+      }
+      model.forward_loss(b.tokens.data(), b.targets.data(), b.batch, b.length);
+      CHECK(model.loss_sum() == doctest::Approx(loss).epsilon(1e-13));
+    }
+    Model<Cpu<double>> unmasked(p, b.batch, b.length, Use::training);
+    unmasked.forward_loss(b.tokens.data(), b.targets.data(), b.batch, b.length);
+    CHECK(unmasked.loss_sum() != doctest::Approx(loss).epsilon(1e-6));
+  }
+}
+
 TEST_CASE("model: padded vocabulary gets no probability and no gradient") {
   Cpu<double> dev;
   Parameters<Cpu<double>> p(dev, small_config(2, 0));  // 50 of 64
@@ -261,21 +330,52 @@ TEST_CASE("model: at the base width all parametrizations have the same bits, ini
     }
 }
 
-TEST_CASE("model: initial values are the same number by number as in pieces and pairs") {
-  Cpu<double> dev;
-  Parameters<Cpu<double>> p(dev, make_config(24, 16, 1, 3, 0, 1.5, 50, Parametrization::mup));
+TEST_CASE("random numbers: logarithm, sine and cosine within 3e-16 of long double's") {
+  double log_error = 0, sine_error = 0, cosine_error = 0;
+  const auto check = [&](double u) {
+    const long double log = logl((long double)u),
+                      angle = 2 * 3.14159265358979323846264338327950288L * (long double)u;
+    double sine, cosine;
+    sine_cosine(u, sine, cosine);
+    log_error =
+        std::max(log_error, double(fabsl((long double)natural_log(u) - log) / std::max(fabsl(log), 1e-30L)));
+    sine_error = std::max(sine_error, double(fabsl((long double)sine - sinl(angle))));
+    cosine_error = std::max(cosine_error, double(fabsl((long double)cosine - cosl(angle))));
+  };
+  for (uint64_t i = 0; i < 200000; i++) check(random_uniform(3, i));
+  for (int eighth = 1; eighth <= 8; eighth++)
+    for (double u : {eighth / 8.0, std::nextafter(eighth / 8.0, 0.0), eighth / 8.0 * 0x1p-40}) check(u);
+  check(0x1p-54);  // the smallest of random_uniform
+  CHECK(log_error <= 3e-16);
+  CHECK(sine_error <= 3e-16);
+  CHECK(cosine_error <= 3e-16);
+}
+
+template <class Device>
+void check_initial_values(const ModelConfig& config) {
+  Device dev;
+  Parameters<Device> p(dev, config);
   p.initialize(14);
   for (const Tensor& t : p.table.tensors) {
     CAPTURE(t.name);
-    const uint64_t key = stream_key(14, t.name);
-    std::vector<double> one_by_one, in_pieces(t.size);
+    std::vector<typename Device::real> one_by_one, values(t.size);
     for (size_t i = 0; i < t.size; i++)
-      one_by_one.push_back(initial_value(t, p.config.mup(), key, i));
-    for (size_t first = 0; first < t.size; first += 6)
-      initial_values(&in_pieces[first], t, p.config.mup(), key, first, std::min<size_t>(6, t.size - first));
-    CHECK(std::vector<double>(p.master(t.offset), p.master(t.offset) + t.size) == one_by_one);
-    CHECK(in_pieces == one_by_one);
+      one_by_one.push_back(initial_value(t, p.config.mup(), stream_key(14, t.name), i));
+    dev.download(values.data(), p.master(t.offset), t.size * sizeof(values[0]));
+    CHECK(values == one_by_one);
   }
+}
+
+TEST_CASE("model: initial values are those of initial_value, number by number, at any length") {
+  Cpu<double> dev;
+  for (size_t n : {0, 1, 2, 1001}) {
+    std::vector<double> one_by_one(n + 1, 7), values(n + 1, 7);  // the one behind them stays
+    for (size_t i = 0; i < n; i++) one_by_one[i] = float(0.7 * random_normal(5, i));
+    random_normals(dev, values.data(), n, 5, 0.7);
+    CHECK(values == one_by_one);
+  }
+  check_initial_values<Cpu<double>>(make_config(24, 16, 1, 3, 0, 1.5, 50, Parametrization::mup));
+  check_initial_values<Cpu<float>>(make_config(36, 16, 1, 3, 0, 1, 50, Parametrization::sp));
 }
 
 // What training leaves, in numbers that must not depend on how its steps are run.
@@ -294,7 +394,8 @@ enum class How { layer_by_layer, queued, queued_as_graphs };
 // Six steps of 4 sequences, `micro_batch` at a time. Queued, a step is read back while the next one runs, and
 // one step's loss is asked for in between as a validation does.
 template <class Device>
-Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
+Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
+                         Recompute recompute = Recompute::nothing) {
   constexpr int kBatch = 4, kLength = 70, kSteps = 6;
   Device dev;
   Parameters<Device> p(dev, make_config(64, 32, 2, 3, 0, 2, 50, Parametrization::mup));
@@ -303,7 +404,7 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
   OptimizerConfig settings;
   settings.kind = kind;
   Optimizer<Device> optimizer(p, settings);
-  Model<Device> model(p, micro_batch, kLength, Use::training);
+  Model<Device> model(p, micro_batch, kLength, Use::training, recompute);
   TrainingStep<Device> training_step(p, model, optimizer, kBatch, micro_batch, kLength,
                                      how == How::queued_as_graphs);
   Trajectory<Device> out;
@@ -336,6 +437,13 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how) {
     out.norms.push_back(optimizer.step(step, learning_rate));
   }
   while (training_step.running()) wait();
+#ifdef __CUDACC__
+  if constexpr (Device::is_gpu) {  // a recording that holds all the layers, or none
+    const bool recorded = how == How::queued_as_graphs;
+    CHECK((training_step.micro_batch_graph().nodes > 50) == recorded);
+    CHECK((training_step.update_graph().nodes >= 4) == recorded);
+  }
+#endif
   const auto all = [&](const typename Device::real* numbers) {
     std::vector<typename Device::real> host(p.table.size);
     dev.download(host.data(), numbers, host.size() * sizeof(host[0]));
@@ -356,6 +464,8 @@ void check_queued_steps() {
       CHECK(expected.losses.front() != expected.losses.back());
       CHECK(train<Device>(kind, micro_batch, How::queued) == expected);
       CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs) == expected);
+      for (Recompute recompute : {Recompute::convolution, Recompute::layers})
+        CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs, recompute) == expected);
     }
 }
 
@@ -450,10 +560,11 @@ inline void residual_rmsnorm_forward(Rounded& dev, float* x_out, float* h, float
   round_all(x_out, int64_t(rows) * width);
   rmsnorm_forward(dev, h, rstd, x_out, w, rows, width);
 }
-inline void rmsnorm_backward(Rounded& dev, float* dx, float* dw, const float* dh, const float* x,
+inline void rmsnorm_backward(Rounded& dev, float* dx, float* dw, float* h, const float* dh, const float* x,
                              const float* rstd, const float* w, int rows, int width, void* scratch) {
-  rmsnorm_backward(static_cast<Cpu<float>&>(dev), dx, dw, dh, x, rstd, w, rows, width, scratch);
+  rmsnorm_backward(static_cast<Cpu<float>&>(dev), dx, dw, h, dh, x, rstd, w, rows, width, scratch);
   round_all(dx, int64_t(rows) * width);
+  if (h) round_all(h, int64_t(rows) * width);
 }
 inline void linear_forward(Rounded& dev, float* y, const float* x, const float* w, int rows, int out, int in,
                            float scale = 1) {
@@ -465,16 +576,22 @@ inline void linear_backward_input(Rounded& dev, float* dx, const float* dy, cons
   linear_backward_input(static_cast<Cpu<float>&>(dev), dx, dy, w, rows, out, in, scale);
   round_all(dx, int64_t(rows) * in);
 }
-inline void short_conv_forward(Rounded& dev, float* qkv, float* rnorm, const float* proj, const float* taps,
-                               float* history, const MixerShape& shape) {
-  short_conv_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, proj, taps, history, shape);
+inline void short_conv_gates_forward(Rounded& dev, float* qkv, float* rnorm, float* g, float* beta,
+                                     const float* proj, const float* taps, const float* A_log,
+                                     const float* dt_bias, float* history, const MixerShape& shape,
+                                     float beta_max, const int32_t* position) {
+  short_conv_gates_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, g, beta, proj, taps, A_log, dt_bias,
+                           history, shape, beta_max, position);
   round_all(qkv, int64_t(shape.rows()) * shape.conv_channels());
 }
-inline void short_conv_backward(Rounded& dev, float* dproj, float* dtaps, float* dqkv, const float* qkv,
-                                const float* rnorm, const float* proj, const float* taps,
-                                const MixerShape& shape, void* scratch) {
-  short_conv_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dqkv, qkv, rnorm, proj, taps, shape,
-                      scratch);
+inline void short_conv_gates_backward(Rounded& dev, float* dproj, float* dtaps, float* dA_log,
+                                      float* ddt_bias, float* dqkv, const float* dg, const float* dbeta,
+                                      const float* rnorm, const float* g, const float* beta,
+                                      const float* proj, const float* taps, const float* A_log,
+                                      const float* dt_bias, const MixerShape& shape, float beta_max,
+                                      void* scratch, const int32_t* position) {
+  short_conv_gates_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dA_log, ddt_bias, dqkv, dg, dbeta,
+                            rnorm, g, beta, proj, taps, A_log, dt_bias, shape, beta_max, scratch, position);
   round_all(dproj, int64_t(shape.rows()) * shape.columns());  // all of dproj is filled by now
 }
 inline void gated_delta_rule_forward(Rounded& dev, float* o, void* saved, const float* qkv, const float* g,
@@ -494,20 +611,22 @@ inline void output_norm_forward(Rounded& dev, float* y, float* rstd, const float
   output_norm_forward(static_cast<Cpu<float>&>(dev), y, rstd, o, proj, w_o, shape);
   round_all(y, int64_t(shape.rows()) * shape.value_dim());
 }
-inline void output_norm_backward(Rounded& dev, float* d_o, float* dproj, float* dw_o, const float* dy,
-                                 const float* o, const float* rstd, const float* proj, const float* w_o,
-                                 const MixerShape& shape, void* scratch) {
-  output_norm_backward(static_cast<Cpu<float>&>(dev), d_o, dproj, dw_o, dy, o, rstd, proj, w_o, shape,
+inline void output_norm_backward(Rounded& dev, float* d_o, float* dproj, float* dw_o, float* y,
+                                 const float* dy, const float* o, const float* rstd, const float* proj,
+                                 const float* w_o, const MixerShape& shape, void* scratch) {
+  output_norm_backward(static_cast<Cpu<float>&>(dev), d_o, dproj, dw_o, y, dy, o, rstd, proj, w_o, shape,
                        scratch);
+  round_all(y, int64_t(shape.rows()) * shape.value_dim());
   round_all(d_o, int64_t(shape.rows()) * shape.value_dim());
 }
 inline void swiglu_forward(Rounded& dev, float* out, const float* gate_up, int rows, int inner) {
   swiglu_forward(static_cast<Cpu<float>&>(dev), out, gate_up, rows, inner);
   round_all(out, int64_t(rows) * inner);
 }
-inline void swiglu_backward(Rounded& dev, float* dgate_up, const float* dout, const float* gate_up, int rows,
-                            int inner) {
-  swiglu_backward(static_cast<Cpu<float>&>(dev), dgate_up, dout, gate_up, rows, inner);
+inline void swiglu_backward(Rounded& dev, float* dgate_up, float* out, const float* dout,
+                            const float* gate_up, int rows, int inner) {
+  swiglu_backward(static_cast<Cpu<float>&>(dev), dgate_up, out, dout, gate_up, rows, inner);
+  round_all(out, int64_t(rows) * inner);
   round_all(dgate_up, int64_t(rows) * 2 * inner);
 }
 inline void softmax_cross_entropy(Rounded& dev, float* logits, float* losses, const int32_t* targets,
@@ -520,11 +639,12 @@ inline void softmax_cross_entropy(Rounded& dev, float* logits, float* losses, co
 // A model and its gradients on a device, from the given master weights.
 template <class Device>
 struct Trained {
-  Trained(const ModelConfig& config, const std::vector<float>& weights, const TestBatch& b) : p(dev, config) {
+  Trained(const ModelConfig& config, const std::vector<float>& weights, const TestBatch& b, int separator)
+      : p(dev, config) {
     p.allocate_gradients();
     dev.upload(p.master(), weights.data(), weights.size() * sizeof(float));
     p.round();
-    Model<Device> model(p, b.batch, b.length, Use::training);
+    Model<Device> model(p, b.batch, b.length, Use::training, Recompute::nothing, separator);
     add_gradient(model, b);
     loss = model.loss_sum() / (b.batch * b.length);
     gradients.resize(p.table.size);
@@ -540,22 +660,27 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
   if (gdn_tests::skip_without_gpu("CUDA model: loss and gradients against the CPU's")) return;
   struct Size {
     int width, heads, head_dim, batch, length;
+    bool documents;
   };
   for (const Size& size :
-       {Size{256, 6, 0, 2, 100}, Size{512, 6, 0, 1, 130}, Size{256, 0, 64, 3, 65}, Size{768, 6, 0, 1, 64}}) {
+       {Size{256, 6, 0, 2, 100, false}, Size{512, 6, 0, 1, 130, false}, Size{256, 0, 64, 3, 65, false},
+        Size{768, 6, 0, 1, 64, false}, Size{256, 6, 0, 2, 200, true}}) {
     CAPTURE(size.width);
     CAPTURE(size.head_dim);
+    CAPTURE(size.documents);
+    const int separator = size.documents ? kSeparator : kNoSeparator;
     const ModelConfig config =
         make_config(size.width, 256, 2, size.heads, size.head_dim, 2, 50257, Parametrization::mup);
-    const TestBatch b = random_batch(size.batch, size.length, 50257, 22);
+    TestBatch b = random_batch(size.batch, size.length, 50257, 22);
+    if (size.documents) b = with_documents(b);
     Cpu<float> cpu;
     Parameters<Cpu<float>> initial(cpu, config);
     initial.initialize(21);
     std::vector<float> weights(initial.master(), initial.master() + initial.table.size);
     round_all(weights.data(), int64_t(weights.size()));  // so that no device rounds them
-    const Trained<Cpu<float>> exact(config, weights, b);
-    const Trained<Rounded> rounded(config, weights, b);
-    const Trained<Cuda> gpu(config, weights, b);
+    const Trained<Cpu<float>> exact(config, weights, b, separator);
+    const Trained<Rounded> rounded(config, weights, b, separator);
+    const Trained<Cuda> gpu(config, weights, b, separator);
     CHECK(std::fabs(gpu.loss - exact.loss) <= 1e-3 * exact.loss);
     const size_t n = exact.gradients.size();
     const double error = relative_error(gpu.gradients.data(), exact.gradients.data(), n);
@@ -572,6 +697,19 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
       CHECK(of_gpu <= (t.size < 64 ? 4 : 1.5) * of_rounded);
     }
   }
+}
+
+TEST_CASE("CUDA model: initial values are the CPU's, bit by bit") {
+  if (gdn_tests::skip_without_gpu("CUDA model: initial values are the CPU's, bit by bit")) return;
+  check_initial_values<Cuda>(make_config(256, 256, 1, 6, 0, 2, 257, Parametrization::mup));
+  Cuda dev;
+  const Buffer<Cuda, float> x(dev, 1001, "a test");
+  std::vector<float> expected(1001), values(1001);
+  random_normals(dev, x.get(), 1001, 5, 0.7);
+  dev.download(values.data(), x.get(), x.bytes());
+  Cpu<float> cpu;
+  random_normals(cpu, expected.data(), 1001, 5, 0.7);
+  CHECK(values == expected);
 }
 
 TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer") {

@@ -105,6 +105,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-wd_mode none", "none"},
                         Case{"-eps -1", "-eps '-1'"},
                         Case{"-coord_check -resume", "-coord_check"},
+                        Case{"-coord_check -mask_docs", "-mask_docs"},
                         Case{"-coord_check -o nowhere/x.csv", "nowhere/x.csv"},
                         Case{"-coord_check -opt sgd -lr 1e6 -clip 0", "-coord_check"},
                         Case{"-d tpu", "tpu"},
@@ -142,11 +143,12 @@ TEST_CASE("program: -h lists every option with its default") {
   const Outcome o = run(folder, "-h");
   CHECK(o.code == 0);
   for (const char* option :
-       {"-i ",    "-j ",      "-w ",      "-w0 ",    "-L ",   "-heads ", "-head_dim ", "-ev ", "-T ",
-        "-b ",    "-B ",      "-n ",      "-opt ",   "-lr ",  "-wd ",    "-b1 ",       "-b2 ", "-mom ",
-        "-clip ", "-warmup ", "-min_lr ", "-param ", "-d ",   "-seed ",  "-o ",        "-v ",  "-save ",
-        "-keep ", "-resume ", "-s ",      "-load ",  "-gen ", "-prompt ",   "-eps ", "-wd_mode ",
-        "-gains ", "-coord_check "}) {
+       {"-i ",      "-j ",           "-w ",     "-w0 ",          "-L ",      "-heads ",  "-head_dim ",
+        "-ev ",     "-T ",           "-b ",     "-B ",           "-n ",      "-opt ",    "-lr ",
+        "-wd ",     "-b1 ",          "-b2 ",    "-mom ",         "-clip ",   "-warmup ", "-min_lr ",
+        "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
+        "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
+        "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -183,15 +185,16 @@ inline void check_resume(const std::string& device) {
   Folder folder;
   write_file(folder.path / "text.txt", read_file(fs::current_path() / "train_gdn.cu"));
   const std::string options =
-      "-d " + device + " -w 64 -heads 2 -head_dim 32 -L 2 -T 70 -B 4 -b 2 -s 0 -v 2 -vn 2 ";
+      "-d " + device + " -w 64 -heads 2 -head_dim 32 -L 2 -T 70 -B 4 -b 2 -v 4 -vn 2 ";
   for (const std::string& data : {std::string(""), std::string("-i text.txt -j text.txt ")})
     for (const std::string& optimizer : {std::string("-opt adamw "), std::string("-opt sgd ")}) {
       CAPTURE(data + optimizer);
       const std::string all = options + data + optimizer;
       fs::remove_all(folder.path / "whole");
       fs::remove_all(folder.path / "parts");
-      REQUIRE(run(folder, all + "-n 8 -o whole").code == 0);
-      REQUIRE(run(folder, all + "-n 8 -save 3 -keep 0 -o parts").code == 0);
+      // what a validation, a sample or a checkpoint waits for comes at different steps in the two
+      REQUIRE(run(folder, all + "-n 8 -save 0 -s 0 -o whole").code == 0);
+      REQUIRE(run(folder, all + "-n 8 -save 3 -s 5 -keep 0 -o parts").code == 0);
       // as after a kill between steps 5 and 6: only step 3 is saved, the log has later rows
       fs::remove_all(folder.path / "parts" / "step_00000006");
       fs::remove_all(folder.path / "parts" / "step_00000008");
@@ -240,6 +243,26 @@ TEST_CASE(
   CHECK(resumed.code == 0);
   CHECK(resumed.err.find("step_00000004") != std::string::npos);
   CHECK(resumed.out.find("resuming out/step_00000002") != std::string::npos);
+}
+
+TEST_CASE("program: masked documents are resumed masked, and need shards") {
+  Folder folder;
+  std::vector<uint16_t> tokens(900);
+  for (size_t i = 0; i < tokens.size(); i++) tokens[i] = uint16_t(i % 11 ? i * 37 % 5000 : 50256);
+  write_file(folder.path / "s.bin", shard(tokens));
+  const std::string options = kTiny + std::string("-i s.bin -n 4 ");
+  REQUIRE(run(folder, options + "-o unmasked").code == 0);
+  REQUIRE(run(folder, options + "-mask_docs -o whole").code == 0);
+  REQUIRE(run(folder, options + "-mask_docs -save 2 -keep 0 -o parts").code == 0);
+  fs::remove_all(folder.path / "parts" / "step_00000004");
+  REQUIRE(run(folder, "-d cpu -resume -o parts").code == 0);
+  const auto last = [&](const char* name) { return arrays(folder.path / name / "step_00000004"); };
+  CHECK(last("whole") == last("parts"));
+  CHECK(last("whole") != last("unmasked"));
+  CHECK(run(folder, "-d cpu -load whole -gen 5 -mask_docs -prompt '50256 3 50256 4'").code == 0);
+  const Outcome bytes = run(folder, kTiny + std::string("-n 1 -mask_docs"));
+  CHECK(bytes.code == 1);
+  CHECK(bytes.err.rfind("train_gdn: -mask_docs: needs token shards", 0) == 0);
 }
 
 TEST_CASE("program: SIGINT and SIGTERM save and leave") {

@@ -1,0 +1,200 @@
+#!/usr/bin/env bash
+# The evidence for learning-rate transfer, on one GPU or several, in pieces of a few minutes:
+#   dev/evidence.sh DATA OUT STAGE...
+# DATA holds the books shards (books_train_*.bin, books_val_*.bin). OUT keeps the results and is the state: call again
+# with the same OUT, on whatever machine, to go on where the time ran out. Stages:
+#   coord      coordinate check, d = 256 to 2048, both ways of growing, AdamW and SGD, sp and mup; then to 4096
+#   adamw      {sp, mup} x AdamW, d = 256, 512, 1024, six learning rates
+#   sgd        {sp, mup0, mup} x SGD with Nesterov momentum, the same widths
+#   fixed      mup x AdamW with heads of 64, whose number grows
+#   seeds      a second seed at the best learning rate of each width and its neighbours (of adamw and sgd)
+#   questions  the open questions of mup.h: 1 gains and taps, 3 decay, 4 eps at d = 256 and 1024 around the best learning
+#              rate; 2 gradients at the gates of models trained with SGD, d = 256, 512, 1024
+#   tuned      d = 2048 at the best learning rate of d = 256 (mup, AdamW), at half of it, and at twice
+#   plots      figures and tables of what is there (no GPU)
+# Settings: MINUTES=9.2 of wall time in a call, PER_GPU=2 runs at once on a GPU, CUDA_VISIBLE_DEVICES (default: all GPUs),
+# PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
+set -uo pipefail
+[ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0" >&2; exit 1; }
+DATA=$(realpath "$1") && mkdir -p "$2" && OUT=$(realpath "$2") || exit 1
+shift 2
+cd "$(dirname "$0")/.." || exit 1
+for split in train val; do
+  compgen -G "$DATA/books_${split}_*.bin" >/dev/null || {
+    echo "evidence.sh: $DATA/books_${split}_*.bin: no such files" >&2
+    exit 1
+  }
+done
+PYTHON=${PYTHON:-python3} PER_GPU=${PER_GPU:-2} STEPS=${STEPS:-1000} SEED=${SEED:-43}
+read -r -a WIDTHS <<<"${WIDTHS:-256 512 1024}"
+BASE=${WIDTHS[0]} WIDE=${WIDTHS[-1]}
+END=$(awk -v minutes="${MINUTES:-9.2}" -v now="$EPOCHREALTIME" 'BEGIN { printf "%.3f", now + 60 * minutes }')
+if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && command -v nvidia-smi >/dev/null; then
+  CUDA_VISIBLE_DEVICES=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | paste -sd,)
+  export CUDA_VISIBLE_DEVICES
+fi
+SHARDS=(-i "$DATA/books_train_*.bin" -j "$DATA/books_val_*.bin")
+ADAMW_LRS=5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 SGD_LRS=0.05,0.1,0.2,0.4,0.8,1.6
+read -r -a MORE <<<"${OPTIONS:-}"  # of train_gdn's options, to try the script out on a small machine
+SCHEDULE=(-n "$STEPS" -warmup "$((STEPS / 10))" "${MORE[@]}")
+cut_off=0 problems=0
+
+minutes_left() { awk -v end="$END" -v now="$EPOCHREALTIME" 'BEGIN { printf "%.2f", (end - now) / 60 }'; }
+
+# in_time NEED COMMAND...: runs the command, if NEED minutes are left, until the time is over.
+in_time() {
+  local need=$1 left code
+  left=$(minutes_left)
+  shift
+  if awk -v left="$left" -v need="$need" 'BEGIN { exit left >= need }'; then
+    cut_off=$((cut_off + 1))
+    return
+  fi
+  timeout -k 5 -s TERM "$(awk -v left="$left" 'BEGIN { printf "%.1f", 60 * left + 15 }')" "$@"
+  code=$?
+  case $code in
+    0) ;;
+    124 | 130 | 137) cut_off=$((cut_off + 1)) ;;
+    *) problems=$((problems + 1)) ;;
+  esac
+}
+
+# sweep NAME NEED "SWEEP'S OPTIONS" "TRAIN_GDN'S OPTIONS": more runs for OUT/NAME.csv
+sweep() {
+  local name=$1 need=$2
+  in_time "$need" "$PYTHON" scripts/sweep.py -o "$OUT/$name.csv" -j "$PER_GPU" --minutes "$(minutes_left)" $3 -- \
+    "${SHARDS[@]}" "${SCHEDULE[@]}" $4 > >(tee -a "$OUT/log.txt")
+}
+
+# of_best CSV OPTIMIZER PARAM WIDTH: the learning rate of lowest loss and its neighbours, with commas; without such rows the
+# middle of the grid. With a fifth argument "best" only the first.
+of_best() {
+  "$PYTHON" - "$@" "$ADAMW_LRS" "$SGD_LRS" <<'P'
+import csv, os, sys
+
+path, optimizer, param, width, *only, adamw, sgd = sys.argv[1:]
+grid = [float(lr) for lr in (adamw if optimizer == "adamw" else sgd).split(",")]
+rows = list(csv.DictReader(open(path))) if os.path.exists(path) else []
+losses = {
+    float(r["lr"]): float(r["val_loss"])
+    for r in rows
+    if (r["optimizer"], r["param"], r["width"], r["status"], r["seed"]) == (optimizer, param, width, "ok", "42")
+}
+best = min(losses, key=losses.get) if losses else grid[len(grid) // 2]
+print(f"{best:g}" if only else f"{best / 2:g},{best:g},{best * 2:g}")
+P
+}
+
+# grid NAME OPTIMIZER LRS "PARAMS...": first what shows transfer, the narrowest and the widest around the middle
+grid() {
+  local name=$1 optimizer=$2 lrs=$3 params=$4 options=${5:-}
+  local common="--optimizers $optimizer $options" ends="$BASE,$WIDE" all
+  all=$(IFS=,; echo "${WIDTHS[*]}")
+  local middle
+  middle=$(cut -d, -f2-5 <<<"$lrs")
+  sweep "$name" 1.5 "$common --params mup --widths $ends --lrs $middle" ""
+  [ "$params" = mup ] || sweep "$name" 1.5 "$common --params $params --widths $ends --lrs $middle" ""
+  sweep "$name" 1.5 "$common --params $params --widths $ends --lrs $lrs" ""
+  sweep "$name" 1 "$common --params $params --widths $all --lrs $lrs" ""
+}
+
+adamw() { grid adamw adamw $ADAMW_LRS sp,mup; }
+sgd() { grid sgd sgd $SGD_LRS sp,mup0,mup; }
+fixed() { grid fixed adamw $ADAMW_LRS mup "--head_dim 64"; }
+
+seeds() {
+  local optimizer param width
+  for param in mup sp mup0; do
+    for optimizer in adamw sgd; do
+      [ "$optimizer $param" = "adamw mup0" ] && continue
+      for width in "${WIDTHS[@]}"; do
+        sweep $optimizer 1 "--optimizers $optimizer --params $param --widths $width --seeds $SEED \
+          --lrs $(of_best "$OUT/$optimizer.csv" $optimizer $param "$width")" ""
+      done
+    done
+  done
+}
+
+questions() {
+  local adamw_lrs sgd_lrs width
+  adamw_lrs=$(of_best "$OUT/adamw.csv" adamw mup "$WIDE")
+  sgd_lrs=$(of_best "$OUT/sgd.csv" sgd mup "$WIDE")
+  local mup="--params mup --widths $BASE,$WIDE"
+  gate_gradients
+  sweep question1_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-gains hidden"
+  sweep question1_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "-gains hidden"
+  sweep question3 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-wd_mode independent"
+  sweep question4 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-eps 1e-15"
+}
+
+# Gradients at a, b and A_log of models trained for a third of the steps, on a batch of 8 sequences, at seeds of their own
+gate_gradients() {
+  local width lr models
+  [ -e "$OUT/question2_slopes.csv" ] && return
+  models=$(mktemp -d)
+  lr=$(of_best "$OUT/sgd.csv" sgd mup "$BASE" best)
+  for width in "${WIDTHS[@]}"; do
+    in_time 1.5 ./train_gdn "${SHARDS[@]}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 3))" -opt sgd \
+      -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" >"$models/w$width.txt"
+  done
+  in_time 0.7 "$PYTHON" scripts/coord_check.py -o "$OUT/question2" --widths "$(IFS=,; echo "${WIDTHS[*]}")" --params mup \
+    --growth head_dim --optimizers sgd --seeds 1,2,3,4 --tolerance 9 -- -i "$DATA/books_val_*.bin" -L 8 -T 512 -B 8 \
+    -lr 0 "${MORE[@]}" -load "$models/w{width}" >"$OUT/question2.txt"
+  grep -E "grad:(a_proj|b_proj|A_log|dt_bias) " "$OUT/question2.txt"
+  rm -rf "$models"
+}
+
+tuned() {
+  local lrs
+  lrs=$(of_best "$OUT/adamw.csv" adamw mup "$BASE")
+  sweep tuned "${TUNED_MINUTES:-5}" "--optimizers adamw --params mup --widths ${TUNED_WIDTH:-2048} -j 1 --lrs $lrs" ""
+}
+
+# The last call's seeds are the ones in the tables.
+coord() {
+  local both="--optimizers adamw,sgd --params sp,mup" seeds
+  [ -e "$OUT/coord_runs.tar.gz" ] && tar -xzf "$OUT/coord_runs.tar.gz" -C "$OUT" && rm "$OUT/coord_runs.tar.gz"
+  for seeds in 1,2 1,2,3,4 1,2,3,4,5,6,7,8; do
+    in_time 1 "$PYTHON" scripts/coord_check.py -o "$OUT/coord" -j "${COORD_PER_GPU:-6}" $both --seeds $seeds \
+      ${COORD_WIDTHS:+--widths $COORD_WIDTHS} --table "$OUT/coord.md" -- -i "$DATA/books_train_*.bin" "${MORE[@]}" \
+      > >(tee -a "$OUT/log.txt" | grep -v " ok ")
+  done
+  # heads of 64, and 12 heads: a head's keys are 256 at most
+  in_time 2 "$PYTHON" scripts/coord_check.py -o "$OUT/coord4096" -j 2 --params mup --heads 12 --seeds 1,2 \
+    --widths "${COORD4096_WIDTHS:-512,1024,2048,4096}" --table "$OUT/coord4096.md" -- -i "$DATA/books_train_*.bin" \
+    "${MORE[@]}" > >(tee -a "$OUT/log.txt" | grep -v " ok ")
+  mkdir -p "$OUT/coord_runs" "$OUT/coord4096_runs"
+  tar -czf "$OUT/coord_runs.tar.gz" -C "$OUT" coord_runs coord4096_runs &&
+    rm -r "$OUT/coord_runs" "$OUT/coord4096_runs"
+}
+
+plots() {
+  local name
+  for name in adamw sgd fixed question1_adamw question1_sgd question3 question4; do
+    [ -e "$OUT/$name.csv" ] || continue
+    "$PYTHON" scripts/plot_transfer.py "$OUT/$name.csv" --base "$BASE" -o "$OUT/$name" --table "$OUT/$name.md" |
+      tee -a "$OUT/log.txt" || problems=$((problems + 1))
+  done
+  [ -e "$OUT/tuned.csv" ] && cut -d, -f3,4,6,9 "$OUT/tuned.csv"
+}
+
+for stage in "$@"; do
+  case $stage in
+    coord | adamw | sgd | fixed | seeds | questions | tuned | plots) ;;
+    *)
+      echo "evidence.sh: stage '$stage': expected coord, adamw, sgd, fixed, seeds, questions, tuned or plots" >&2
+      exit 1
+      ;;
+  esac
+done
+echo "== $* at $(date -u +%FT%TZ), commit $(git rev-parse --short HEAD 2>/dev/null || cat COMMIT 2>/dev/null || echo unknown), \
+$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | paste -sd';')" | tee -a "$OUT/log.txt"
+for stage in "$@"; do
+  "$stage"
+done
+# The runs' logs stay, packed; what they said last is in the CSV.
+find "$OUT" -path '*_runs/*' -name output.txt -delete
+find "$OUT" -path '*_runs/*' -name log.csv -exec gzip -nf9 {} +
+echo "== $(du -sh "$OUT" | cut -f1) in $OUT; $problems commands ended with an error, $cut_off wait for the next call" |
+  tee -a "$OUT/log.txt"
+[ $problems -eq 0 ]
