@@ -145,12 +145,10 @@ __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a
 __device__ inline uint32_t pack_as(const act*, float x, float y) { return pack_bf16(x, y); }
 __device__ inline uint32_t pack_as(const __half*, float x, float y) { return pack_fp16(x, y); }
 
-// Writes factor * x [16 of dv, 64 tokens] to rows [tokens, 16] of `to`, the first n. `staging`: the warp's own
-// 16 columns of a shared tile with row stride ld.
+// factor * x [16 of dv, 64 tokens] as rows of tokens in `staging`, the warp's own 16 columns of a shared tile with
+// row stride ld; 16-bit numbers of type T.
 template <class T>
-__device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, int ld,
-                                    const float (&x)[8][4], float factor) {
-  const int lane = threadIdx.x % 32;
+__device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4], float factor) {
   __syncwarp();
 #pragma unroll
   for (int t = 0; t < 8; t += 2) {
@@ -158,10 +156,16 @@ __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, 
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float(&tile)[4] = x[t + i / 2];
-      w[i] = pack_as(to, factor * tile[2 * (i % 2)], factor * tile[2 * (i % 2) + 1]);
+      w[i] = pack_as(static_cast<T*>(nullptr), factor * tile[2 * (i % 2)], factor * tile[2 * (i % 2) + 1]);
     }
     store_transposed(staging + 8 * t * ld, ld, w);
   }
+}
+
+// Writes what stage_tokens left to rows [tokens, 16] of `to`, the first n.
+template <class T>
+__device__ inline void write_tokens(T* to, int64_t stride, int n, const act* staging, int ld) {
+  const int lane = threadIdx.x % 32;
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -169,7 +173,14 @@ __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, 
     const uint4 word = *reinterpret_cast<const uint4*>(staging + row * ld + column);
     if (row < n) *reinterpret_cast<uint4*>(to + row * stride + column) = word;
   }
-  __syncwarp();
+}
+
+// Both.
+template <class T>
+__device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, int ld,
+                                    const float (&x)[8][4], float factor) {
+  stage_tokens<T>(staging, ld, x, factor);
+  write_tokens(to, stride, n, staging, ld);
 }
 
 __device__ inline PassBlock pass_block(const Sizes& size) {
@@ -215,20 +226,21 @@ __device__ inline float largest_of_values(uint32_t columns_address, int ld) {
 // values, of which this lane's largest is given, make fp16 operands. Returns the new exponent.
 template <int DK>
 __device__ inline int bring_into_range(float (&state)[DK / 8][4], float largest_value, int exponent) {
-  float largest = power_of_two(exponent) * largest_value;
+  float largest[4] = {power_of_two(exponent) * largest_value};  // four chains of dependent instructions
 #pragma unroll
-  for (int t = 0; t < DK / 8; t++) largest = largest_of(state[t], largest);
-  const int e = range_exponent(largest, exponent);
+  for (int t = 0; t < DK / 8; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) largest[e] = fmaxf(largest[e], fabsf(state[t][e]));
+  const int e = range_exponent(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), exponent);
   if (e != exponent) scale_state<DK>(state, power_of_two(e - exponent));
   return e;
 }
 
-// E = R - N (beta R), R = unit V - e^G (K S): in place from c = K S. All [16 of dv, 64 tokens]
-__device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage, uint32_t v_columns, int ld,
-                                       float unit) {
+// R = unit V - e^G (K S), in place from c = K S. All [16 of dv, 64 tokens]
+__device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t v_columns, int ld, float unit) {
 #pragma unroll
   for (int t = 0; t < 4; t++) {
-    scale_tokens(c[2 * t], c[2 * t + 1], stage.gates + kFromStart * kChunk, 16 * t, -1.f);
+    scale_tokens(c[2 * t], c[2 * t + 1], gates + kFromStart * kChunk, 16 * t, -1.f);
     uint32_t v[4];
     ldmatrix_transposed(v, v_columns + 2 * 16 * t * ld);
 #pragma unroll
@@ -239,6 +251,12 @@ __device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage,
       tile[2 * (e % 2) + 1] += unit * x.y;
     }
   }
+}
+
+// E = R - N (beta R), in place from c = K S.
+__device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage, uint32_t v_columns, int ld,
+                                       float unit) {
+  residuals(c, stage.gates, v_columns, ld, unit);
   // The last 16 tokens first: a block of tokens is read before what comes earlier is taken off it.
   const uint32_t n_columns = walk_columns(stage.squares, kTrianglesStride);
 #pragma unroll

@@ -1,0 +1,503 @@
+// The gated delta rule, the two sequential kernels on Hopper's warpgroup products (wgmma, sm_90a): the same
+// equations, units, operands and results as in delta_rule_passes.cuh, whose kernels run everywhere else.
+//
+// A warpgroup, four warps, owns 64 columns of dv, each warp 16 of them: the 64 rows of a product's A operand,
+// in registers. B operands (K, Q, N, P) are read from shared memory by the tensor cores, once for the
+// warpgroup instead of once a warp, and asynchronously: while they run, the warps copy, pack and store.
+//
+// wgmma.m64nNk16, lane = 4 g + c of a warp with 16 rows: A and the accumulators as in mma.m16n8k16
+// (delta_rule_mma.cuh). B from tiles of [64 rows, 64 columns] of 16-bit numbers with 128-byte rows, whose
+// 16-byte vector v of row r lies at v ^ (r % 8) (the 128-byte swizzle). With the rows as n and the columns as
+// k it is a K-major operand, with the rows as k and the columns as n an MN-major one: one copy of K serves
+// both K S and the update K^T E.
+//
+// Columns of q and k are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b. Products
+// over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring columns,
+// which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
+#pragma once
+
+#include "delta_rule_passes.cuh"
+
+namespace gdn {
+namespace delta_rule {
+
+// ---- products of a warpgroup
+
+constexpr int kTileRow = 64;                   // columns of a tile
+constexpr int kTileBytes = kChunk * 2 * kTileRow;
+
+// Byte offset of a 16-byte vector in a tile.
+__device__ inline int swizzled(int row, int vector) { return 2 * kTileRow * row + 16 * (vector ^ (row & 7)); }
+
+// The descriptor of a tile, 1024-byte aligned, as the B operand: 128-byte swizzle, 1024 bytes from 8 rows to
+// the next 8. Adding 1 moves it by 16 bytes: 2 for 16 columns, 128 for 16 rows, 512 for a tile.
+__device__ inline uint64_t tile_descriptor(const void* tile) {
+  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = uint64_t(1) << 62;
+  return kSwizzle128 | kEightRows << 32 | kEightRows << 16 | shared_address(tile) >> 4;
+}
+constexpr int kColumns16 = 2, kRows16 = 128, kNextTile = kTileBytes >> 4;
+
+// What is written to registers before is seen by the products after it.
+__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// All groups of products but the newest `pending` are done.
+template <int pending>
+__device__ inline void products_done() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// Shared memory written before, by this thread, is seen by products that start after the next barrier.
+__device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Keeps the compiler from moving reads and writes of registers that products use.
+template <int kTiles>
+__device__ inline void pin(float (&x)[kTiles][4]) {
+#pragma unroll
+  for (int t = 0; t < kTiles; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) asm volatile("" : "+f"(x[t][e])::"memory");
+}
+template <int kOperands>
+__device__ inline void pin(uint32_t (&a)[kOperands][4]) {
+#pragma unroll
+  for (int t = 0; t < kOperands; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) asm volatile("" : "+r"(a[t][e])::"memory");
+}
+
+enum Major { kByK = 0, kByN = 1 };
+
+#define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
+
+// d [64,64], eight accumulator tiles, += a b, or = a b where not `add`
+template <Major kMajor>
+__device__ inline void wgmma_64(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
+      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(kMajor)));
+}
+
+// d [64,32] += a b
+template <Major kMajor>
+__device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, 1, 1, 1, %21;\n"
+      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kMajor)));
+}
+
+#undef GDN_TILE
+
+// ---- a chunk's inputs
+
+// What a pass needs of one chunk, in shared memory: tiles of q, k, N and P as above, q and k arriving as bf16
+// and becoming fp16; `values` as in PassStage, [64, 64 groups + 8]; gates [4,64].
+template <int DK, int kGroups>
+struct WarpgroupStage {
+  static constexpr int kThreads = 128 * kGroups, kKeyTiles = (DK + kTileRow - 1) / kTileRow;
+  static constexpr int kValuesStride = 64 * kGroups + 8;
+  static constexpr int kMatrices = 2 * kKeyTiles * kTileBytes, kValues = kMatrices + 2 * kTileBytes;
+  static constexpr int kGatesAt = kValues + 2 * kChunk * kValuesStride, kBytes = kGatesAt + 4 * kGates;
+  static_assert(kBytes % 1024 == 0, "tiles are aligned to eight rows");
+
+  unsigned char* at;
+
+  __device__ WarpgroupStage(unsigned char* shared, int index) : at(shared + index * kBytes) {}
+  __device__ unsigned char* keys(int which) const { return at + which * kKeyTiles * kTileBytes; }
+  __device__ unsigned char* q() const { return keys(0); }
+  __device__ unsigned char* k() const { return keys(1); }
+  __device__ unsigned char* n() const { return at + kMatrices; }
+  __device__ unsigned char* p() const { return n() + kTileBytes; }
+  __device__ act* values() const { return reinterpret_cast<act*>(at + kValues); }
+  __device__ float* gates() const { return reinterpret_cast<float*>(at + kGatesAt); }
+};
+
+// A warp's part of q and k: f(width, which, tile) for each of the two, if there is one warpgroup, or for its
+// warpgroup's, and each of its tiles. Of each the warp has 16 rows, `width` columns (64, or 32 in the last).
+template <int DK, int kGroups, class F>
+__device__ inline void for_my_keys(const F& f) {
+#pragma unroll
+  for (int i = 0; i < 2 / kGroups; i++) {
+    const int which = kGroups == 2 ? threadIdx.x / 128 : i;
+#pragma unroll
+    for (int tile = 0; tile < DK / 64; tile++) f(std::integral_constant<int, 64>(), which, tile);
+    if (DK % 64 != 0) f(std::integral_constant<int, 32>(), which, DK / 64);
+  }
+}
+
+// The block starts copying a chunk's inputs; values as in copy_chunk.
+template <int DK, int kGroups>
+__device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups>& stage, const PassBlock& block,
+                                  const Sizes& size, int chunk, const act* qkv, const act* values,
+                                  int64_t values_stride, const __half* matrices, const float* gates) {
+  using Stage = WarpgroupStage<DK, kGroups>;
+  const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
+  const int thread = threadIdx.x, lane = thread % 32, first = 16 * (thread / 32 % 4), n = size.rows_in(chunk);
+  const act* inputs = qkv + (row + first) * size.channels + size.q_column(block.hk);
+  const int q_to_k = size.k_column(0) - size.q_column(0);
+  for_my_keys<DK, kGroups>([&](auto width, int which, int tile) {
+    constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
+    const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
+    const act* from = inputs + r * size.channels + which * q_to_k + column;
+    unsigned char* to = stage.keys(which) + tile * kTileBytes + 2 * kTileRow * first;
+#pragma unroll
+    for (int i = 0; i < 16; i += kRows)
+      copy_16_bytes(to + swizzled(r + i, vector), from + i * size.channels,
+                    first + r + i < n && column < size.dk);
+  });
+  {
+    constexpr int kVectors = 8 * kGroups;
+    const int r = thread / kVectors, column = 8 * (thread % kVectors);
+    const bool valid = column < size.dv - block.first_column;
+    const act* from = values + (row + r) * values_stride + block.first_column + column;
+    act* to = stage.values() + r * Stage::kValuesStride + column;
+#pragma unroll
+    for (int i = 0; i < kChunk; i += 16)
+      copy_16_bytes(to + i * Stage::kValuesStride, from + i * values_stride, valid && r + i < n);
+  }
+  {
+    const int r = thread / 8, vector = thread % 8;
+    const __half* from = matrices + number * 2 * kSquare + r * kChunk + 8 * vector;
+    unsigned char* to = stage.n() + swizzled(r, vector);
+#pragma unroll
+    for (int i = 0; i < kChunk; i += 16 * kGroups) {
+      if (vector / 2 > (r + i) / 16) continue;  // above the diagonal, where the tiles stay zero
+      copy_16_bytes(to + 2 * kTileRow * i, from + i * kChunk, true);
+      copy_16_bytes(to + 2 * kTileRow * i + kTileBytes, from + i * kChunk + kSquare, true);
+    }
+  }
+  if (thread < kGates / 4)
+    copy_16_bytes(stage.gates() + 4 * thread, gates + number * kGates + 4 * thread, true);
+  copies_issued();
+}
+
+// Four words of eight bf16 each, 32 neighbouring columns -> fp16 in the order of positions.
+__device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
+  uint32_t w[4][4];
+#pragma unroll
+  for (int c = 0; c < 4; c++) {
+    const uint32_t in[4] = {x[c].x, x[c].y, x[c].z, x[c].w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const float2 y = unpack_bf16(in[j]);
+      w[j][c] = pack_fp16(y.x, y.y);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; j++) x[j] = make_uint4(w[j][0], w[j][1], w[j][2], w[j][3]);
+}
+
+// Waits for a chunk's inputs; the block and its products see them after it has synchronised. Each warp
+// converts what it copied.
+template <int DK, int kGroups>
+__device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups>& stage) {
+  copies_arrived();
+  __syncwarp();
+  const int lane = threadIdx.x % 32, first = 16 * (threadIdx.x / 32 % 4);
+  for_my_keys<DK, kGroups>([&](auto width, int which, int tile) {
+    constexpr int kParts = decltype(width)::value / 32;  // of 32 columns
+    const int r = lane / kParts, vector = 4 * (lane % kParts);
+    if (r >= 16) return;
+    unsigned char* tile_at = stage.keys(which) + tile * kTileBytes;
+    uint4 x[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      x[i] = *reinterpret_cast<const uint4*>(tile_at + swizzled(first + r, vector + i));
+    permuted_to_fp16(x);
+#pragma unroll
+    for (int i = 0; i < 4; i++) *reinterpret_cast<uint4*>(tile_at + swizzled(first + r, vector + i)) = x[i];
+  });
+  publish_to_products();
+}
+
+// ---- products with the state
+
+// Writes 32 columns of the warp's state, held as two A operands over positions, to rows [16 of dv, dk] of `to`.
+__device__ inline void store_32_of_positions(__half* to, int dk, int column, const uint32_t (&left)[4],
+                                             const uint32_t (&right)[4]) {
+  const int g = threadIdx.x % 32 / 4, at = column + 8 * (threadIdx.x & 3);
+  if (at >= dk) return;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    *reinterpret_cast<uint4*>(to + (g + 8 * half) * dk + at) =
+        make_uint4(left[half], left[half + 2], right[half], right[half + 2]);
+}
+
+// Starts everything that reads the state [64 of dv, dk], in one walk over it:
+//   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the newest
+//   from_q = state Q^T (kWithQ), done with the newest group
+//   the fp16 state written to `to`, rows [16 of dv, dk] of this warp, where that is not null
+template <int DK, bool kWithQ>
+__device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
+                                        float (&state)[DK / 8][4], uint64_t k, uint64_t q, __half* to, int dk) {
+  constexpr int kTiles = (DK + kTileRow - 1) / kTileRow;
+#pragma unroll
+  for (int tile = 0; tile < kTiles; tile++) {
+    const bool last = tile + 1 == kTiles;
+    const int steps = last && DK % 64 != 0 ? 2 : 4;
+    uint32_t a[4][4] = {};
+#pragma unroll
+    for (int i = 0; i < steps; i++) {
+      const int at = 8 * tile + 2 * i;
+      operand(a[i], state[at], state[at + 1]);
+    }
+    if (to)
+#pragma unroll
+      for (int i = 0; i < steps; i += 2) store_32_of_positions(to, dk, 64 * tile + 16 * i, a[i], a[i + 1]);
+    pin(a);
+    products_begin();
+#pragma unroll
+    for (int i = 0; i < steps; i++)
+      wgmma_64<kByK>(from_k, a[i], k + tile * kNextTile + i * kColumns16, tile + i > 0);
+    if (last || !kWithQ) products_issued();
+    if (kWithQ) {
+#pragma unroll
+      for (int i = 0; i < steps; i++)
+        wgmma_64<kByK>(from_q, a[i], q + tile * kNextTile + i * kColumns16, tile + i > 0);
+      products_issued();
+    }
+    if (!last) products_done<1>();  // so that at most two tiles' operands take registers
+  }
+}
+
+// Starts state [64, dk] += a [64, 64 tokens] rows [64 tokens, dk]
+template <int DK>
+__device__ inline void start_update_state(float (&state)[DK / 8][4], const uint32_t (&a)[4][4],
+                                          uint64_t rows) {
+#pragma unroll
+  for (int tile = 0; tile < DK / 64; tile++)
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+      wgmma_64<kByN>(state + 8 * tile, a[p], rows + tile * kNextTile + p * kRows16, 1);
+  if (DK % 64 != 0)
+#pragma unroll
+    for (int p = 0; p < 4; p++)
+      wgmma_32<kByN>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16);
+}
+
+// Starts c [64, 64 tokens] += a [64, 64 tokens] m^T (kByK) or a m (kByN), m [64,64] one tile
+template <Major kMajor>
+__device__ inline void start_square(float (&c)[8][4], const uint32_t (&a)[4][4], uint64_t m) {
+#pragma unroll
+  for (int p = 0; p < 4; p++)
+    wgmma_64<kMajor>(c, a[p], m + p * (kMajor == kByK ? kColumns16 : kRows16), 1);
+}
+
+// The operands of x [64, 64 tokens] times factor * gate.
+__device__ inline void scaled_operands(uint32_t (&a)[4][4], const float (&x)[8][4], const float* gate,
+                                       float factor) {
+#pragma unroll
+  for (int p = 0; p < 4; p++) scaled_operand(a[p], x[2 * p], x[2 * p + 1], gate, 16 * p, factor);
+}
+
+__device__ inline void operands(uint32_t (&a)[4][4], const float (&x)[8][4]) {
+#pragma unroll
+  for (int p = 0; p < 4; p++) operand(a[p], x[2 * p], x[2 * p + 1]);
+}
+
+template <int kGroups>
+__device__ inline PassBlock warpgroup_block(const Sizes& size) {
+  PassBlock block;
+  block.b = blockIdx.z;
+  block.h = blockIdx.y;
+  block.hk = size.key_head(block.h);
+  block.warps = 4 * kGroups;
+  block.first_column = blockIdx.x * 64 * kGroups;
+  return block;
+}
+
+// Zeros above the diagonal of N and P, where nothing is ever copied.
+template <int DK, int kGroups>
+__device__ inline void clear_matrices(unsigned char* shared) {
+  for (int i = 0; i < 2; i++) clear_shared(WarpgroupStage<DK, kGroups>(shared, i).n(), 2 * kTileBytes);
+  __syncthreads();
+}
+
+// What forward_pass_kernel computes and writes. One block: a sequence, a value head, 64 or 128 of dv; where dv
+// ends within, warps compute with zeros and write nothing.
+template <int DK, int kGroups>
+__global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
+    forward_pass_warpgroup_kernel(act* o, Saved saved, const act* qkv, const __half* matrices,
+                                  const float* gates, Sizes size, float s) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Stage = WarpgroupStage<DK, kGroups>;
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  constexpr int ld = Stage::kValuesStride;
+  const PassBlock block = warpgroup_block<kGroups>(size);
+  const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
+  const bool active = column < size.dv;
+  const act* values = qkv + size.v_column(block.h);
+  const int64_t stride = int64_t(size.heads_v) * size.dv;
+  clear_matrices<DK, kGroups>(tiles);
+  copy_chunk(Stage(tiles, 0), block, size, 0, qkv, values, size.channels, matrices, gates);
+
+  float state[DK / 8][4] = {};
+  int exponent = 0;  // of the state's unit, 2^exponent
+  for (int chunk = 0; chunk < size.chunks; chunk++) {
+    const Stage stage(tiles, chunk & 1);
+    const int64_t number = size.chunk_number(block.b, block.h, chunk);
+    const int64_t out = size.first_row(block.b, chunk) * stride + block.h * size.dv + column;
+    const int n = active ? size.rows_in(chunk) : 0;
+    act* staging = stage.values() + 16 * warp;
+    const uint32_t v_columns = walk_columns(staging, ld);
+    receive_chunk(stage);
+    __syncthreads();
+
+    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    float E[8][4] = {}, O[8][4] = {};
+    const bool saving = active && saved.states;
+    __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
+    start_read_state<DK, true>(E, O, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()), state_to,
+                               size.dk);
+    if (chunk + 1 < size.chunks)
+      copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
+                 gates);
+    uint32_t a[4][4], update[4][4];
+    products_done<1>();
+    pin(E);
+    residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
+    scaled_operands(a, E, stage.gates() + kBeta * kChunk, -1.f);
+    pin(E), pin(a);
+    products_begin();
+    start_square<kByK>(E, a, tile_descriptor(stage.n()));
+    products_issued();
+    products_done<1>();
+    pin(O);
+    scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
+    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    products_done<0>();
+    pin(E);
+
+    if (saving) {
+      stage_tokens<__half>(staging, ld, E, 1.f);
+      if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
+    }
+    scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
+    operands(a, E);
+    scaled_operands(update, E, stage.gates() + kToEnd * kChunk, 1.f);
+    pin(O), pin(state), pin(a), pin(update);
+    products_begin();
+    start_square<kByK>(O, a, tile_descriptor(stage.p()));
+    products_issued();
+    start_update_state<DK>(state, update, tile_descriptor(stage.k()));
+    products_issued();
+    if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
+    products_done<1>();
+    pin(O);
+    stage_tokens<act>(staging, ld, O, power_of_two(-exponent));
+    write_tokens(o + out, stride, n, staging, ld);
+    products_done<0>();
+    pin(state);
+  }
+#endif
+}
+
+// What backward_pass_kernel computes and writes.
+template <int DK, int kGroups>
+__global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
+    backward_pass_warpgroup_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
+                                   const __half* matrices, const float* gates, Sizes size, float s) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Stage = WarpgroupStage<DK, kGroups>;
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  constexpr int ld = Stage::kValuesStride;
+  const PassBlock block = warpgroup_block<kGroups>(size);
+  const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
+  const bool active = column < size.dv;
+  const int64_t stride = int64_t(size.heads_v) * size.dv;
+  const act* values = d_o + block.h * size.dv;
+  clear_matrices<DK, kGroups>(tiles);
+  copy_chunk(Stage(tiles, (size.chunks - 1) & 1), block, size, size.chunks - 1, qkv, values, stride, matrices,
+             gates);
+
+  float state[DK / 8][4] = {};  // dS
+  int exponent = 0;
+  for (int chunk = size.chunks - 1; chunk >= 0; chunk--) {
+    const Stage stage(tiles, chunk & 1);
+    const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
+    const int64_t out = row * stride + block.h * size.dv + column;
+    const int n = active ? size.rows_in(chunk) : 0;
+    act* staging = stage.values() + 16 * warp;
+    const uint32_t do_columns = walk_columns(staging, ld);
+    const float *gate = stage.gates(), *from_start = gate + kFromStart * kChunk;
+    receive_chunk(stage);
+    __syncthreads();
+
+    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
+    float X[8][4] = {};
+    __half* state_to = active ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
+    start_read_state<DK, false>(X, X, state, tile_descriptor(stage.k()), 0, state_to, size.dk);
+    if (active && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
+    if (chunk > 0)
+      copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
+    uint32_t a[4][4], update[4][4];  // do, and what Q^T takes of it
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+      float left[4], right[4];
+      ldmatrix_transposed(a[p], do_columns + 2 * 16 * p * ld);
+      output_gradient(left, right, a[p], power_of_two(exponent));
+      operand(a[p], left, right);
+      scaled_operand(update[p], left, right, from_start, 16 * p, s);
+    }
+    products_done<0>();
+    pin(X), pin(state);
+    scale_all_tokens(X, gate + kToEnd * kChunk, 1.f);
+    pin(X), pin(a);
+    products_begin();
+    start_square<kByN>(X, a, tile_descriptor(stage.p()));
+    products_issued();
+    scale_state<DK>(state, from_start[kChunk - 1]);
+    products_done<0>();
+    pin(X);
+    scaled_operands(a, X, gate + kBeta * kChunk, -1.f);
+    pin(X), pin(a), pin(state), pin(update);
+    products_begin();
+    start_square<kByN>(X, a, tile_descriptor(stage.n()));
+    products_issued();
+    start_update_state<DK>(state, update, tile_descriptor(stage.q()));
+    products_issued();
+    products_done<1>();
+    pin(X);
+
+    stage_tokens<__half>(staging, ld, X, 1.f);
+    scale_all_tokens(X, gate + kBeta * kChunk, 1.f);
+    scaled_operands(a, X, from_start, -1.f);
+    pin(a);
+    products_begin();
+    start_update_state<DK>(state, a, tile_descriptor(stage.k()));
+    products_issued();
+    write_tokens(adjoints.x + out, stride, n, staging, ld);
+    stage_tokens<act>(staging, ld, X, power_of_two(-exponent));
+    write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging, ld);
+    products_done<0>();
+    pin(state);
+  }
+#endif
+}
+
+// ---- whether these kernels can run
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int kProbeThreads = 128;
+#else
+constexpr int kProbeThreads = 64;
+#endif
+
+// Never launched: its launch bound tells for which architecture the code was compiled that this GPU runs.
+static __global__ void __launch_bounds__(kProbeThreads) warpgroup_probe_kernel() {}
+
+// Whether this GPU runs code compiled for sm_90a.
+inline bool has_warpgroup_products() {
+  cudaFuncAttributes attributes;
+  cuda_check(cudaFuncGetAttributes(&attributes, warpgroup_probe_kernel));
+  return attributes.maxThreadsPerBlock == 128;
+}
+
+}  // namespace delta_rule
+}  // namespace gdn
