@@ -14,7 +14,7 @@
 // Four kernels, cut where the parallelism changes:
 //   prepare_kernel        N, P, gates          chunks x value heads x sequences     delta_rule_prepare.cuh
 //   forward_pass_kernel   o, S_0, E            sequences x value heads x dv slices  delta_rule_passes.cuh
-//   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse
+//   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse            on Hopper delta_rule_passes_wgmma.cuh
 //   gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences       delta_rule_gradients.cuh
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
@@ -45,6 +45,7 @@
 
 #include "common.cuh"
 #include "delta_rule_gradients.cuh"
+#include "delta_rule_passes_wgmma.cuh"
 
 namespace gdn {
 namespace delta_rule {
@@ -189,30 +190,73 @@ inline void prepare(Cuda& device, const act* qkv, const float* g, const float* b
   launched("prepare_kernel");
 }
 
+// Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
+// loads, unless one each gives no multiprocessor a second block or leaves none idle.
+inline int pass_groups(const Cuda& device, const MixerShape& shape) {
+  const int slices = divide_up(shape.head_dim_v, 64);
+  return slices % 2 != 0 || shape.batch * shape.heads_v * slices <= device.multiprocessors ? 1 : 2;
+}
+
+// Calls launch with dk's compiled size, a pass's warpgroups, and the grid.
+template <class Launch>
+void with_warpgroups(const Cuda& device, const MixerShape& shape, const Launch& launch) {
+  const int groups = pass_groups(device, shape);
+  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch);
+  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
+    if (groups == 1) return launch(head_dim, std::integral_constant<int, 1>(), grid);
+    launch(head_dim, std::integral_constant<int, 2>(), grid);
+  });
+}
+
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
                          float s, void* scratch) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    constexpr int DK = decltype(head_dim)::value;
-    const int warps = pass_warps(device, shape, DK), bytes = 2 * pass_stage_bytes(DK, warps);
-    allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
-    const dim3 grid((shape.head_dim_v + 16 * warps - 1) / (16 * warps), shape.heads_v, shape.batch);
-    forward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(
-        o, saved, qkv, matrices_at(scratch), gates_at(scratch, shape), sizes(shape), s);
-  });
+  const __half* matrices = matrices_at(scratch);
+  const float* gates = gates_at(scratch, shape);
+  if (has_warpgroup_products()) {
+    with_warpgroups(device, shape, [&](auto head_dim, auto warpgroups, dim3 grid) {
+      constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
+      constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
+      const auto kernel = forward_pass_warpgroup_kernel<DK, kGroups>;
+      allow_shared_bytes(kernel, bytes, "the gated delta rule");
+      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), s);
+    });
+  } else {
+    with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
+      constexpr int DK = decltype(head_dim)::value;
+      const int warps = pass_warps(device, shape, DK), bytes = 2 * pass_stage_bytes(DK, warps);
+      allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
+      const dim3 grid((shape.head_dim_v + 16 * warps - 1) / (16 * warps), shape.heads_v, shape.batch);
+      forward_pass_kernel<DK>
+          <<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), s);
+    });
+  }
   launched("forward_pass_kernel");
 }
 
 inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
                           float s, void* scratch) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    constexpr int DK = decltype(head_dim)::value;
-    const int warps = pass_warps(device, shape, DK), bytes = 2 * pass_stage_bytes(DK, warps);
-    allow_shared_bytes(backward_pass_kernel<DK>, bytes, "the gated delta rule");
-    const dim3 grid((shape.head_dim_v + 16 * warps - 1) / (16 * warps), shape.heads_v, shape.batch);
-    backward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(
-        dqkv, adjoints_at(scratch, shape), d_o, qkv, matrices_at(scratch), gates_at(scratch, shape),
-        sizes(shape), s);
-  });
+  const Adjoints adjoints = adjoints_at(scratch, shape);
+  const __half* matrices = matrices_at(scratch);
+  const float* gates = gates_at(scratch, shape);
+  if (has_warpgroup_products()) {
+    with_warpgroups(device, shape, [&](auto head_dim, auto warpgroups, dim3 grid) {
+      constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
+      constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
+      const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups>;
+      allow_shared_bytes(kernel, bytes, "the gated delta rule");
+      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices, gates,
+                                                            sizes(shape), s);
+    });
+  } else {
+    with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
+      constexpr int DK = decltype(head_dim)::value;
+      const int warps = pass_warps(device, shape, DK), bytes = 2 * pass_stage_bytes(DK, warps);
+      allow_shared_bytes(backward_pass_kernel<DK>, bytes, "the gated delta rule");
+      const dim3 grid((shape.head_dim_v + 16 * warps - 1) / (16 * warps), shape.heads_v, shape.batch);
+      backward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices,
+                                                                           gates, sizes(shape), s);
+    });
+  }
   launched("backward_pass_kernel");
 }
 

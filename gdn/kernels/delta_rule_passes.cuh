@@ -3,10 +3,10 @@
 // Each warp owns 16 columns of the state and keeps them transposed, [16 of dv, dk], in fp32 accumulators for
 // the whole sequence. Transposed, every product of a chunk has the state, or the result of the product before
 // it, as its A operand, which registers hold already; B operands are q, k, N, P as they lie in shared memory.
-// Operands are fp16: q, k, N and P are small numbers by nature, and what a warp holds it keeps multiplied by a
-// power of two, 2^e, that brings its largest number near 1. In such units everything below runs; e is constant
-// within a chunk, changes rarely, and goes out with what is saved. Warps exchange nothing; a block's warps
-// share the loads.
+// Operands are fp16: q, k, N and P are small numbers by nature, and what a warp holds it keeps multiplied by
+// a power of two, 2^e, that brings its largest number near 1. In such units everything below runs; e is
+// constant within a chunk, changes rarely, and goes out with what is saved. Warps exchange nothing; a block's
+// warps share the loads.
 #pragma once
 
 #include "delta_rule_prepare.cuh"
@@ -145,8 +145,8 @@ __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a
 __device__ inline uint32_t pack_as(const act*, float x, float y) { return pack_bf16(x, y); }
 __device__ inline uint32_t pack_as(const __half*, float x, float y) { return pack_fp16(x, y); }
 
-// factor * x [16 of dv, 64 tokens] as rows of tokens in `staging`, the warp's own 16 columns of a shared tile with
-// row stride ld; 16-bit numbers of type T.
+// factor * x [16 of dv, 64 tokens] as rows of tokens in `staging`, the warp's own 16 columns of a shared tile
+// with row stride ld; 16-bit numbers of type T.
 template <class T>
 __device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4], float factor) {
   __syncwarp();
@@ -237,7 +237,8 @@ __device__ inline int bring_into_range(float (&state)[DK / 8][4], float largest_
 }
 
 // R = unit V - e^G (K S), in place from c = K S. All [16 of dv, 64 tokens]
-__device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t v_columns, int ld, float unit) {
+__device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t v_columns, int ld,
+                                 float unit) {
 #pragma unroll
   for (int t = 0; t < 4; t++) {
     scale_tokens(c[2 * t], c[2 * t + 1], gates + kFromStart * kChunk, 16 * t, -1.f);

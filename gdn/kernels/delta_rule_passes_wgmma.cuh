@@ -11,9 +11,9 @@
 // k it is a K-major operand, with the rows as k and the columns as n an MN-major one: one copy of K serves
 // both K S and the update K^T E.
 //
-// Columns of q and k are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b. Products
-// over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring columns,
-// which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
+// Columns of q and k are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
+// Products over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring
+// columns, which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -23,7 +23,7 @@ namespace delta_rule {
 
 // ---- products of a warpgroup
 
-constexpr int kTileRow = 64;                   // columns of a tile
+constexpr int kTileRow = 64;  // columns of a tile
 constexpr int kTileBytes = kChunk * 2 * kTileRow;
 
 // Byte offset of a 16-byte vector in a tile.
@@ -118,13 +118,20 @@ struct WarpgroupStage {
   __device__ float* gates() const { return reinterpret_cast<float*>(at + kGatesAt); }
 };
 
+// threadIdx.x, read anew: the compiler keeps nothing computed from it in registers from chunk to chunk.
+__device__ inline int thread_again() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // A warp's part of q and k: f(width, which, tile) for each of the two, if there is one warpgroup, or for its
 // warpgroup's, and each of its tiles. Of each the warp has 16 rows, `width` columns (64, or 32 in the last).
 template <int DK, int kGroups, class F>
-__device__ inline void for_my_keys(const F& f) {
+__device__ inline void for_my_keys(int thread, const F& f) {
 #pragma unroll
   for (int i = 0; i < 2 / kGroups; i++) {
-    const int which = kGroups == 2 ? threadIdx.x / 128 : i;
+    const int which = kGroups == 2 ? thread / 128 : i;
 #pragma unroll
     for (int tile = 0; tile < DK / 64; tile++) f(std::integral_constant<int, 64>(), which, tile);
     if (DK % 64 != 0) f(std::integral_constant<int, 32>(), which, DK / 64);
@@ -138,28 +145,29 @@ __device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups>& stage, cons
                                   int64_t values_stride, const __half* matrices, const float* gates) {
   using Stage = WarpgroupStage<DK, kGroups>;
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
-  const int thread = threadIdx.x, lane = thread % 32, first = 16 * (thread / 32 % 4), n = size.rows_in(chunk);
+  const int thread = thread_again(), lane = thread % 32, first = 16 * (thread / 32 % 4),
+            n = size.rows_in(chunk);
   const act* inputs = qkv + (row + first) * size.channels + size.q_column(block.hk);
   const int q_to_k = size.k_column(0) - size.q_column(0);
-  for_my_keys<DK, kGroups>([&](auto width, int which, int tile) {
+  for_my_keys<DK, kGroups>(thread, [&](auto width, int which, int tile) {
     constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
     const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
     const act* from = inputs + r * size.channels + which * q_to_k + column;
     unsigned char* to = stage.keys(which) + tile * kTileBytes + 2 * kTileRow * first;
+    const int at = swizzled(r, vector), rows = column < size.dk ? n - first - r : 0;
 #pragma unroll
-    for (int i = 0; i < 16; i += kRows)
-      copy_16_bytes(to + swizzled(r + i, vector), from + i * size.channels,
-                    first + r + i < n && column < size.dk);
+    for (int i = 0; i < 16; i += kRows)  // four rows on, the swizzle's third bit is the other
+      copy_16_bytes(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, from + i * size.channels, i < rows);
   });
   {
     constexpr int kVectors = 8 * kGroups;
     const int r = thread / kVectors, column = 8 * (thread % kVectors);
-    const bool valid = column < size.dv - block.first_column;
+    const int rows = column < size.dv - block.first_column ? n - r : 0;
     const act* from = values + (row + r) * values_stride + block.first_column + column;
     act* to = stage.values() + r * Stage::kValuesStride + column;
 #pragma unroll
     for (int i = 0; i < kChunk; i += 16)
-      copy_16_bytes(to + i * Stage::kValuesStride, from + i * values_stride, valid && r + i < n);
+      copy_16_bytes(to + i * Stage::kValuesStride, from + i * values_stride, i < rows);
   }
   {
     const int r = thread / 8, vector = thread % 8;
@@ -199,29 +207,30 @@ template <int DK, int kGroups>
 __device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups>& stage) {
   copies_arrived();
   __syncwarp();
-  const int lane = threadIdx.x % 32, first = 16 * (threadIdx.x / 32 % 4);
-  for_my_keys<DK, kGroups>([&](auto width, int which, int tile) {
+  const int thread = thread_again(), lane = thread % 32, first = 16 * (thread / 32 % 4);
+  for_my_keys<DK, kGroups>(thread, [&](auto width, int which, int tile) {
     constexpr int kParts = decltype(width)::value / 32;  // of 32 columns
     const int r = lane / kParts, vector = 4 * (lane % kParts);
     if (r >= 16) return;
     unsigned char* tile_at = stage.keys(which) + tile * kTileBytes;
+    const int at = swizzled(first + r, vector);
     uint4 x[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-      x[i] = *reinterpret_cast<const uint4*>(tile_at + swizzled(first + r, vector + i));
+    for (int i = 0; i < 4; i++) x[i] = *reinterpret_cast<const uint4*>(tile_at + (at ^ 16 * i));
     permuted_to_fp16(x);
 #pragma unroll
-    for (int i = 0; i < 4; i++) *reinterpret_cast<uint4*>(tile_at + swizzled(first + r, vector + i)) = x[i];
+    for (int i = 0; i < 4; i++) *reinterpret_cast<uint4*>(tile_at + (at ^ 16 * i)) = x[i];
   });
   publish_to_products();
 }
 
 // ---- products with the state
 
-// Writes 32 columns of the warp's state, held as two A operands over positions, to rows [16 of dv, dk] of `to`.
+// Writes 32 columns of the warp's state, held as two A operands over positions, to rows [16 of dv, dk] of
+// `to`.
 __device__ inline void store_32_of_positions(__half* to, int dk, int column, const uint32_t (&left)[4],
                                              const uint32_t (&right)[4]) {
-  const int g = threadIdx.x % 32 / 4, at = column + 8 * (threadIdx.x & 3);
+  const int lane = threadIdx.x % 32, g = lane / 4, at = column + 8 * (lane % 4);
   if (at >= dk) return;
 #pragma unroll
   for (int half = 0; half < 2; half++)
@@ -230,12 +239,13 @@ __device__ inline void store_32_of_positions(__half* to, int dk, int column, con
 }
 
 // Starts everything that reads the state [64 of dv, dk], in one walk over it:
-//   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the newest
-//   from_q = state Q^T (kWithQ), done with the newest group
-//   the fp16 state written to `to`, rows [16 of dv, dk] of this warp, where that is not null
+//   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the
+//   newest from_q = state Q^T (kWithQ), done with the newest group the fp16 state written to `to`, rows [16
+//   of dv, dk] of this warp, where that is not null
 template <int DK, bool kWithQ>
 __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
-                                        float (&state)[DK / 8][4], uint64_t k, uint64_t q, __half* to, int dk) {
+                                        float (&state)[DK / 8][4], uint64_t k, uint64_t q, __half* to,
+                                        int dk) {
   constexpr int kTiles = (DK + kTileRow - 1) / kTileRow;
 #pragma unroll
   for (int tile = 0; tile < kTiles; tile++) {
@@ -285,8 +295,7 @@ __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint3
 template <Major kMajor>
 __device__ inline void start_square(float (&c)[8][4], const uint32_t (&a)[4][4], uint64_t m) {
 #pragma unroll
-  for (int p = 0; p < 4; p++)
-    wgmma_64<kMajor>(c, a[p], m + p * (kMajor == kByK ? kColumns16 : kRows16), 1);
+  for (int p = 0; p < 4; p++) wgmma_64<kMajor>(c, a[p], m + p * (kMajor == kByK ? kColumns16 : kRows16), 1);
 }
 
 // The operands of x [64, 64 tokens] times factor * gate.
@@ -319,8 +328,11 @@ __device__ inline void clear_matrices(unsigned char* shared) {
   __syncthreads();
 }
 
-// What forward_pass_kernel computes and writes. One block: a sequence, a value head, 64 or 128 of dv; where dv
-// ends within, warps compute with zeros and write nothing.
+// What forward_pass_kernel computes and writes. One block: a sequence, a value head, 64 or 128 of dv; where
+// dv ends within, warps compute with zeros and write nothing. Whether registers hold Q S beside K S from the
+// chunk's start on; else it is computed after E.
+__device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_blocks(DK) < 4; }
+
 template <int DK, int kGroups>
 __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     forward_pass_warpgroup_kernel(act* o, Saved saved, const act* qkv, const __half* matrices,
@@ -329,6 +341,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
+  constexpr bool kQWithK = q_with_k(DK, kGroups);
   const PassBlock block = warpgroup_block<kGroups>(size);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
@@ -353,27 +366,23 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     float E[8][4] = {}, O[8][4] = {};
     const bool saving = active && saved.states;
     __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
-    start_read_state<DK, true>(E, O, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()), state_to,
-                               size.dk);
+    start_read_state<DK, kQWithK>(E, O, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
+                                  state_to, size.dk);
     if (chunk + 1 < size.chunks)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
                  gates);
     uint32_t a[4][4], update[4][4];
-    products_done<1>();
-    pin(E);
+    products_done<kQWithK ? 1 : 0>();
+    pin(E), pin(state);
     residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
     scaled_operands(a, E, stage.gates() + kBeta * kChunk, -1.f);
     pin(E), pin(a);
     products_begin();
     start_square<kByK>(E, a, tile_descriptor(stage.n()));
     products_issued();
-    products_done<1>();
-    pin(O);
-    scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
-    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
     products_done<0>();
     pin(E);
-
+    if (kQWithK) pin(O), pin(state);
     if (saving) {
       stage_tokens<__half>(staging, ld, E, 1.f);
       if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
@@ -381,13 +390,22 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
     operands(a, E);
     scaled_operands(update, E, stage.gates() + kToEnd * kChunk, 1.f);
-    pin(O), pin(state), pin(a), pin(update);
+    pin(a), pin(update);
+    if (!kQWithK) {
+      if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
+      start_read_state<DK, false>(O, O, state, tile_descriptor(stage.q()), 0, nullptr, size.dk);
+      products_done<0>();
+      pin(O), pin(state);
+    }
+    scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
+    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    pin(O), pin(state);
     products_begin();
     start_square<kByK>(O, a, tile_descriptor(stage.p()));
     products_issued();
     start_update_state<DK>(state, update, tile_descriptor(stage.k()));
     products_issued();
-    if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
+    if (kQWithK && saving) write_tokens(saved.errors + out, stride, n, staging, ld);
     products_done<1>();
     pin(O);
     stage_tokens<act>(staging, ld, O, power_of_two(-exponent));
@@ -396,6 +414,21 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     pin(state);
   }
 #endif
+}
+
+// The operands of do times factor, from the warp's 16 columns of the bf16 tile, or of do times factor * gate
+// (kWithGate).
+template <bool kWithGate>
+__device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns, int ld, float factor,
+                                        const float* gate) {
+#pragma unroll
+  for (int p = 0; p < 4; p++) {
+    float left[4], right[4];
+    ldmatrix_transposed(a[p], do_columns + 2 * 16 * p * ld);
+    output_gradient(left, right, a[p], factor);
+    if (kWithGate) scale_tokens(left, right, gate, 16 * p, 1.f);
+    operand(a[p], left, right);
+  }
 }
 
 // What backward_pass_kernel computes and writes.
@@ -436,15 +469,8 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     if (active && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     if (chunk > 0)
       copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
-    uint32_t a[4][4], update[4][4];  // do, and what Q^T takes of it
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      float left[4], right[4];
-      ldmatrix_transposed(a[p], do_columns + 2 * 16 * p * ld);
-      output_gradient(left, right, a[p], power_of_two(exponent));
-      operand(a[p], left, right);
-      scaled_operand(update[p], left, right, from_start, 16 * p, s);
-    }
+    uint32_t a[4][4], update[4][4];
+    output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
     products_done<0>();
     pin(X), pin(state);
     scale_all_tokens(X, gate + kToEnd * kChunk, 1.f);
@@ -453,6 +479,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     start_square<kByN>(X, a, tile_descriptor(stage.p()));
     products_issued();
     scale_state<DK>(state, from_start[kChunk - 1]);
+    output_gradients<true>(update, do_columns, ld, s * power_of_two(exponent), from_start);
     products_done<0>();
     pin(X);
     scaled_operands(a, X, gate + kBeta * kChunk, -1.f);
