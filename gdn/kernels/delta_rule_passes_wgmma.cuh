@@ -37,6 +37,9 @@ __device__ inline uint64_t tile_descriptor(const void* tile) {
 }
 constexpr int kColumns16 = 2, kRows16 = 128, kNextTile = kTileBytes >> 4;
 
+// To the i-th 16 columns of a row of tiles.
+__device__ constexpr int columns_16(int i) { return i / 4 * kNextTile + i % 4 * kColumns16; }
+
 // What is written to registers before is seen by the products after it.
 __device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -56,12 +59,14 @@ __device__ inline void pin(float (&x)[kTiles][4]) {
 #pragma unroll
     for (int e = 0; e < 4; e++) asm volatile("" : "+f"(x[t][e])::"memory");
 }
+__device__ inline void pin(uint32_t (&a)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++) asm volatile("" : "+r"(a[e])::"memory");
+}
 template <int kOperands>
 __device__ inline void pin(uint32_t (&a)[kOperands][4]) {
 #pragma unroll
-  for (int t = 0; t < kOperands; t++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) asm volatile("" : "+r"(a[t][e])::"memory");
+  for (int t = 0; t < kOperands; t++) pin(a[t]);
 }
 
 enum Major { kByK = 0, kByN = 1 };
@@ -238,42 +243,45 @@ __device__ inline void store_32_of_positions(__half* to, int dk, int column, con
         make_uint4(left[half], left[half + 2], right[half], right[half + 2]);
 }
 
-// Starts everything that reads the state [64 of dv, dk], in one walk over it:
+// Starts what reads the state [64 of dv, dk] at a chunk's start, in one walk over it:
+//   operands: the state's; written to `to`, rows [16 of dv, dk] of this warp, where that is not null
 //   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the
-//   newest from_q = state Q^T (kWithQ), done with the newest group the fp16 state written to `to`, rows [16
-//   of dv, dk] of this warp, where that is not null
+//   newest from_q = state Q^T (kWithQ), done with the newest group
 template <int DK, bool kWithQ>
 __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
-                                        float (&state)[DK / 8][4], uint64_t k, uint64_t q, __half* to,
-                                        int dk) {
-  constexpr int kTiles = (DK + kTileRow - 1) / kTileRow;
+                                        uint32_t (&operands)[DK / 16][4], const float (&state)[DK / 8][4],
+                                        uint64_t k, uint64_t q, __half* to, int dk) {
 #pragma unroll
-  for (int tile = 0; tile < kTiles; tile++) {
-    const bool last = tile + 1 == kTiles;
-    const int steps = last && DK % 64 != 0 ? 2 : 4;
-    uint32_t a[4][4] = {};
+  for (int first = 0; first < DK / 16; first += 4) {  // a tile
+    const bool last = first + 4 >= DK / 16;
+    const int end = last ? DK / 16 : first + 4;
 #pragma unroll
-    for (int i = 0; i < steps; i++) {
-      const int at = 8 * tile + 2 * i;
-      operand(a[i], state[at], state[at + 1]);
-    }
+    for (int i = first; i < end; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
     if (to)
 #pragma unroll
-      for (int i = 0; i < steps; i += 2) store_32_of_positions(to, dk, 64 * tile + 16 * i, a[i], a[i + 1]);
-    pin(a);
+      for (int i = first; i < end; i += 2)
+        store_32_of_positions(to, dk, 16 * i, operands[i], operands[i + 1]);
+#pragma unroll
+    for (int i = first; i < end; i++) pin(operands[i]);
     products_begin();
 #pragma unroll
-    for (int i = 0; i < steps; i++)
-      wgmma_64<kByK>(from_k, a[i], k + tile * kNextTile + i * kColumns16, tile + i > 0);
+    for (int i = first; i < end; i++) wgmma_64<kByK>(from_k, operands[i], k + columns_16(i), i > 0);
     if (last || !kWithQ) products_issued();
     if (kWithQ) {
 #pragma unroll
-      for (int i = 0; i < steps; i++)
-        wgmma_64<kByK>(from_q, a[i], q + tile * kNextTile + i * kColumns16, tile + i > 0);
+      for (int i = first; i < end; i++) wgmma_64<kByK>(from_q, operands[i], q + columns_16(i), i > 0);
       products_issued();
     }
     if (!last) products_done<1>();  // so that at most two tiles' operands take registers
   }
+}
+
+// Starts out [64,64 tokens] = operands [64, dk] rows [64 tokens, dk]^T
+template <int DK>
+__device__ inline void start_read_operands(float (&out)[8][4], const uint32_t (&operands)[DK / 16][4],
+                                           uint64_t rows) {
+#pragma unroll
+  for (int i = 0; i < DK / 16; i++) wgmma_64<kByK>(out, operands[i], rows + columns_16(i), i > 0);
 }
 
 // Starts state [64, dk] += a [64, 64 tokens] rows [64 tokens, dk]
@@ -366,7 +374,8 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     float E[8][4] = {}, O[8][4] = {};
     const bool saving = active && saved.states;
     __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
-    start_read_state<DK, kQWithK>(E, O, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
+    uint32_t S[DK / 16][4];
+    start_read_state<DK, kQWithK>(E, O, S, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
                                   state_to, size.dk);
     if (chunk + 1 < size.chunks)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
@@ -390,23 +399,33 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
     operands(a, E);
     scaled_operands(update, E, stage.gates() + kToEnd * kChunk, 1.f);
-    pin(a), pin(update);
-    if (!kQWithK) {
+    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    if (!kQWithK) {  // first what frees registers
+      pin(state), pin(update), pin(S);
+      products_begin();
+      start_update_state<DK>(state, update, tile_descriptor(stage.k()));
+      products_issued();
       if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
-      start_read_state<DK, false>(O, O, state, tile_descriptor(stage.q()), 0, nullptr, size.dk);
       products_done<0>();
-      pin(O), pin(state);
+      pin(state);
+      products_begin();
+      start_read_operands<DK>(O, S, tile_descriptor(stage.q()));
+      products_issued();
+      products_done<0>();
+      pin(O);
     }
     scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
-    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
-    pin(O), pin(state);
+    pin(O), pin(a);
+    if (kQWithK) pin(state), pin(update);
     products_begin();
     start_square<kByK>(O, a, tile_descriptor(stage.p()));
     products_issued();
-    start_update_state<DK>(state, update, tile_descriptor(stage.k()));
-    products_issued();
-    if (kQWithK && saving) write_tokens(saved.errors + out, stride, n, staging, ld);
-    products_done<1>();
+    if (kQWithK) {
+      start_update_state<DK>(state, update, tile_descriptor(stage.k()));
+      products_issued();
+      if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
+    }
+    products_done<kQWithK ? 1 : 0>();
     pin(O);
     stage_tokens<act>(staging, ld, O, power_of_two(-exponent));
     write_tokens(o + out, stride, n, staging, ld);
@@ -465,7 +484,8 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
     float X[8][4] = {};
     __half* state_to = active ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
-    start_read_state<DK, false>(X, X, state, tile_descriptor(stage.k()), 0, state_to, size.dk);
+    uint32_t dS[DK / 16][4];
+    start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, state_to, size.dk);
     if (active && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     if (chunk > 0)
       copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
