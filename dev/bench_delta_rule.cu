@@ -1,7 +1,7 @@
 // Times the gated delta rule on the GPU: forward, backward, and each of their kernels, with CUDA events, the
 // median of many runs after a warm-up. Random data, gates as a model at initialisation has them.
 //
-//   dev/bench_delta_rule [runs, 30]
+//   dev/bench_delta_rule [runs, 30] [B T Hk Hv dk dv: this shape alone]
 //
 // The floor of a row is the larger of its bytes (each input read once, each output written once) at an H100's
 // 3 TB/s and its products, at 600 TFLOP/s.
@@ -180,13 +180,19 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
 
 int main(int argc, char** argv) {
   const int runs = argc > 1 ? std::atoi(argv[1]) : 30;
-  if (runs < 1) {
-    std::fprintf(stderr, "runs: %s given, 1 or more expected\n", argv[1]);
+  if (runs < 1 || (argc != 1 && argc != 2 && argc != 8)) {
+    std::fprintf(stderr, "expected: dev/bench_delta_rule [runs, 1 or more] [B T Hk Hv dk dv]\n");
     return 1;
   }
   try {
     Cuda device;
     std::printf("%s, median of %d runs\n", device.name.c_str(), runs);
+    if (argc > 2) {
+      int x[6];
+      for (int i = 0; i < 6; i++) x[i] = std::atoi(argv[2 + i]);
+      bench(device, make_shape(x[0], x[1], x[2], x[3], x[4], x[5]), runs);
+      return 0;
+    }
     bench(device, make_shape(32, 1024, 6, 6, 32, 64), runs);
     bench(device, make_shape(32, 1024, 6, 6, 64, 128), runs);
     bench(device, make_shape(32, 1024, 6, 6, 128, 256), runs);

@@ -8,9 +8,8 @@
 //   ms, tokens/s     median over the steps after a warm-up, from CUDA events at the ends of the steps
 //   sol              speed-of-light: the time the strictly needed matrix products take at the peak measured
 //                    first (gdn/speed_of_light.h), over the step's time
-//   plan, used       GiB: what the trainer asks for, and what the GPU says is taken (CUDA's own share
-//   included) first            seconds from the first allocation to the end of the first step, initial values
-//   included
+//   plan, used       GiB: what the trainer asks for, and what the GPU says is taken (CUDA's own share too)
+//   first            seconds from the first allocation to the end of the first step (initial values too)
 // A width whose shape does not fit into the GPU's memory is named and skipped. With -phases, for each width
 // the time of each NVTX range (outer / inner, without what runs inside inner ones) in a step without graphs.
 #include <algorithm>

@@ -114,7 +114,7 @@ static __global__ void __launch_bounds__(kRecurrentThreads)
 inline Sizes sizes(const MixerShape& shape) {
   require_head_dims(shape);
   return {shape.tokens,     shape.heads_k,  shape.heads_v,        shape.head_dim_k,
-          shape.head_dim_v, shape.chunks(), shape.conv_channels()};
+          shape.head_dim_v, shape.chunks(), shape.conv_channels(), shape.heads_v / shape.heads_k};
 }
 
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }

@@ -90,8 +90,20 @@ __device__ inline Segment segment_at(unsigned char* segments, int index) {
 // A block's place in its work: items (a chunk of a key head) gridDim.x apart; in an item passes over dk, in a
 // pass the value heads that share the key head, in a head steps over dv.
 struct GradientCursor {
-  int item, items_before, segment;      // segment: how many came before
-  int column, head, e;                  // of dk, in the group, of dv
+  int item, items_before, segment;  // segment: how many came before
+  int column, head, e;              // of dk, in the group, of dv
+  int chunk, key_head, sequence;    // of the item
+
+  __device__ void start(int first_item, const Sizes& size) {
+    item = first_item;
+    items_before = segment = column = head = e = 0;
+    locate(size);
+  }
+  __device__ void locate(const Sizes& size) {
+    chunk = item % size.chunks;
+    key_head = item / size.chunks % size.heads_k;
+    sequence = item / (size.chunks * size.heads_k);
+  }
 
   // Whether q and k are new here, and whether the next step has other gates.
   __device__ bool starts_item() const { return column == 0 && head == 0 && e == 0; }
@@ -103,24 +115,20 @@ struct GradientCursor {
     if (e < size.dv) return;
     e = 0;
     segment++;
-    if (++head < size.heads_v / size.heads_k) return;
+    if (++head < size.value_heads_per_key) return;
     head = 0;
     column += PW;
     if (column < size.dk) return;
     column = 0;
     items_before++;
     item += gridDim.x;
+    locate(size);
   }
 
-  __device__ int chunk(const Sizes& size) const { return item % size.chunks; }
-  __device__ int key_head(const Sizes& size) const { return item / size.chunks % size.heads_k; }
-  __device__ int sequence(const Sizes& size) const { return item / (size.chunks * size.heads_k); }
-  __device__ int value_head(const Sizes& size) const {
-    return key_head(size) * (size.heads_v / size.heads_k) + head;
-  }
-  __device__ int64_t row(const Sizes& size) const { return size.first_row(sequence(size), chunk(size)); }
+  __device__ int value_head(const Sizes& size) const { return key_head * size.value_heads_per_key + head; }
+  __device__ int64_t row(const Sizes& size) const { return size.first_row(sequence, chunk); }
   __device__ int64_t number(const Sizes& size) const {
-    return size.chunk_number(sequence(size), value_head(size), chunk(size));
+    return size.chunk_number(sequence, value_head(size), chunk);
   }
 };
 
@@ -128,7 +136,7 @@ struct GradientCursor {
 __device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
   const act* inputs = in.qkv + at.row(size) * size.channels;
-  const int n = size.rows_in(at.chunk(size)), hk = at.key_head(size);
+  const int n = size.rows_in(at.chunk), hk = at.key_head;
   copy_tile(q, ld, inputs + size.q_column(hk), size.channels, kChunk, ld, n, size.dk);
   copy_tile(q + kChunk * ld, ld, inputs + size.k_column(hk), size.channels, kChunk, ld, n, size.dk);
 }
@@ -150,18 +158,19 @@ struct TokenVector {
   int row, column;
   bool first, last;
 };
+template <int PW>
 __device__ inline TokenVector token_vector() {
+  constexpr int kHalves = gradient_threads(PW) / kTokenThreads;
   const int thread = threadIdx.x % kTokenThreads, half = threadIdx.x / kTokenThreads;
-  return {thread / (kStep / 8), 8 * (thread % (kStep / 8)), half == 0,
-          half == int(blockDim.x) / kTokenThreads - 1};
+  return {thread / (kStep / 8), 8 * (thread % (kStep / 8)), half == 0, half == kHalves - 1};
 }
 
 // The block starts copying columns [e, e + kStep) of dv, and of dk those from the cursor's column on.
 template <int PW>
 __device__ inline void copy_step(const GradientStage& stage, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
-  const TokenVector vector = token_vector();
-  const bool valid = vector.row < size.rows_in(at.chunk(size)) && at.e + vector.column < size.dv;
+  const TokenVector vector = token_vector<PW>();
+  const bool valid = vector.row < size.rows_in(at.chunk) && at.e + vector.column < size.dv;
   const int64_t from = valid ? ((at.row(size) + vector.row) * size.heads_v + at.value_head(size)) * size.dv +
                                    at.e + vector.column
                              : 0;
@@ -171,20 +180,29 @@ __device__ inline void copy_step(const GradientStage& stage, const GradientInput
     copy_16_bytes(stage.errors + to, in.saved.errors + from, valid);
   }
   if (vector.last) copy_16_bytes(stage.x + to, in.adjoints.x + from, valid);
+
+  constexpr int kVectors = PW / 8, kThreads = gradient_threads(PW);
   const int64_t state_at = (at.number(size) * size.dv + at.e) * size.dk + at.column;
-  copy_tile(stage.states, PW + 8, in.saved.states + state_at, size.dk, kStep, PW, size.dv - at.e,
-            size.dk - at.column);
-  copy_tile(stage.d_states, PW + 8, in.adjoints.d_states + state_at, size.dk, kStep, PW, size.dv - at.e,
-            size.dk - at.column);
+  const __half *states = in.saved.states + state_at, *d_states = in.adjoints.d_states + state_at;
+#pragma unroll
+  for (int first = 0; first < kStep * kVectors; first += kThreads) {
+    const int i = first + threadIdx.x, row = i / kVectors, column = 8 * (i % kVectors);
+    if (kStep * kVectors % kThreads != 0 && i >= kStep * kVectors) break;
+    const bool inside = at.e + row < size.dv && at.column + column < size.dk;
+    const int offset = inside ? row * size.dk + column : 0;
+    copy_16_bytes(stage.states + row * (PW + 8) + column, states + offset, inside);
+    copy_16_bytes(stage.d_states + row * (PW + 8) + column, d_states + offset, inside);
+  }
 }
 
 // 2^e, zero where that is less than a float's smallest normal number
 __device__ inline float small_power_of_two(int e) { return e < -126 ? 0.f : power_of_two(e); }
 
 // A step's do and X, as this thread copied them, get their units (c: see above).
+template <int PW>
 __device__ inline void step_into_units(const GradientStage& stage, const Segment& segment, const Sizes& size,
                                        int e, int c) {
-  const TokenVector vector = token_vector();
+  const TokenVector vector = token_vector<PW>();
   const int column = e + vector.column, to = vector.row * kTokenStride + vector.column;
   if (column >= size.dv) return;  // zeros
   const int a = segment.exponents[column / 16];
@@ -549,7 +567,9 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
   const SmallSums small = small_sums(factors + kMaxColumnGroups);
   float* running = factors + kMaxColumnGroups + kSmallSums;  // dq, then dk
 
-  GradientCursor now = {int(blockIdx.x), 0, 0, 0, 0, 0}, next = now;
+  GradientCursor now, next;
+  now.start(blockIdx.x, size);
+  next = now;
   int now_stage = 0, next_stage = 0;
   const auto keys_of = [&](const GradientCursor& at) {
     return keys + (buffers.keys == 2 ? at.items_before % 2 : 0) * 2 * kChunk * ld;
@@ -596,7 +616,7 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
       else
         copies_arrived();
       const GradientStage stage = gradient_stage<PW>(shared, now_stage);
-      step_into_units(stage, segment, size, e, c);
+      step_into_units<PW>(stage, segment, size, e, c);
       __syncthreads();
       copy_next();
       add_step<PW>(sums, states, stage, factors + e / 16, strip, part);
@@ -607,7 +627,7 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     if (lane == 0) small.states[warp] = states;
     leave_largest<PW>(small, sums, s);
     __syncthreads();
-    const int chunk = now.chunk(size), hk = now.key_head(size), n = size.rows_in(chunk);
+    const int hk = now.key_head, n = size.rows_in(now.chunk);
     const int64_t row = now.row(size), head_row = row * size.heads_v + now.value_head(size);
     const int range_exponent = range_of_block(small);
     const float range = power_of_two(range_exponent);
@@ -620,7 +640,7 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     add_products_within_chunk<PW>(sums, squares, q + now.column, k + now.column, ld, strip, part);
     scale_tiles(sums.d_oS, result_unit);
     scale_tiles(sums.XS, result_unit);
-    const int group = size.heads_v / size.heads_k;
+    const int group = size.value_heads_per_key;
     if (group > 1) {
       accumulate(running, sums.d_oS, now.head == 0);
       accumulate(running + kChunk * PW, sums.XS, now.head == 0);

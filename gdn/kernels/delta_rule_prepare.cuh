@@ -16,7 +16,7 @@ enum Gate { kBeta, kFromStart, kToEnd, kLogDecay };  // rows of the gates: beta,
 
 // Sizes of a call. A chunk of a value head has the number ((b Hv + h) chunks + chunk).
 struct Sizes {
-  int tokens, heads_k, heads_v, dk, dv, chunks, channels;
+  int tokens, heads_k, heads_v, dk, dv, chunks, channels, value_heads_per_key;
   __device__ int64_t chunk_number(int b, int h, int chunk) const {
     return (int64_t(b) * heads_v + h) * chunks + chunk;
   }
@@ -25,7 +25,7 @@ struct Sizes {
   __device__ int q_column(int hk) const { return hk * dk; }
   __device__ int k_column(int hk) const { return (heads_k + hk) * dk; }
   __device__ int v_column(int h) const { return 2 * heads_k * dk + h * dv; }
-  __device__ int key_head(int h) const { return h / (heads_v / heads_k); }
+  __device__ int key_head(int h) const { return h / value_heads_per_key; }
 };
 
 // gates [4,64] in shared memory from g and beta of one chunk; tokens past the end have g = 0, beta = 0. The
