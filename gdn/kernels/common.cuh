@@ -104,10 +104,13 @@ __device__ inline uint4 pack8(const float (&x)[8]) {
   return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
 }
 
-__device__ inline void load8(float (&x)[8], const float* p) {
-  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+__device__ inline void load8(float (&x)[8], float4 a, float4 b) {
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
   x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+__device__ inline void load8(float (&x)[8], const float* p) {
+  load8(x, reinterpret_cast<const float4*>(p)[0], reinterpret_cast<const float4*>(p)[1]);
 }
 
 __device__ inline void store8(float* p, const float (&x)[8]) {
