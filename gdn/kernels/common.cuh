@@ -104,10 +104,13 @@ __device__ inline uint4 pack8(const float (&x)[8]) {
   return make_uint4(pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(x[4], x[5]), pack2(x[6], x[7]));
 }
 
-__device__ inline void load8(float (&x)[8], const float* p) {
-  const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+__device__ inline void load8(float (&x)[8], float4 a, float4 b) {
   x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
   x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+
+__device__ inline void load8(float (&x)[8], const float* p) {
+  load8(x, reinterpret_cast<const float4*>(p)[0], reinterpret_cast<const float4*>(p)[1]);
 }
 
 __device__ inline void store8(float* p, const float (&x)[8]) {
@@ -138,10 +141,14 @@ __device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1 + fast_
 // ---- sums -------------------------------------------------------------------------------------------------
 
 // Sum over an aligned group of `lanes` lanes (a power of two); each of them gets it. The whole warp must take
-// part.
+// part. Always five exchanges, so that there is neither a loop nor a branch where `lanes` is no constant.
 template <class T>
 __device__ inline T lane_sum(T x, int lanes = 32) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const T other = __shfl_xor_sync(~0u, x, offset);
+    x += offset < lanes ? other : T(0);
+  }
   return x;
 }
 
@@ -157,6 +164,7 @@ __device__ inline T block_sum(T x, T* shared) {
 }
 
 constexpr int kPartialGroups = 16, kPartialSums = 3;
+constexpr int kPartialLoads = 8;  // of a thread, in flight together
 
 // gradient [columns] += sum of the `count` rows of partials [count,stride].
 struct PartialSum {
@@ -180,9 +188,16 @@ static __global__ void __launch_bounds__(32 * kPartialGroups)
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32, column = block * 32 + lane;
   float sum = 0;
   if (column < mine.columns) {
-#pragma unroll 8
-    for (int p = group; p < mine.count; p += kPartialGroups)
-      sum += mine.partials[int64_t(p) * mine.stride + column];
+    for (int first = group; first < mine.count; first += kPartialLoads * kPartialGroups) {
+      float value[kPartialLoads];
+#pragma unroll
+      for (int i = 0; i < kPartialLoads; i++) {
+        const int p = first + i * kPartialGroups;
+        value[i] = p < mine.count ? mine.partials[int64_t(p) * mine.stride + column] : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kPartialLoads; i++) sum += value[i];
+    }
   }
   group_sums[group][lane] = sum;
   __syncthreads();

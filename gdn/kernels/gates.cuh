@@ -28,6 +28,7 @@ inline GateInputs gates_of(const float* A_log, const float* dt_bias, float beta_
 __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restrict__ beta,
                                           const act* __restrict__ proj, const int32_t* __restrict__ position,
                                           const GateInputs& at, int begin, int end) {
+#pragma unroll 4
   for (int i = begin * at.heads + int(threadIdx.x); i < end * at.heads; i += int(blockDim.x)) {
     const int m = i / at.heads, h = i - m * at.heads;
     const act* row = proj + int64_t(m) * at.columns;
@@ -38,38 +39,49 @@ __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restri
   }
 }
 
-// Columns a, b and the padding (zeros) of dproj, rows [begin, end), by the whole block of kWarps warps: a
-// thread a row. sums [2 Hv] = of dA_log and of ddt_bias, what these rows add. Where position is 0, dg counts
-// as 0.
-template <int kWarps>
+// Columns a, b and the padding (zeros) of dproj, rows [begin, end), by the whole block of kThreads threads.
+// sums [2 Hv] = of dA_log and of ddt_bias, what these rows add: a thread keeps to one head, so that the
+// numbers of a row are read side by side, and a head's threads are added up in order. Where position is 0, dg
+// counts as 0.
+template <int kThreads>
 __device__ void gates_backward_rows(act* __restrict__ dproj, float* __restrict__ sums,
                                     const float* __restrict__ dg, const float* __restrict__ dbeta,
                                     const float* __restrict__ g, const float* __restrict__ beta,
                                     const act* __restrict__ proj, const int32_t* __restrict__ position,
                                     const GateInputs& at, int begin, int end) {
-  __shared__ float shared[kWarps];
-  for (int h = 0; h < at.heads; h++) {
-    const float rate = expf(at.A_log[h]), shift = at.dt_bias[h];
+  __shared__ float dA_sums[kThreads], da_sums[kThreads];
+  for (int first_head = 0; first_head < at.heads; first_head += kThreads) {
+    const int heads = min(at.heads - first_head, kThreads), rows = kThreads / heads;  // at a time
+    const int row = int(threadIdx.x) / heads, h = first_head + int(threadIdx.x) - row * heads;
     float dA_sum = 0, da_sum = 0;
-    for (int m = begin + int(threadIdx.x); m < end; m += 32 * kWarps) {
-      const act* row = proj + int64_t(m) * at.columns;
-      act* drow = dproj + int64_t(m) * at.columns;
-      const int64_t i = int64_t(m) * at.heads + h;
-      const float dg_i = position && position[m] == 0 ? 0.0f : dg[i];
-      const float da = -dg_i * rate * fast_sigmoid(__bfloat162float(row[at.a + h]) + shift);
-      drow[at.a + h] = __float2bfloat16_rn(da);
-      drow[at.b + h] = __float2bfloat16_rn(dbeta[i] * beta[i] * (1 - beta[i] / at.beta_max));
-      dA_sum += dg_i * g[i];
-      da_sum += da;
+    if (row < rows) {
+      const float rate = expf(at.A_log[h]), shift = at.dt_bias[h];
+#pragma unroll 4
+      for (int m = begin + row; m < end; m += rows) {
+        const act* from = proj + int64_t(m) * at.columns;
+        act* to = dproj + int64_t(m) * at.columns;
+        const int64_t i = int64_t(m) * at.heads + h;
+        const float dg_i = position && position[m] == 0 ? 0.0f : dg[i];
+        const float da = -dg_i * rate * fast_sigmoid(__bfloat162float(from[at.a + h]) + shift);
+        to[at.a + h] = __float2bfloat16_rn(da);
+        to[at.b + h] = __float2bfloat16_rn(dbeta[i] * beta[i] * (1 - beta[i] / at.beta_max));
+        dA_sum += dg_i * g[i];
+        da_sum += da;
+      }
     }
-    dA_sum = block_sum<kWarps>(dA_sum, shared);
-    da_sum = block_sum<kWarps>(da_sum, shared);
-    if (threadIdx.x == 0) {
-      sums[h] = dA_sum;
-      sums[at.heads + h] = da_sum;
+    __syncthreads();  // the sums of the heads before may still be read
+    dA_sums[threadIdx.x] = dA_sum;
+    da_sums[threadIdx.x] = da_sum;
+    __syncthreads();
+    if (row != 0) continue;
+    for (int i = 1; i < rows; i++) {
+      dA_sum += dA_sums[i * heads + int(threadIdx.x)];
+      da_sum += da_sums[i * heads + int(threadIdx.x)];
     }
+    sums[h] = dA_sum;
+    sums[at.heads + h] = da_sum;
   }
-  for (int m = begin + int(threadIdx.x); m < end; m += 32 * kWarps)
+  for (int m = begin + int(threadIdx.x); m < end; m += kThreads)
     for (int c = at.b + at.heads; c < at.columns; c++)
       dproj[int64_t(m) * at.columns + c] = __float2bfloat16_rn(0.0f);
 }

@@ -31,8 +31,8 @@ __device__ inline int64_t z_start(const OutputLayout& at, int item) {
   return int64_t(row) * at.columns + at.z_column + (item - row * at.heads) * at.head_dim;
 }
 
-// What o is multiplied by, s = sigmoid(z): one expression for both passes, so that they give the same bits.
-__device__ inline float output_factor(float gain, float r, float z, float s) { return gain * r * z * s; }
+// y of one channel, silu = silu(z): one expression for both passes, so that they give the same bits.
+__device__ inline float output_value(float normed, float gain, float silu) { return normed * gain * silu; }
 
 // A team does kItems items, its loads all in flight together.
 // Floor at M = 32768, H = 6, dv = 256: 302 MB (o, z in, y out), 0.0713 ms at the copy rate. Reached on an
@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kOutputThreads, 3)
       float value[8], z[8];
       unpack8(value, packed_o[i][v]);
       unpack8(z, packed_z[i][v]);
-      for (int c = 0; c < 8; c++) value[c] *= output_factor(gain[v][c], r, z[c], fast_sigmoid(z[c]));
+      for (int c = 0; c < 8; c++)
+        value[c] = output_value(value[c] * r, gain[v][c], z[c] * fast_sigmoid(z[c]));
       store16(y + int64_t(item) * at.head_dim + c0, pack8(value));
     }
   }
@@ -104,6 +105,32 @@ inline void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, co
   launched("output_norm_forward");
 }
 
+// Where a team is: its item, that item's head, and how far its z is from the first z of proj, in vectors of
+// eight channels (an int then reaches through 32 GB). It goes on by steps, without a division.
+struct OutputPlace {
+  int item, head, z;
+  __device__ void advance(const OutputPlace& step, const OutputLayout& at) {
+    item += step.item, head += step.head, z += step.z;
+    if (head >= at.heads) head -= at.heads, z += at.columns / 8 - at.heads * (at.head_dim / 8);
+  }
+};
+
+__device__ inline OutputPlace output_place(int item, const OutputLayout& at) {
+  const int row = item / at.heads, head = item - row * at.heads;
+  return {item, head, row * (at.columns / 8) + head * (at.head_dim / 8)};
+}
+
+// The thread's place in its team, at.lanes being a power of two.
+__device__ inline int output_lane(const OutputLayout& at) { return int(threadIdx.x) & (at.lanes - 1); }
+
+// The lane's vector v of an item in o and arrays of its shape, and in proj.
+__device__ inline int64_t in_o(const OutputLayout& at, const OutputPlace& place, int v) {
+  return int64_t(place.item * (at.head_dim / 8) + v * at.lanes + output_lane(at)) * 8;
+}
+__device__ inline int64_t in_proj(const OutputLayout& at, const OutputPlace& place, int v) {
+  return int64_t(at.z_column / 8 + place.z + v * at.lanes + output_lane(at)) * 8;
+}
+
 // What a team reads of an item.
 template <int kVectors>
 struct OutputItem {
@@ -113,18 +140,16 @@ struct OutputItem {
 
 template <int kVectors>
 __device__ OutputItem<kVectors> load_item(const act* dy, const act* o, const act* proj, const float* rstd,
-                                          const OutputLayout& at, int item) {
+                                          const OutputLayout& at, const OutputPlace& place) {
   OutputItem<kVectors> x = {};
-  if (item >= at.items) return x;
-  const int lane = threadIdx.x % at.lanes;
-  x.r = rstd[item];
+  if (place.item >= at.items) return x;
+  x.r = rstd[place.item];
 #pragma unroll
   for (int v = 0; v < kVectors; v++) {
-    const int c = (v * at.lanes + lane) * 8;
-    if (c >= at.head_dim) continue;
-    x.dy[v] = load16(dy + int64_t(item) * at.head_dim + c);
-    x.o[v] = load16(o + int64_t(item) * at.head_dim + c);
-    x.z[v] = load16(proj + z_start(at, item) + c);
+    if ((v * at.lanes + output_lane(at)) * 8 >= at.head_dim) continue;
+    x.dy[v] = load16(dy + in_o(at, place, v));
+    x.o[v] = load16(o + in_o(at, place, v));
+    x.z[v] = load16(proj + in_proj(at, place, v));
   }
   return x;
 }
@@ -133,7 +158,8 @@ __device__ OutputItem<kVectors> load_item(const act* dy, const act* o, const act
 // block adds up its teams in order and leaves the sum in its row of partials [blocks,dv]. As many blocks as
 // run at once. d_o may be dy: a team reads its item before it writes there. Floor at M = 32768, H = 6, dv =
 // 256: 604 MB (dy, o, z in, d_o, dz, y out), 0.1425 ms at the copy rate. Without y and without loading ahead,
-// 503 MB, an H200 reached 81% of the copy rate, the sum of the partials included.
+// 503 MB, an H200 reached 81% of the copy rate, the sum of the partials included. Before the gain was in
+// shared memory an H100 (3013 GB/s) took 0.2370 ms for all, 85%.
 template <int kVectors>
 __global__ void __launch_bounds__(kOutputThreads, output_backward_blocks(kVectors))
     output_norm_backward_kernel(act* d_o, act* __restrict__ dproj, float* __restrict__ partials,
@@ -141,48 +167,57 @@ __global__ void __launch_bounds__(kOutputThreads, output_backward_blocks(kVector
                                 const float* __restrict__ rstd, const act* __restrict__ proj,
                                 const float* __restrict__ w_o, OutputLayout at) {
   __shared__ __align__(16) float team_dw[kOutputThreads * kVectors * 8];  // [teams, kVectors, lanes, 8]
-  const int lane = threadIdx.x % at.lanes, team = threadIdx.x / at.lanes, teams = kOutputThreads / at.lanes;
+  // Through the L1 cache the gain came as late as the items' loads, and was what the kernel waited for.
+  __shared__ float4 gains[2][kVectors * 32];  // channels 0 to 3 and 4 to 7 of each vector
+  const int lane = output_lane(at), team = threadIdx.x / at.lanes, teams = kOutputThreads / at.lanes;
+  const int head_vectors = at.head_dim / 8;
+  const float per_channel = 1.0f / float(at.head_dim);
   float dw[kVectors][8] = {};
 
   // Bounds are the warp's first team's: whole warps take part in the sums.
-  const int step = gridDim.x * teams, team_in_warp = threadIdx.x % 32 / at.lanes;
-  int item = blockIdx.x * teams + team;
-  OutputItem<kVectors> next = load_item<kVectors>(dy, o, proj, rstd, at, item);
-  for (; item - team_in_warp < at.items; item += step) {
+  const int team_in_warp = threadIdx.x % 32 / at.lanes;
+  const OutputPlace step = output_place(int(gridDim.x) * teams, at);
+  OutputPlace place = output_place(int(blockIdx.x) * teams + team, at);
+  OutputItem<kVectors> next = load_item<kVectors>(dy, o, proj, rstd, at, place);
+  for (int i = threadIdx.x; i < at.head_dim / 4; i += kOutputThreads)
+    gains[i % 2][i / 2] = reinterpret_cast<const float4*>(w_o)[i];
+  __syncthreads();
+  while (place.item - team_in_warp < at.items) {
+    const OutputPlace here = place;
     const OutputItem<kVectors> now = next;
-    next = load_item<kVectors>(dy, o, proj, rstd, at, item + step);
-    const float r = now.r;
+    place.advance(step, at);
+    next = load_item<kVectors>(dy, o, proj, rstd, at, place);
     float along = 0, e[kVectors][8];
 #pragma unroll
     for (int v = 0; v < kVectors; v++) {
-      const int c0 = (v * at.lanes + lane) * 8;
+      const int vector = v * at.lanes + lane;
       float gain[8] = {}, g[8], x[8], z[8], again[8], dz[8];
-      if (c0 < at.head_dim) load8(gain, w_o + c0);  // from the L1 cache: registers are short
+      if (vector < head_vectors) load8(gain, gains[0][vector], gains[1][vector]);
       unpack8(g, now.dy[v]);
       unpack8(x, now.o[v]);
       unpack8(z, now.z[v]);
-      for (int c = 0; c < 8; c++) {
-        const float s = fast_sigmoid(z[c]), gated = z[c] * s * g[c], normed = x[c] * r;
-        again[c] = x[c] * output_factor(gain[c], r, z[c], s);
+      for (int c = 0; c < 8; c++) {  // silu'(z) = s + silu(z) (1 - s)
+        const float s = fast_sigmoid(z[c]), silu = z[c] * s, normed = x[c] * now.r, gated = g[c] * silu;
+        const float dsilu = normed * gain[c] * g[c];
+        again[c] = output_value(normed, gain[c], silu);
+        dz[c] = dsilu * (s + silu * (1 - s));
         e[v][c] = gain[c] * gated;
-        dz[c] = gain[c] * normed * g[c] * s * (1 + z[c] * (1 - s));
         dw[v][c] += normed * gated;
-        along += e[v][c] * normed;
+        along += dsilu * silu;
       }
-      if (item >= at.items || c0 >= at.head_dim) continue;
-      store16(y + int64_t(item) * at.head_dim + c0, pack8(again));
-      store16(dproj + z_start(at, item) + c0, pack8(dz));
+      if (here.item >= at.items || vector >= head_vectors) continue;
+      store16(y + in_o(at, here, v), pack8(again));
+      store16(dproj + in_proj(at, here, v), pack8(dz));
     }
-    const float mean = lane_sum(along, at.lanes) / at.head_dim;
-    if (item >= at.items) continue;
+    const float mean = lane_sum(along, at.lanes) * per_channel, back = now.r * now.r * mean;
+    if (here.item >= at.items) continue;
 #pragma unroll
     for (int v = 0; v < kVectors; v++) {
-      const int c0 = (v * at.lanes + lane) * 8;
-      if (c0 >= at.head_dim) continue;
+      if (v * at.lanes + lane >= head_vectors) continue;
       float x[8];
       unpack8(x, now.o[v]);
-      for (int c = 0; c < 8; c++) e[v][c] = r * (e[v][c] - x[c] * r * mean);
-      store16(d_o + int64_t(item) * at.head_dim + c0, pack8(e[v]));
+      for (int c = 0; c < 8; c++) e[v][c] = now.r * e[v][c] - back * x[c];
+      store16(d_o + in_o(at, here, v), pack8(e[v]));
     }
   }
 

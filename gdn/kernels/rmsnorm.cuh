@@ -129,8 +129,7 @@ inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd,
 // may be dh: a thread reads its part of dh before it writes there. A block walks over rows and keeps its sum
 // of dw in registers; partials [blocks,d] gets it. As many blocks as run at once: more would only be more
 // partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.0792 ms at the copy rate.
-// Without h and with twice the blocks, 268 MB, an H200 reached 78% of the copy rate, the sum of the partials
-// included.
+// Before w was in shared memory an H100 (3013 GB/s) took 0.1308 ms, 85%, the sum of the partials included.
 template <class Team>
 __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
     rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, act* h, const act* dh,
@@ -138,19 +137,26 @@ __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
                             const float* __restrict__ w, int rows, int width) {
   constexpr int kVectors = Team::kVectors;
   __shared__ float shared[kRowWarps];
-  __shared__ __align__(16) float block_dw[Team::kWarpsPerRow == 1 ? Team::kMaxWidth : 8];
+  // w, columns 0 to 3 and 4 to 7 of each vector; through the L1 cache it came behind the rows' loads.
+  __shared__ float4 gains[2][Team::kMaxWidth / 8];
+  const int row_vectors = width / 8;  // an int counts vectors of eight through 32 GB
+  const float per_column = 1.0f / float(width);
   float dw[kVectors][8] = {};
 
+  for (int i = threadIdx.x; i < width / 4; i += kRowThreads)
+    gains[i % 2][i / 2] = reinterpret_cast<const float4*>(w)[i];
+  __syncthreads();
+
   for (int row = blockIdx.x * Team::kRows + Team::row_in_block(); row < rows;
-       row += gridDim.x * Team::kRows) {
-    const int64_t start = int64_t(row) * width;
+       row += gridDim.x * Team::kRows) {  // all of a row's warps together
     uint4 packed_dh[kVectors], packed_x[kVectors], packed_dx[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; v++)
       if (Team::column(v) < width) {
-        packed_dh[v] = load16(dh + start + Team::column(v));
-        packed_x[v] = load16(x + start + Team::column(v));
-        packed_dx[v] = load16(dx + start + Team::column(v));
+        const int64_t at = int64_t(row * row_vectors + Team::column(v) / 8) * 8;
+        packed_dh[v] = load16(dh + at);
+        packed_x[v] = load16(x + at);
+        packed_dx[v] = load16(dx + at);
       }
     const float r = rstd[row];
     float along = 0;
@@ -160,50 +166,60 @@ __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
         float dh8[8], x8[8], gain[8];
         unpack8(dh8, packed_dh[v]);
         unpack8(x8, packed_x[v]);
-        load8(gain, w + Team::column(v));
+        load8(gain, gains[0][Team::column(v) / 8], gains[1][Team::column(v) / 8]);
         for (int i = 0; i < 8; i++) {
-          along += gain[i] * dh8[i] * x8[i];
-          dw[v][i] += dh8[i] * x8[i] * r;
+          const float product = dh8[i] * x8[i];
+          along += gain[i] * product;
+          dw[v][i] += r * product;
         }
       }
-    const float mean = Team::sum(along, shared) * r / width;
+    const float mean = Team::sum(along, shared) * r * per_column, back = r * r * mean;
 #pragma unroll
     for (int v = 0; v < kVectors; v++)
       if (Team::column(v) < width) {
+        const int64_t at = int64_t(row * row_vectors + Team::column(v) / 8) * 8;
         float dh8[8], x8[8], dx8[8], gain[8];
         unpack8(dh8, packed_dh[v]);
         unpack8(x8, packed_x[v]);
         unpack8(dx8, packed_dx[v]);
-        load8(gain, w + Team::column(v));
-        for (int i = 0; i < 8; i++) dx8[i] += r * (gain[i] * dh8[i] - x8[i] * r * mean);
-        store16(dx + start + Team::column(v), pack8(dx8));
-        if (!h) continue;
-        for (int i = 0; i < 8; i++) x8[i] *= gain[i] * r;
-        store16(h + start + Team::column(v), pack8(x8));
+        load8(gain, gains[0][Team::column(v) / 8], gains[1][Team::column(v) / 8]);
+        for (int i = 0; i < 8; i++) {
+          const float scale = gain[i] * r;
+          dx8[i] += scale * dh8[i] - back * x8[i];
+          x8[i] *= scale;
+        }
+        store16(dx + at, pack8(dx8));
+        if (h) store16(h + at, pack8(x8));
       }
   }
 
-  float* partial = partials + int64_t(blockIdx.x) * width;
-  if constexpr (Team::kWarpsPerRow == 1) {
-    for (int team = 0; team < Team::kRows; team++) {  // one after the other: a fixed order
-      if (team == Team::row_in_block()) {
+  // The upper half of the block's teams hand their sums to the lower half, until one team has them all.
+  if constexpr (Team::kRows > 1) {
+    __shared__ float4 sums[Team::kRows / 2][2][Team::kMaxWidth / 8];
+    const int team = Team::row_in_block();
+    for (int half = Team::kRows / 2; half > 0; half /= 2) {
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) {
-          float* to = block_dw + Team::column(v);
-          float sum[8] = {};
-          if (team > 0) load8(sum, to);
-          for (int i = 0; i < 8; i++) sum[i] += dw[v][i];
-          store8(to, sum);
+      for (int v = 0; v < kVectors; v++)
+        if (team >= half && team < 2 * half) {
+          float4(&to)[2][Team::kMaxWidth / 8] = sums[team - half];
+          to[0][Team::column(v) / 8] = make_float4(dw[v][0], dw[v][1], dw[v][2], dw[v][3]);
+          to[1][Team::column(v) / 8] = make_float4(dw[v][4], dw[v][5], dw[v][6], dw[v][7]);
         }
-      }
       __syncthreads();
-    }
-    for (int c = threadIdx.x; c < width; c += kRowThreads) partial[c] = block_dw[c];
-  } else {
 #pragma unroll
-    for (int v = 0; v < kVectors; v++)
-      if (Team::column(v) < width) store8(partial + Team::column(v), dw[v]);
+      for (int v = 0; v < kVectors; v++)
+        if (team < half) {
+          float other[8];
+          load8(other, sums[team][0][Team::column(v) / 8], sums[team][1][Team::column(v) / 8]);
+          for (int i = 0; i < 8; i++) dw[v][i] += other[i];
+        }
+      __syncthreads();  // the sums are read; the next ones may be written
+    }
+    if (team > 0) return;
   }
+#pragma unroll
+  for (int v = 0; v < kVectors; v++)
+    if (Team::column(v) < width) store8(partials + int64_t(blockIdx.x) * width + Team::column(v), dw[v]);
 }
 
 // How many blocks share the rows, and so how many partial sums of dw there are.

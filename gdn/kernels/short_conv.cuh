@@ -20,7 +20,9 @@ constexpr int kConvThreads = 128;
 constexpr int kConvHalo = kConvTaps - 1;
 constexpr int kConvGroup = 4;                                   // time steps that are waited for together
 constexpr int kConvForwardGroups = 3, kConvBackwardGroups = 2;  // in shared memory, on their way or in use
-constexpr int kConvForwardTile = 64, kConvBackwardTile = 128;   // time steps of a block, at most
+// Time steps of a block: at most, and for each 128 threads along the channels (conv_layout).
+constexpr int kConvForwardTile = 80, kConvForwardTilePerBlock = 28;
+constexpr int kConvBackwardTile = 128, kConvBackwardTilePerBlock = 48;
 static_assert(kConvGroup == kConvTaps, "the window of inputs is back in its first slot after a group");
 
 struct ConvLayout {
@@ -31,13 +33,18 @@ struct ConvLayout {
   int tile;                              // time steps of a block
   int channel_blocks() const { return divide_up(threads, kConvThreads); }
   int tiles() const { return divide_up(tokens, tile); }
+  // From row to row of proj and of qkv, in vectors of eight. The kernels count in them: an int then reaches
+  // through 32 GB, and an address takes two instructions and one register instead of a product of 64 bits.
+  __host__ __device__ int column_vectors() const { return columns / 8; }
+  __host__ __device__ int channel_vectors() const { return channels / 8; }
   dim3 grid() const { return dim3(channel_blocks() + 1, tiles(), batch); }
 };
 
 // The longer a tile, the fewer inputs are read twice and the fewer partial sums there are; with few blocks
-// along the channels it is shorter, so that there are enough in all. It must not depend on B and T: work
-// space is made for the largest ones.
-inline ConvLayout conv_layout(const MixerShape& s, int longest_tile) {
+// along the channels it is shorter, so that there are enough in all. At B = 32, T = 1024 the tiles make a
+// little less than two rounds of the blocks that 132 multiprocessors hold. A tile must not depend on B and T:
+// work space is made for the largest ones.
+inline ConvLayout conv_layout(const MixerShape& s, int longest_tile, int tile_per_block) {
   require_head_dims(s);
   const int lanes = lanes_for(s.head_dim_k / 8), normed_threads = divide_up(2 * s.heads_k * lanes, 32) * 32;
   ConvLayout at = {s.batch,
@@ -50,7 +57,7 @@ inline ConvLayout conv_layout(const MixerShape& s, int longest_tile) {
                    normed_threads,
                    normed_threads + s.value_dim() / 8,
                    0};
-  at.tile = longest_tile / 4 * std::min(at.channel_blocks(), 4);
+  at.tile = std::min(longest_tile, tile_per_block * at.channel_blocks());
   return at;
 }
 
@@ -134,19 +141,20 @@ static __global__ void __launch_bounds__(kConvThreads, 5)
     return gates_forward_rows(g, beta, proj, kMasked ? position : nullptr, gates, int(row0) + begin,
                               int(row0) + end);
   const ConvThread me = conv_thread(at);
-  const act* from = proj + row0 * at.columns + me.channel;
-  act* to = qkv + row0 * at.channels + me.channel;
-  float* norms = rnorm + row0 * at.normed_heads + me.head;
+  const int steps = end - begin, row = sequence * at.tokens + begin;
+  const int column_vectors = at.column_vectors(), channel_vectors = at.channel_vectors();
+  const int first = row * column_vectors + me.channel / 8;  // of proj
+  const int first_out = row * channel_vectors + me.channel / 8, first_norm = row * at.normed_heads + me.head;
 
-  const auto fetch = [&](int t, int group) {
+  const auto fetch = [&](int step, int group) {
 #pragma unroll
     for (int i = 0; i < kConvGroup; i++)
-      copy16_async(&slots[group * kConvGroup + i][threadIdx.x], from + int64_t(t + i) * at.columns,
-                   me.active && t + i < end);
+      copy16_async(&slots[group * kConvGroup + i][threadIdx.x],
+                   proj + int64_t(first + (step + i) * column_vectors) * 8, me.active && step + i < steps);
     __pipeline_commit();
   };
 #pragma unroll
-  for (int group = 0; group < kGroups - 1; group++) fetch(begin + group * kConvGroup, group);
+  for (int group = 0; group < kGroups - 1; group++) fetch(group * kConvGroup, group);
 
   float tap[kConvTaps][8], x[kConvTaps][8];
   load_taps(tap, taps, me);
@@ -155,17 +163,17 @@ static __global__ void __launch_bounds__(kConvThreads, 5)
   for (int j = 0; j < kConvHalo; j++) {
     const int t = begin - kConvHalo + j;
     uint4 packed = make_uint4(0, 0, 0, 0);
-    if (me.active && t >= 0) packed = load16(from + int64_t(t) * at.columns);
+    if (me.active && t >= 0) packed = load16(proj + (row0 + t) * at.columns + me.channel);
     if (me.active && t < 0 && before) packed = load16(before + int64_t(t + kConvHalo) * at.channels);
     unpack8(x[j], packed);
   }
 
   int group = 0;
 #pragma unroll 1
-  for (int t = begin; t < end; t += kConvGroup) {
-    fetch(t + (kGroups - 1) * kConvGroup, group == 0 ? kGroups - 1 : group - 1);
+  for (int step = 0; step < steps; step += kConvGroup) {
+    fetch(step + (kGroups - 1) * kConvGroup, group == 0 ? kGroups - 1 : group - 1);
     [[maybe_unused]] int since[kConvGroup];
-    if constexpr (kMasked) load_positions(since, position + row0, t, end);
+    if constexpr (kMasked) load_positions(since, position + row0, begin + step, end);
     __pipeline_wait_prior(kGroups - 1);
 #pragma unroll
     for (int i = 0; i < kConvGroup; i++) {
@@ -180,11 +188,12 @@ static __global__ void __launch_bounds__(kConvThreads, 5)
       }
       if (me.normed) {  // the whole warp
         const float r = rsqrtf(lane_sum(squares, at.lanes) + float(kNormEps));
-        if (me.leads && t + i < end) norms[int64_t(t + i) * at.normed_heads] = r;
+        if (me.leads && step + i < steps) rnorm[first_norm + (step + i) * at.normed_heads] = r;
 #pragma unroll
         for (int c = 0; c < 8; c++) p[c] *= r;
       }
-      if (me.active && t + i < end) store16(to + int64_t(t + i) * at.channels, pack8(p));
+      if (me.active && step + i < steps)
+        store16(qkv + int64_t(first_out + (step + i) * channel_vectors) * 8, pack8(p));
     }
     group = group == kGroups - 1 ? 0 : group + 1;
   }
@@ -213,7 +222,7 @@ inline void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g
                                      const float* dt_bias, act* history, const MixerShape& shape,
                                      float beta_max, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
-  const ConvLayout at = conv_layout(shape, kConvForwardTile);
+  const ConvLayout at = conv_layout(shape, kConvForwardTile, kConvForwardTilePerBlock);
   if (shape.rows() == 0) return;
   const auto kernel =
       position ? short_conv_gates_forward_kernel<true> : short_conv_gates_forward_kernel<false>;
@@ -246,41 +255,48 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
   const int64_t row0 = int64_t(sequence) * at.tokens;
   float* mine = partials + (sequence * gridDim.y + blockIdx.y) * int64_t(stride);
   if (blockIdx.x == gridDim.x - 1)
-    return gates_backward_rows<kConvThreads / 32>(dproj, mine + at.channels * kConvTaps, dg, dbeta, g, beta,
-                                                  proj, kMasked ? position : nullptr, gates,
-                                                  int(row0) + begin, int(row0) + end);
+    return gates_backward_rows<kConvThreads>(dproj, mine + at.channels * kConvTaps, dg, dbeta, g, beta, proj,
+                                             kMasked ? position : nullptr, gates, int(row0) + begin,
+                                             int(row0) + end);
   const ConvThread me = conv_thread(at);
-  const act *from = proj + row0 * at.columns + me.channel, *dq_from = dqkv + row0 * at.channels + me.channel;
-  const float* norms = rnorm + row0 * at.normed_heads + me.head;
-  act* to = dproj + row0 * at.columns + me.channel;
+  const int steps = end - begin, steps_read = du_end - begin;
+  const int column_vectors = at.column_vectors(), channel_vectors = at.channel_vectors();
+  const int row = sequence * at.tokens + begin;
+  const int first = row * column_vectors + me.channel / 8;  // of proj and dproj
+  const int first_dq = row * channel_vectors + me.channel / 8;
+  const int first_norm = row * at.normed_heads + me.head;
 
-  const auto fetch = [&](int t, int group) {
+  const auto fetch = [&](int step, int group) {
 #pragma unroll
     for (int i = 0; i < kConvGroup; i++) {
       const int slot = group * kConvGroup + i;
-      const bool read = me.active && t + i < du_end;
-      copy16_async(&x_slots[slot][threadIdx.x], from + int64_t(t + i) * at.columns, read);
-      copy16_async(&dq_slots[slot][threadIdx.x], dq_from + int64_t(t + i) * at.channels, read);
-      if (me.normed) copy4_async(&r_slots[slot][threadIdx.x], norms + int64_t(t + i) * at.normed_heads, read);
+      const bool read = me.active && step + i < steps_read;
+      copy16_async(&x_slots[slot][threadIdx.x], proj + int64_t(first + (step + i) * column_vectors) * 8,
+                   read);
+      copy16_async(&dq_slots[slot][threadIdx.x], dqkv + int64_t(first_dq + (step + i) * channel_vectors) * 8,
+                   read);
+      if (me.normed)
+        copy4_async(&r_slots[slot][threadIdx.x], rnorm + first_norm + (step + i) * at.normed_heads, read);
     }
     __pipeline_commit();
   };
-  fetch(begin, 0);
+  fetch(0, 0);
 
   float tap[kConvTaps][8], dtap[kConvTaps][8] = {}, x[kConvTaps][8];
   load_taps(tap, taps, me);
 #pragma unroll
   for (int j = 0; j < kConvHalo; j++) {
-    const int t = begin - kConvHalo + j;
-    unpack8(x[j], me.active && t >= 0 ? load16(from + int64_t(t) * at.columns) : make_uint4(0, 0, 0, 0));
+    const bool read = me.active && begin - kConvHalo + j >= 0;
+    const act* from = proj + int64_t(first + (j - kConvHalo) * column_vectors) * 8;
+    unpack8(x[j], read ? load16(from) : make_uint4(0, 0, 0, 0));
   }
-  float dx[kConvTaps][8] = {};  // at step t + i, dx[(i + j) % 4]: what is known of dx at step t + i - 3 + j
+  float dx[kConvTaps][8] = {};  // at a group's step i, dx[(i + j) % 4]: what is known of dx 3 - j steps back
   int group = 0;
 #pragma unroll 1
-  for (int t = begin; t < end + kConvHalo; t += kConvGroup) {
-    fetch(t + kConvGroup, group ^ 1);
+  for (int step = 0; step < steps + kConvHalo; step += kConvGroup, group ^= 1) {
+    fetch(step + kConvGroup, group ^ 1);
     [[maybe_unused]] int since[kConvGroup];
-    if constexpr (kMasked) load_positions(since, position + row0, t, du_end);
+    if constexpr (kMasked) load_positions(since, position + row0, begin + step, du_end);
     __pipeline_wait_prior(1);
 #pragma unroll
     for (int i = 0; i < kConvGroup; i++) {
@@ -307,7 +323,7 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
       }
 #pragma unroll
       for (int c = 0; c < 8; c++) du[c] *= slope[c];
-      if (t + i < end) {  // the three steps after the tile are another block's
+      if (step + i < steps) {  // the three steps after the tile are another block's
 #pragma unroll
         for (int j = 0; j < kConvTaps; j++)
 #pragma unroll
@@ -321,10 +337,10 @@ static __global__ void __launch_bounds__(kConvThreads, 3)
           for (int c = 0; c < 8; c++) dx[(i + j) % kConvTaps][c] += tap[j][c] * du[c];
 #pragma unroll
       for (int c = 0; c < 8; c++) dx[(i + kConvHalo) % kConvTaps][c] = tap[kConvHalo][c] * du[c];
-      const int done = t + i - kConvHalo;
-      if (me.active && done >= begin && done < end) store16(to + int64_t(done) * at.columns, pack8(dx[i]));
+      const int done = step + i - kConvHalo;
+      if (me.active && done >= 0 && done < steps)
+        store16(dproj + int64_t(first + done * column_vectors) * 8, pack8(dx[i]));
     }
-    group ^= 1;
   }
   if (!me.active) return;
   float4* partial = reinterpret_cast<float4*>(mine) + me.channel;
@@ -338,7 +354,7 @@ inline int conv_partials_stride(const MixerShape& shape) {
 }
 
 inline size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape& shape) {
-  const ConvLayout at = conv_layout(shape, kConvBackwardTile);
+  const ConvLayout at = conv_layout(shape, kConvBackwardTile, kConvBackwardTilePerBlock);
   return size_t(at.batch) * at.tiles() * conv_partials_stride(shape) * sizeof(float);
 }
 
@@ -348,7 +364,7 @@ inline void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float
                                       const float* A_log, const float* dt_bias, const MixerShape& shape,
                                       float beta_max, void* scratch, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
-  const ConvLayout at = conv_layout(shape, kConvBackwardTile);
+  const ConvLayout at = conv_layout(shape, kConvBackwardTile, kConvBackwardTilePerBlock);
   if (shape.rows() == 0) return;
   const int count = at.batch * at.tiles(), stride = conv_partials_stride(shape), heads = shape.heads_v;
   float *partials = static_cast<float*>(scratch), *of_gates = partials + at.channels * kConvTaps;
