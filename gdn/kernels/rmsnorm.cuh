@@ -128,9 +128,8 @@ inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd,
 // dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh, and h (where not null) as the forward gave it; h
 // may be dh: a thread reads its part of dh before it writes there. A block walks over rows and keeps its sum
 // of dw in registers; partials [blocks,d] gets it. As many blocks as run at once: more would only be more
-// partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h
-// out), 0.0792 ms at the copy rate. Before w was in shared memory an H100 (3013 GB/s) took 0.1308 ms, 85%,
-// the sum of the partials included.
+// partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.0792 ms at the copy rate.
+// Before w was in shared memory an H100 (3013 GB/s) took 0.1308 ms, 85%, the sum of the partials included.
 template <class Team>
 __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
     rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, act* h, const act* dh,
@@ -202,9 +201,9 @@ __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
 #pragma unroll
       for (int v = 0; v < kVectors; v++)
         if (team >= half && team < 2 * half) {
-          float4* to = &sums[team - half][0][Team::column(v) / 8];
-          to[0] = make_float4(dw[v][0], dw[v][1], dw[v][2], dw[v][3]);
-          to[Team::kMaxWidth / 8] = make_float4(dw[v][4], dw[v][5], dw[v][6], dw[v][7]);
+          float4(&to)[2][Team::kMaxWidth / 8] = sums[team - half];
+          to[0][Team::column(v) / 8] = make_float4(dw[v][0], dw[v][1], dw[v][2], dw[v][3]);
+          to[1][Team::column(v) / 8] = make_float4(dw[v][4], dw[v][5], dw[v][6], dw[v][7]);
         }
       __syncthreads();
 #pragma unroll
