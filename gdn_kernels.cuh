@@ -12,8 +12,9 @@
 //   run: sums that cross blocks go through scratch in a fixed order.
 //   To a profiler each layer is an NVTX range of its own name.
 //   Floors are the bytes a layer must move, each input read and each output written once. "The copy rate" is
-//   4.24 TB/s, read + write, of a device-to-device copy on the NVIDIA H200 on which all times were measured
-//   (dev/bench_layers.cu, dev/bench_delta_rule.cu, 2026-11-23). A layer's time includes its second stage.
+//   3.005 TB/s, read + write, of a device-to-device copy on the NVIDIA H100 on which all times were measured
+//   (dev/bench_layers.cu, dev/bench_delta_rule.cu; dev/results/2026-11-26_h100). A layer's time includes its
+//   second stage.
 #pragma once
 
 #include <cstddef>

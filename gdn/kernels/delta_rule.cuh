@@ -1,6 +1,6 @@
 // The gated delta rule on tensor cores, in chunks of 64 tokens: the equations of gdn/cpu_delta_rule.h,
-// rearranged so that what is rounded to bf16 is only ever a correction or an operand with a second bf16
-// behind it.
+// rearranged so that what is rounded is only ever a correction, and to fp16 (11 bits), not bf16 (8): numbers
+// that fp16's range does not hold go times a power of two (delta_rule_mma.cuh: range_exponent).
 //
 //   L_ij = D_ij (k_i . k_j), i > j      N = (I + L diag(beta))^-1 L      P_ij = s D_ij (q_i . k_j), i >= j
 // Then (I + A)^-1 = I - diag(beta) N, with A = diag(beta) L: neither the identity nor beta is inside a
@@ -20,25 +20,30 @@
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
-// Reached on an H200 (dev/bench_delta_rule.cu), in ms. The backward runs prepare_kernel again:
-//    B     T  Hk  Hv   dk   dv   prepare  forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64     0.063         0.118          0.116      0.144     0.175     0.312
-//   32  1024   6   6   64  128     0.068         0.265          0.277      0.259     0.298     0.558
-//   32  1024   6   6  128  256     0.076         0.449          0.520      0.621     0.520     1.205
-//    8  4096  16  32  128  128     0.322         1.192          1.384      2.028     1.478     3.700
-//    8  1024   6   6  256  512     0.044         0.495          0.536      0.527     0.535     1.096
+// On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh).
 //
-// Where bf16 suffices was decided by emulating every rounding in double against the float64 recurrence, over
+// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-26_h100), in ms; in brackets the percent of
+// the floor. The backward runs prepare_kernel again:
+//    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
+//   32  1024   6   6   32   64   0.061 (42)    0.068 (81)    0.070 (78)   0.129 (39)    0.124     0.248
+//   32  1024   6   6   64  128   0.067 (50)    0.142 (71)    0.135 (74)   0.220 (53)    0.202     0.413
+//   32  1024   6   6  128  256   0.077 (65)    0.255 (86)    0.253 (86)   0.509 (59)    0.328     0.840
+//    8  4096  16  32  128  128   0.305 (59)    0.676 (93)    0.677 (93)   1.815 (44)    0.982     2.728
+//   32  1024   6   6  192  384   0.104 (65)    0.466 (79)    0.467 (79)   1.198 (46)    0.568     1.772
+//    8  1024   6   6  256  512   0.046 (45)    0.207 (67)    0.213 (65)   0.429 (51)    0.253     0.688
+//
+// What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
 // 128, T to 1024. Error over that of an oracle, the float recurrence rounded to bf16, in the worst regime:
 //                                                                        o    dq   dk   dv   dg   dbeta
 //   every operand and everything stored in one bf16                     6.1  2.9  3.7  4.7  3.9  4.8
 //   operands high + low bf16; S_0, dS_C, E, X stored in one bf16        1.0  1.7  1.9  1.0  3    1.4
-//   operands high + low bf16; S_0, dS_C, X stored in one bf16           1.0  1.4  1.7  1.0  2.7  1.1
-//   operands high + low bf16; S_0 alone stored in one bf16 (this)       1.0  1.4  1.2  1.0  1.6  0.01
+//   operands high + low bf16; S_0 alone stored in one bf16              1.0  1.4  1.2  1.0  1.6  0.01
 //   everything high + low bf16                                          1.0  1.0  1.0  1.0  0.01 0.01
-// (dg and dbeta come out in fp32, hence may be below 1.) q, k, v, do are bf16 already and exact. Products of
-// two split operands leave out low * low.
+// Measured (dev/torch/accuracy.py, 7 regimes of decay and beta, T = 1000, error over that of the float64
+// result rounded to bf16; dg and dbeta, which come out in fp32, as if they were bf16 too):
+//   operands and everything stored fp16 times powers of two (this)      1.08 1.08 1.12 1.06 0.5  0.5
+// q, k, v, do are bf16 already; in fp16 q and k lose what lies below 2^-24.
 #pragma once
 
 #include <algorithm>

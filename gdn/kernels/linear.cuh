@@ -1,11 +1,11 @@
 // Linear layers: three matrix products through cuBLASLt, bf16 in, fp32 accumulated.
-// Floor of each: 2 * M * out * in FLOP. Reached on an H200 at M = 32768, d = 1024, in TFLOP/s:
+// Floor of each: 2 * M * out * in FLOP. Reached at M = 32768, d = 1024, in TFLOP/s:
 //   out x in                 forward    dx    dw
-//   4624 x 1024  q k v z a b   745      757   750
-//   1024 x 1536  mixer out     697      668   692
-//   5632 x 1024  gate up       753      770   656
-//   1024 x 2816  down          688      636   626
-//   50304 x 1024 logits        647      697   688
+//   4624 x 1024  q k v z a b   707      728   705
+//   1024 x 1536  mixer out     686      624   719
+//   5632 x 1024  gate up       670      700   681
+//   1024 x 2816  down          716      618   641
+//   50304 x 1024 logits        662      720   705
 #pragma once
 
 #include "common.cuh"

@@ -17,8 +17,8 @@ constexpr int kUpdatePiece = 4 * 4 * kUpdateThreads;    // numbers of the arena 
 __device__ inline double squared(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
 
 // sums [blocks] = sum of squares of each block's share of gradients [n].
-// Floor for the 171.2M parameters at d = 1024: 685 MB, 0.1617 ms at the copy rate. Reached on an H200, with
-// the sum of the sums: 0.1588 ms, 102% of the copy rate (nothing is written).
+// Floor for the 171.2M parameters at d = 1024: 685 MB, 0.2279 ms at the copy rate. Reached, with the sum of
+// the sums: 0.2222 ms, 103% (nothing is written).
 static __global__ void __launch_bounds__(kNormThreads)
     sum_of_squares_kernel(double* __restrict__ sums, const float* __restrict__ gradients, size_t n) {
   __shared__ double shared[kNormThreads / 32];
@@ -133,9 +133,8 @@ __device__ inline int find_span(const ParameterSpan* spans, int from, int count,
 
 // All tensors in one launch: blocks take pieces of the arena in turn and look up the spans that lie in them.
 // A thread takes four numbers at a time, one by one where a span ends within the four.
-// Floor for 171.2M parameters (d = 1024): AdamW 5.14 GB (16 bytes in, 14 out for each), 1.2125 ms at the copy
-// rate; SGD 3.77 GB, 0.8892 ms. Reached on an H200: AdamW 1.3348 ms, 91% of the copy rate; SGD 0.9603 ms,
-// 93%.
+// Floor for 171.2M parameters (d = 1024): AdamW 5.14 GB (16 bytes in, 14 out for each), 1.709 ms at the copy
+// rate; SGD 3.77 GB, 1.253 ms. Reached: AdamW 1.827 ms, 94%; SGD 1.327 ms, 94%.
 template <class Rule>
 __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
     update_kernel(float* __restrict__ master, act* __restrict__ weights, float* __restrict__ moment1,
@@ -204,8 +203,8 @@ inline void sgd_update(Cuda& dev, float* master, act* weights, float* moment, co
 // ---- rounding ---------------------------------------------------------------------------------------------
 
 // Four numbers a thread.
-// Floor for the 171.2M parameters at d = 1024: 1.03 GB, 0.2425 ms at the copy rate. Reached on an H200:
-// 0.2428 ms, 100% of the copy rate.
+// Floor for the 171.2M parameters at d = 1024: 1.03 GB, 0.3418 ms at the copy rate. Reached: 0.3353 ms,
+// 102%.
 static __global__ void __launch_bounds__(kUpdateThreads)
     round_weights_kernel(act* __restrict__ weights, const float* __restrict__ master, size_t n) {
   const size_t i = (size_t(blockIdx.x) * kUpdateThreads + threadIdx.x) * 4;

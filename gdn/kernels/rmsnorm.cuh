@@ -51,9 +51,8 @@ void with_row_team(int width, Run run) {
 }
 
 // h = w * x * rstd; with kResidual first x_out = x + branch, and the norm is of x_out as rounded.
-// Floor at M = 32768, d = 1024: 134 MB (x in, h out), 0.0317 ms at the copy rate; with the residual 268 MB
-// (x, branch in, x_out, h out), 0.0634 ms. Reached on an H200: 0.0399 ms, 79% of the copy rate; with the
-// residual 0.0728 ms, 87%.
+// Floor at M = 32768, d = 1024: 134 MB (x in, h out), 0.0447 ms at the copy rate; with the residual 268 MB
+// (x, branch in, x_out, h out), 0.0893 ms. Reached: 0.0491 ms, 91%; with the residual 0.0939 ms, 95%.
 template <class Team, bool kResidual>
 __global__ void __launch_bounds__(kRowThreads)
     rmsnorm_forward_kernel(act* x_out, act* __restrict__ h, float* __restrict__ rstd, const act* x,
@@ -128,8 +127,8 @@ inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd,
 // dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh, and h (where not null) as the forward gave it; h
 // may be dh: a thread reads its part of dh before it writes there. A block walks over rows and keeps its sum
 // of dw in registers; partials [blocks,d] gets it. As many blocks as run at once: more would only be more
-// partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.0792 ms at the copy rate.
-// Before w was in shared memory an H100 (3013 GB/s) took 0.1308 ms, 85%, the sum of the partials included.
+// partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.1117 ms at the copy rate.
+// Reached: 0.1290 ms, 87%, the sum of the partials included.
 template <class Team>
 __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
     rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, act* h, const act* dh,
