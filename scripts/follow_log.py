@@ -4,7 +4,7 @@
     python3 scripts/follow_log.py run_001 run_002 & tensorboard --logdir tensorboard
     python3 scripts/follow_log.py run_001 --wandb my_project
 
-Takes folders of runs, where a log may appear later, or log.csv files. It goes on until Ctrl-C; --once takes what is
+Takes folders of runs, where a log may appear later, or log.csv files. It goes on until Ctrl-C or SIGTERM; --once takes what is
 there and ends. Curves are train/loss, val/loss, train/lr, train/grad_norm, train/ms, train/tokens_per_s, train/sol.
 
 TensorBoard gets a folder per run in --out, with the events of the whole log: those of an earlier call are replaced.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def main(argv: list[str]) -> int:
             raise Error(f"{paths[-1]}: no such file")
     names = [name.strip("/").replace("/", "_") for name in labels(a.run)]
     sinks = [WeightsAndBiases(a.wandb, name) if a.wandb else TensorBoard(a.out, name) for name in names]
+    for stop in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's script ignores it in what it starts with &
+        signal.signal(stop, signal.default_int_handler)
     count = follow(paths, sinks, a.once, a.every)
     print(f"{count} rows of {len(paths)} logs to {'Weights & Biases' if a.wandb else a.out}")
     return 0

@@ -705,6 +705,22 @@ class FollowLog(InFolder):
         self.assertIn("4 rows of 1 logs", follower.communicate(timeout=60)[0])
         self.assertEqual(follower.returncode, 0)
 
+    @needs_tensorboard
+    def test_ends_on_sigterm(self) -> None:
+        log = self.folder / "log.csv"
+        log.write_text(HEADER + train_row(1))
+        words = [sys.executable, str(HERE / "follow_log.py"), str(log), "--every", "0.05", "-o", str(self.folder / "out")]
+        follower = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        self.addCleanup(follower.wait)
+        self.addCleanup(follower.kill)
+        for _ in range(600):
+            if any(events(folder) == [*train_scalars(1)] for folder in (self.folder / "out").glob("*")):
+                break
+            time.sleep(0.05)
+        follower.send_signal(signal.SIGTERM)
+        self.assertIn("1 rows of 1 logs", follower.communicate(timeout=60)[0])
+        self.assertEqual(follower.returncode, 0)
+
     @unittest.skipUnless(importlib.util.find_spec("wandb"), "wandb is missing")
     def test_weights_and_biases_without_network(self) -> None:
         (self.folder / "log.csv").write_text(HEADER + train_row(1) + train_row(2))
