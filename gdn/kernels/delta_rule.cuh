@@ -51,6 +51,7 @@
 
 #include "common.cuh"
 #include "delta_rule_gradients.cuh"
+#include "delta_rule_gradients_wgmma.cuh"
 #include "delta_rule_passes_wgmma.cuh"
 
 namespace gdn {
@@ -304,6 +305,22 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
                       const act* qkv, const MixerShape& shape, float s, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates_at(scratch, shape)};
   const int dk = shape.head_dim_k;
+#ifndef GRADIENTS_MMA
+#define GRADIENTS_MMA 0
+#endif
+  // 1: the mma.sync kernel everywhere; 64: up to dk = 64
+  if (has_warpgroup_products() && takes_warpgroup_gradients(shape) && GRADIENTS_MMA != 1 && dk > GRADIENTS_MMA) {
+    const auto launch = [&](auto tiles, auto grouped) {
+      launch_warpgroup_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
+                                                                                   shape, sizes(shape), s);
+    };
+    const auto with_group = [&](auto tiles) {
+      if (shape.heads_v > shape.heads_k) return launch(tiles, std::true_type());
+      launch(tiles, std::false_type());
+    };
+    if (dk <= 64) return with_group(std::integral_constant<int, 1>());
+    return with_group(std::integral_constant<int, 2>());
+  }
   const auto fits = [&](int PW) { return gradient_buffers(shape, PW, shared_bytes_limit()).stages > 0; };
   if (dk <= 32) return launch_gradients<32>(device, dqkv, dg, dbeta, in, shape, s);
   if (dk <= 64 || !fits(96)) return launch_gradients<64>(device, dqkv, dg, dbeta, in, shape, s);

@@ -1,0 +1,784 @@
+// The gated delta rule, last kernel of the backward on Hopper (sm_90a): the same equations, units, operands
+// and results as gradients_kernel (delta_rule_gradients.cuh), which runs everywhere else, on warpgroup
+// products and bulk tensor copies. For dk <= 128 and dv a multiple of 64.
+//
+// A block has two warpgroups that compute and one warp that copies. One thread of the latter sends for tiles
+// of [64, 64], in the layout that products read (delta_rule_passes_wgmma.cuh: 128-byte swizzle), as far ahead
+// as there is room; the copy engine finds the addresses, writes zeros past the ends of tokens and columns,
+// and tells a barrier in shared memory that a step has arrived. Another barrier tells the copying thread that
+// the warpgroups are done with it.
+//
+// Both warpgroups have all 64 tokens and half of dk's columns; besides, the first has dO E^T, q k^T and dqk,
+// the second X E^T, k k^T and dkk. Operands that need their units (do, X, E) are A operands, which pass
+// through registers anyway; E of other tokens, S0 and dS are B operands as they arrive.
+//
+// q and k arrive while the last steps of an item before run and are converted when they are first needed, at
+// the item's first epilogue; after its last, dq and dk lie in their place and a bulk copy writes them out.
+#pragma once
+
+#include <cuda.h>
+
+#include "delta_rule_gradients.cuh"
+#include "delta_rule_passes_wgmma.cuh"
+
+namespace gdn {
+namespace delta_rule {
+
+// ---- barriers in shared memory and bulk copies
+
+__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
+}
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Arrives, and the barrier waits for so many bytes of bulk copies.
+__device__ inline void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+// Waits for the end of the barrier's phase of this parity; a fresh barrier has ended one of parity 1.
+__device__ inline void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT_%=;\n}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// `bytes` neighbouring bytes, a multiple of 16, to shared memory.
+__device__ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+// A tile of the tensor (columns, rows, matrix) to shared memory.
+__device__ inline void copy_tile_of_3(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
+                                      uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%4}], [%5];" ::"r"(shared_address(to)),
+      "l"(tensor), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier))
+      : "memory");
+}
+// A tile of the tensor (columns, head, token, sequence): 64 columns of 64 tokens.
+__device__ inline void copy_tile_of_4(void* to, const CUtensorMap* tensor, int column, int head, int token,
+                                      int sequence, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+      "%4, %5}], [%6];" ::"r"(shared_address(to)),
+      "l"(tensor), "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ inline void store_tile_of_4(const CUtensorMap* tensor, int column, int head, int token,
+                                       int sequence, const void* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
+          tensor),
+      "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(from))
+      : "memory");
+}
+// Waits until this thread's bulk stores have read shared memory.
+__device__ inline void bulk_stores_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+#define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
+
+// d [64,64] += a b, or = a b where not `add`; a from shared memory too: kByK [m][k], kByN [k][m]
+template <Major kA, Major kB>
+__device__ inline void wgmma_64_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, %35, %36;\n}\n"
+      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
+      : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
+}
+// d [64,32] the same
+template <Major kA, Major kB>
+__device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p, 1, 1, %19, %20;\n}\n"
+      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
+      : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
+}
+// d [64,32] += a b, or = a b; a in registers, b [k][n]
+__device__ inline void wgmma_32_by_n(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"
+      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+#undef GDN_TILE
+
+// A warpgroup's columns of dk, 8 kTiles of them.
+template <int kTiles>
+__device__ inline void wgmma_columns(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, int add) {
+  if constexpr (kTiles == 8)
+    wgmma_64<kByN>(d, a, b, add);
+  else
+    wgmma_32_by_n(d, a, b, add);
+}
+template <Major kA, int kTiles>
+__device__ inline void wgmma_columns_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b) {
+  if constexpr (kTiles == 8)
+    wgmma_64_shared<kA, kByN>(d, a, b, 1);
+  else
+    wgmma_32_shared<kA, kByN>(d, a, b, 1);
+}
+
+// ---- shared memory
+
+constexpr int kComputeThreads = 256, kGradientThreads = kComputeThreads + 128;
+constexpr int kComputeRegisters = 240, kCopyRegisters = 24;
+constexpr int kMaxGradientStages = 4;
+
+// Tensors as bulk copies see them: keys and their gradients (columns, heads, tokens, sequences), heads those
+// of q, then k; values the same, value heads; states (dk, dv, chunk).
+struct GradientTensors {
+  CUtensorMap keys, d_keys, d_o, errors, x, states, d_states;
+};
+
+struct GradientBarriers {
+  uint64_t full[kMaxGradientStages], empty[kMaxGradientStages], segment_full[2], segment_empty[2], keys_full,
+      keys_empty;
+};
+
+// What a value head's share of a chunk has besides its steps.
+struct GradientSegment {
+  float gates[kGates];
+  int exponents[kMaxColumnGroups], d_exponents[kMaxColumnGroups];
+};
+
+// Sums that become dg (SmallSums says which), one writer each.
+struct WarpgroupSums {
+  float rows[2][kChunk], columns[8][kChunk], reads[2][kChunk], writes[2][kChunk];
+  float states[8], largest[8];
+};
+
+// kTiles: of 64 columns of dk. kGrouped: value heads share key heads.
+template <int kTiles, bool kGrouped>
+struct GradientLayout {
+  static constexpr int kStages = kTiles == 2 ? (kGrouped ? 2 : 3) : (kGrouped ? 3 : 4);
+  static constexpr int kStageBytes = (3 + 2 * kTiles) * kTileBytes;
+  static constexpr int kColumns = 32 * kTiles, kColumnTiles = kColumns / 8;  // of a warpgroup
+  static constexpr int kKeys = kStages * kStageBytes, kSquares = kKeys + 2 * kTiles * kTileBytes;
+  // Sums over the group's heads, dq and dk: of a thread's accumulator tiles all but one.
+  static constexpr int kRunning = kSquares + 2 * kTileBytes;
+  static constexpr int kSegmentsAt =
+      kRunning + (kGrouped ? (2 * kColumnTiles - 1) * kComputeThreads * int(sizeof(float4)) : 0);
+  static constexpr int kSums = kSegmentsAt + 2 * int(sizeof(GradientSegment));
+  static constexpr int kBarriers = kSums + int(sizeof(WarpgroupSums));
+  static constexpr int kBytes = kBarriers + int(sizeof(GradientBarriers));
+};
+static_assert(sizeof(GradientSegment) % 16 == 0 && sizeof(WarpgroupSums) % 16 == 0, "aligned as they lie");
+
+// An item: a chunk of a key head.
+struct GradientItem {
+  int chunk, key_head, sequence;
+  __device__ GradientItem(int item, const Sizes& size)
+      : chunk(item % size.chunks),
+        key_head(item / size.chunks % size.heads_k),
+        sequence(item / size.chunks / size.heads_k) {}
+};
+
+struct GateInputs {
+  const float* gates;
+  const int *exponents, *d_exponents;
+};
+
+// One thread: everything the warpgroups read, in their order.
+template <int kTiles, bool kGrouped>
+__device__ inline void copy_items(unsigned char* shared, GradientBarriers& barriers,
+                                  GradientSegment* segments, const GradientTensors& tensors,
+                                  const GateInputs& in, const Sizes& size, int items) {
+  using Layout = GradientLayout<kTiles, kGrouped>;
+  const int group = size.value_heads_per_key, exponent_bytes = size.dv / 16 * int(sizeof(int));
+  const int keys_after =
+      min(Layout::kStages * 64, size.dv) - 64;  // the step after which q and k are sent for
+  int stage = 0, parity = 1, segment = 0, keys_parity = 1;
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const GradientItem at(item, size);
+    const int token = at.chunk * kChunk;
+    for (int head = 0; head < group; head++, segment++) {
+      const int value_head = at.key_head * group + head;
+      const int number = int(size.chunk_number(at.sequence, value_head, at.chunk));
+      GradientSegment& to = segments[segment % 2];
+      uint64_t* full = &barriers.segment_full[segment % 2];
+      barrier_wait(&barriers.segment_empty[segment % 2], segment / 2 % 2 ^ 1);
+      barrier_expect(full, int(sizeof(to.gates)) + 2 * exponent_bytes);
+      bulk_copy(to.gates, in.gates + int64_t(number) * kGates, sizeof(to.gates), full);
+      bulk_copy(to.exponents, in.exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
+      bulk_copy(to.d_exponents, in.d_exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
+      for (int e = 0; e < size.dv; e += 64) {
+        unsigned char* tile = shared + stage * Layout::kStageBytes;
+        full = &barriers.full[stage];
+        barrier_wait(&barriers.empty[stage], parity);
+        barrier_expect(full, Layout::kStageBytes);
+        copy_tile_of_4(tile, &tensors.d_o, e, value_head, token, at.sequence, full);
+        copy_tile_of_4(tile + kTileBytes, &tensors.errors, e, value_head, token, at.sequence, full);
+        copy_tile_of_4(tile + 2 * kTileBytes, &tensors.x, e, value_head, token, at.sequence, full);
+#pragma unroll
+        for (int t = 0; t < kTiles; t++) {
+          copy_tile_of_3(tile + (3 + t) * kTileBytes, &tensors.states, 64 * t, e, number, full);
+          copy_tile_of_3(tile + (3 + kTiles + t) * kTileBytes, &tensors.d_states, 64 * t, e, number, full);
+        }
+        if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+        if (head == 0 && e == keys_after) {
+          barrier_wait(&barriers.keys_empty, keys_parity);
+          keys_parity ^= 1;
+          barrier_expect(&barriers.keys_full, 2 * kTiles * kTileBytes);
+#pragma unroll
+          for (int t = 0; t < 2 * kTiles; t++)
+            copy_tile_of_4(shared + Layout::kKeys + t * kTileBytes, &tensors.keys, t % kTiles * 64,
+                           at.key_head + t / kTiles * size.heads_k, token, at.sequence, &barriers.keys_full);
+        }
+      }
+    }
+  }
+}
+
+// The threads that compute wait for each other.
+__device__ inline void compute_threads_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
+}
+
+// Byte offset of this lane's row in the warp's 16 rows of a tile, and of the i-th 16 columns there: for
+// ldmatrix an A operand, for stmatrix what `operand` packs.
+struct LaneRow {
+  int row, half, swizzle;
+  __device__ explicit LaneRow(int strip)
+      : row(2 * kTileRow * (16 * strip + threadIdx.x % 16)),
+        half(threadIdx.x % 32 / 16),
+        swizzle(threadIdx.x % 8) {}
+  __device__ int operator()(int columns_16) const { return row + 16 * ((2 * columns_16 + half) ^ swizzle); }
+};
+
+__device__ inline void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
+               "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+#endif
+}
+
+// A thread's accumulators: `square` is dO E^T or X E^T.
+template <int kColumnTiles>
+struct WarpgroupGradients {
+  float square[8][4], d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];
+};
+
+template <int kColumnTiles>
+__device__ inline void pin(WarpgroupGradients<kColumnTiles>& sums) {
+  pin(sums.square), pin(sums.d_oS), pin(sums.XS), pin(sums.EdS);
+}
+
+// Eight products of 16-bit words' halves.
+__device__ inline float dot_of_vectors(const uint4& x, const uint4& y) {
+  return dot_of_fragments({x.x, x.y, x.z, x.w}, {y.x, y.y, y.z, y.w});
+}
+
+// One step's products and this thread's share of <S0, dS>. The units' powers of two, of the column group of
+// this lane: d_o_unit, x_unit.
+template <int kTiles>
+__device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& states_dot,
+                                const unsigned char* stage, const LaneRow& lane_row, int warpgroup,
+                                int column_group, float d_o_unit, float x_unit) {
+  const uint32_t d_o_at = shared_address(stage);
+  const unsigned char* states = stage + 3 * kTileBytes;
+  // kTiles 2: a tile is a warpgroup's; 1: half of it, four vectors
+  const uint64_t own = kTiles == 2 ? warpgroup * kNextTile : warpgroup * 4;
+  const uint64_t errors = tile_descriptor(stage + kTileBytes), s = tile_descriptor(states) + own;
+  const uint64_t ds = s + kTiles * kNextTile;
+  uint32_t d_o[4][4], x[4][4], e[4][4];
+  float factors[4];
+  pin(sums);
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t at = d_o_at + lane_row(i);
+    ldmatrix(d_o[i], at);
+    ldmatrix(e[i], at + kTileBytes);
+    ldmatrix(x[i], at + 2 * kTileBytes);
+    const float d_o_factor = __shfl_sync(~0u, d_o_unit, column_group + i);
+    factors[i] = __shfl_sync(~0u, x_unit, column_group + i);
+    const __half2 factor = __float2half2_rn(factors[i]);
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      const float2 wide = unpack_bf16(d_o[i][r]);
+      d_o[i][r] = pack_fp16(d_o_factor * wide.x, d_o_factor * wide.y);
+      const __half2 scaled_x = __hmul2(*reinterpret_cast<__half2*>(&x[i][r]), factor);
+      const __half2 scaled_e = __hmul2(*reinterpret_cast<__half2*>(&e[i][r]), factor);
+      x[i][r] = *reinterpret_cast<const uint32_t*>(&scaled_x);
+      e[i][r] = *reinterpret_cast<const uint32_t*>(&scaled_e);
+    }
+    pin(d_o[i]), pin(x[i]), pin(e[i]);
+    const int add = column_group + i > 0;
+    products_begin();
+    if (warpgroup == 0)
+      wgmma_64<kByK>(sums.square, d_o[i], errors + i * kColumns16, add);
+    else
+      wgmma_64<kByK>(sums.square, x[i], errors + i * kColumns16, add);
+    wgmma_columns(sums.d_oS, d_o[i], s + i * kRows16, add);
+    wgmma_columns(sums.XS, x[i], s + i * kRows16, add);
+    wgmma_columns(sums.EdS, e[i], ds + i * kRows16, add);
+    products_issued();
+  }
+  // A thread takes vectors kComputeThreads apart: of rows in column groups warpgroup and warpgroup + 2.
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles; i++) {
+    const unsigned char* at = states + 16 * (threadIdx.x + i * kComputeThreads);
+    const float dot = dot_of_vectors(*reinterpret_cast<const uint4*>(at),
+                                     *reinterpret_cast<const uint4*>(at + kTiles * kTileBytes));
+    states_dot += (warpgroup == 0 ? factors[i % 2 * 2] : factors[i % 2 * 2 + 1]) * dot;
+  }
+  products_done<0>();
+  pin(sums), pin(d_o), pin(x), pin(e);
+}
+
+// This thread's part of q and k becomes fp16.
+template <int kTiles>
+__device__ inline void keys_to_fp16(unsigned char* keys) {
+#pragma unroll
+  for (int i = 0; i < 2 * kTiles * kTileBytes / 16 / kComputeThreads; i++)
+    to_fp16(keys + 16 * (threadIdx.x + i * kComputeThreads), 1.f);
+  publish_to_products();
+}
+
+// As the function of that name for the mma.sync kernel: range dq into d_oS, range dk into XS, and their dots.
+template <int kColumnTiles>
+__device__ inline void gradients_through_states(WarpgroupGradients<kColumnTiles>& sums, WarpgroupSums& small,
+                                                const unsigned char* q, const unsigned char* k,
+                                                const LaneRow& lane_row, int first_16, const float* gates,
+                                                float s, float range, int strip, int warpgroup) {
+  const int lane = threadIdx.x % 32, row = 16 * strip + lane / 4;
+  float d_o_factor[2], x_factor[2], e_factor[2], reads[2] = {}, writes[2] = {};
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const float beta = gates[kBeta * kChunk + row + 8 * e];
+    const float from_start = range * gates[kFromStart * kChunk + row + 8 * e];
+    d_o_factor[e] = s * from_start;
+    x_factor[e] = -beta * from_start;
+    e_factor[e] = beta * (range * gates[kToEnd * kChunk + row + 8 * e]);
+  }
+#pragma unroll
+  for (int t = 0; t < kColumnTiles / 2; t++) {  // 16 columns
+    uint32_t q_words[4], k_words[4];
+    ldmatrix(q_words, shared_address(q) + lane_row(first_16 + t));
+    ldmatrix(k_words, shared_address(k) + lane_row(first_16 + t));
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float2 q_i = unpack_fp16(q_words[2 * half + e]), k_i = unpack_fp16(k_words[2 * half + e]);
+        float *dq = &sums.d_oS[2 * t + half][2 * e], *dk = &sums.XS[2 * t + half][2 * e];
+        const float* end = &sums.EdS[2 * t + half][2 * e];
+        const float end_x = e_factor[e] * end[0], end_y = e_factor[e] * end[1];
+        dq[0] *= d_o_factor[e];
+        dq[1] *= d_o_factor[e];
+        dk[0] *= x_factor[e];
+        dk[1] *= x_factor[e];
+        reads[e] += q_i.x * dq[0] + q_i.y * dq[1] + k_i.x * dk[0] + k_i.y * dk[1];
+        writes[e] += k_i.x * end_x + k_i.y * end_y;
+        dk[0] += end_x;
+        dk[1] += end_y;
+      }
+  }
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    reads[e] = sum_of_quad(reads[e]);
+    writes[e] = sum_of_quad(writes[e]);
+    if (lane % 4 == 0) {
+      small.reads[warpgroup][row + 8 * e] = reads[e];
+      small.writes[warpgroup][row + 8 * e] = writes[e];
+    }
+  }
+}
+
+// Over the eight lanes 4 g + c of each c: lane 4 g + c ends with the sums of x[2 g] and x[2 g + 1].
+__device__ inline float2 sums_of_columns(float (&x)[16]) {
+#pragma unroll
+  for (int round = 0; round < 3; round++) {
+    const int half = 8 >> round, step = 16 >> round;
+    const bool upper = threadIdx.x & step;
+#pragma unroll
+    for (int i = 0; i < half; i++) {
+      const float low = x[i], high = x[i + half];
+      const float other = __shfl_xor_sync(~0u, upper ? low : high, step);
+      x[i] = (upper ? high : low) + other;
+    }
+  }
+  return make_float2(x[0], x[1]);
+}
+
+// From dO E^T and q k^T, or X E^T and k k^T: range dqk or range dkk into `square`, where only blocks on and
+// below the diagonal are ever written; the sums of M, which leave out i = j: there a row's and a column's
+// share of dG cancel.
+template <int kColumnTiles>
+__device__ inline void gradients_within_chunk(unsigned char* square, WarpgroupSums& small, float* dbeta,
+                                              int dbeta_stride, int n,
+                                              const WarpgroupGradients<kColumnTiles>& sums,
+                                              const float (&products)[8][4], const LaneRow& lane_row,
+                                              const float* gates, float s, float range, float unit, int strip,
+                                              int warpgroup) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row = 16 * strip + g;
+  const float *beta = gates + kBeta * kChunk, *G = gates + kLogDecay * kChunk;
+  const float G_i[2] = {G[row], G[row + 8]};
+  const float coefficient[2] = {warpgroup == 0 ? s : -beta[row], warpgroup == 0 ? s : -beta[row + 8]};
+  float row_sum[2] = {}, column_sum[16] = {};
+#pragma unroll
+  for (int pair = 0; pair < 4; pair++) {  // 16 columns
+    if (pair <= strip) {
+      float x[2][4];
+#pragma unroll
+      for (int t = 0; t < 2; t++) {
+        const int first = 16 * pair + 8 * t + c;
+        const float2 beta_j = *reinterpret_cast<const float2*>(beta + first);
+        const float2 G_j = *reinterpret_cast<const float2*>(G + first);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const int i = row + 8 * (e / 2), j = first + e % 2;
+          const float value = sums.square[2 * pair + t][e];
+          const float decay = range * expf(fminf(G_i[e / 2] - (e % 2 ? G_j.y : G_j.x), 0.f));
+          const bool inside = i > j || (i == j && warpgroup == 0);
+          x[t][e] = inside ? coefficient[e / 2] * (e % 2 ? beta_j.y : beta_j.x) * decay * value : 0.f;
+          if (i == j && warpgroup == 1 && i < n) dbeta[int64_t(i) * dbeta_stride] = unit * value;
+          const float M = i > j ? x[t][e] * products[2 * pair + t][e] : 0.f;
+          row_sum[e / 2] += M;
+          column_sum[4 * pair + 2 * t + e % 2] += M;
+        }
+      }
+      uint32_t words[4];
+      operand(words, x[0], x[1]);
+      stmatrix(shared_address(square) + lane_row(pair), words);
+    }
+  }
+  *reinterpret_cast<float2*>(&small.columns[4 * warpgroup + strip][8 * g + c]) = sums_of_columns(column_sum);
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const float sum = sum_of_quad(row_sum[e]);
+    if (lane % 4 == 0) small.rows[warpgroup][row + 8 * e] = sum;
+  }
+}
+
+// Starts dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K, a warpgroup's columns
+template <int kColumnTiles>
+__device__ inline void start_products_within_chunk(WarpgroupGradients<kColumnTiles>& sums, uint64_t dqk,
+                                                   uint64_t q, uint64_t k) {
+  const uint64_t dkk = dqk + kNextTile;
+#pragma unroll
+  for (int p = 0; p < 4; p++) {  // 16 tokens to sum over
+    wgmma_columns_shared<kByK>(sums.d_oS, dqk + p * kColumns16, k + p * kRows16);
+    wgmma_columns_shared<kByN>(sums.XS, dqk + p * kRows16, q + p * kRows16);
+    wgmma_columns_shared<kByK>(sums.XS, dkk + p * kColumns16, k + p * kRows16);
+    wgmma_columns_shared<kByN>(sums.XS, dkk + p * kRows16, k + p * kRows16);
+  }
+}
+
+// dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i) + sum_{j < t} writes_j. One warp, two
+// tokens a lane. All sums but <S0, dS> are times range; unit takes the result out of it.
+__device__ inline void finish_dg(float* dg, int stride, int n, const WarpgroupSums& small, float end_decay,
+                                 float range, float unit) {
+  const int lane = threadIdx.x % 32;
+  const auto both = [&](const float* x) { return *reinterpret_cast<const float2*>(x + 2 * lane); };
+  float2 from = both(small.rows[0]), before = both(small.writes[0]);
+  const auto add = [](float2& sum, float2 x, float sign) { sum.x += sign * x.x, sum.y += sign * x.y; };
+  add(from, both(small.rows[1]), 1.f);
+#pragma unroll
+  for (int i = 0; i < 8; i++) add(from, both(small.columns[i]), -1.f);
+  add(from, both(small.reads[0]), 1.f);
+  add(from, both(small.reads[1]), 1.f);
+  add(before, both(small.writes[1]), 1.f);
+  float states = 0.f;
+#pragma unroll
+  for (int i = 0; i < 8; i++) states += small.states[i];
+  float after = from.x + from.y, writes = before.x + before.y;  // become sums from, and up to, this lane's
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float next = __shfl_down_sync(~0u, after, step), previous = __shfl_up_sync(~0u, writes, step);
+    if (lane + step < 32) after += next;
+    if (lane >= step) writes += previous;
+  }
+  float later = __shfl_down_sync(~0u, after, 1), earlier = __shfl_up_sync(~0u, writes, 1);
+  if (lane == 31) later = 0.f;
+  if (lane == 0) earlier = 0.f;
+  const float whole = range * end_decay * states;
+  const int i = 2 * lane;
+  if (i < n) dg[int64_t(i) * stride] = unit * (whole + after + earlier);
+  if (i + 1 < n) dg[int64_t(i + 1) * stride] = unit * (whole + (later + from.y) + (earlier + before.x));
+}
+
+// x += the running sum, which becomes that, unless this head is the group's last; its last tile is in `kept`.
+template <int kColumnTiles>
+__device__ inline void accumulate(unsigned char* running, float (&kept)[4],
+                                  WarpgroupGradients<kColumnTiles>& sums, bool first, bool last) {
+#pragma unroll
+  for (int t = 0; t < 2 * kColumnTiles; t++) {
+    float(&x)[4] = t < kColumnTiles ? sums.d_oS[t] : sums.XS[t - kColumnTiles];
+    if (t == 2 * kColumnTiles - 1) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        if (!first) x[e] += kept[e];
+        kept[e] = x[e];
+      }
+      continue;
+    }
+    float4* at = reinterpret_cast<float4*>(running) + t * kComputeThreads + threadIdx.x;
+    if (!first) {
+      const float4 y = *at;
+      x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
+    }
+    if (!last) *at = make_float4(x[0], x[1], x[2], x[3]);
+  }
+}
+
+// Writes a warpgroup's columns as bf16 to a tile, from its first_16-th 16 columns on.
+template <int kColumnTiles>
+__device__ inline void stage_columns(unsigned char* tile, const LaneRow& lane_row, int first_16,
+                                     const float (&x)[kColumnTiles][4]) {
+#pragma unroll
+  for (int t = 0; t < kColumnTiles / 2; t++) {
+    const float(&left)[4] = x[2 * t];
+    const float(&right)[4] = x[2 * t + 1];
+    const uint32_t words[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
+                               pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])};
+    stmatrix(shared_address(tile) + lane_row(first_16 + t), words);
+  }
+}
+
+// What gradients_kernel computes and writes. Blocks take items gridDim.x apart.
+template <int kTiles, bool kGrouped>
+__global__ void __launch_bounds__(kGradientThreads, 1)
+    gradients_warpgroup_kernel(const __grid_constant__ GradientTensors tensors, float* dg, float* dbeta,
+                               GateInputs in, Sizes size, int items, float s) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Layout = GradientLayout<kTiles, kGrouped>;
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  unsigned char *keys = tiles + Layout::kKeys, *squares = tiles + Layout::kSquares;
+  unsigned char* running = tiles + Layout::kRunning;
+  GradientSegment* segments = reinterpret_cast<GradientSegment*>(tiles + Layout::kSegmentsAt);
+  WarpgroupSums& small = *reinterpret_cast<WarpgroupSums*>(tiles + Layout::kSums);
+  GradientBarriers& barriers = *reinterpret_cast<GradientBarriers*>(tiles + Layout::kBarriers);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Layout::kStages; i++) {
+      barrier_init(&barriers.full[i], 1);
+      barrier_init(&barriers.empty[i], kComputeThreads / 32);
+    }
+    for (int i = 0; i < 2; i++) {
+      barrier_init(&barriers.segment_full[i], 1);
+      barrier_init(&barriers.segment_empty[i], kComputeThreads / 32);
+    }
+    barrier_init(&barriers.keys_full, 1);
+    barrier_init(&barriers.keys_empty, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  clear_shared(squares, 2 * kTileBytes);
+  publish_to_products();
+  __syncthreads();
+  if (threadIdx.x >= kComputeThreads) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyRegisters));
+    if (threadIdx.x == kComputeThreads)
+      copy_items<kTiles, kGrouped>(tiles, barriers, segments, tensors, in, size, items);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
+
+    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), warpgroup = warp / 4, strip = warp % 4;
+    const int lane = threadIdx.x % 32, group = size.value_heads_per_key, groups = size.dv / 16;
+    const LaneRow lane_row(strip);
+    // This warpgroup's columns of q and k: a tile, or the half of one.
+    const int own_tile = kTiles == 2 ? warpgroup : 0, own_16 = kTiles == 2 ? 0 : 2 * warpgroup;
+    unsigned char *own_q = keys + own_tile * kTileBytes, *own_k = own_q + kTiles * kTileBytes;
+    int stage = 0, parity = 0, segment_count = 0, keys_parity = 0;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+      const GradientItem at(item, size);
+      const int n = size.rows_in(at.chunk);
+      float kept[4] = {};
+      for (int head = 0; head < group; head++, segment_count++) {
+        const GradientSegment& segment = segments[segment_count % 2];
+        barrier_wait(&barriers.segment_full[segment_count % 2], segment_count / 2 % 2);
+        const int a = lane < groups ? segment.exponents[lane] : 0;
+        const int both = lane < groups ? a + segment.d_exponents[lane] : 1 << 20;
+        const int c = __reduce_min_sync(~0u, both);
+        const float d_o_unit = small_power_of_two(c - a), x_unit = small_power_of_two(c - both);
+        WarpgroupGradients<Layout::kColumnTiles> sums;
+        float states = 0.f;
+        for (int e = 0; e < groups; e += 4) {
+          barrier_wait(&barriers.full[stage], parity);
+          add_step<kTiles>(sums, states, tiles + stage * Layout::kStageBytes, lane_row, warpgroup, e,
+                           d_o_unit, x_unit);
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&barriers.empty[stage]);
+          if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+        }
+        {
+          float largest = 0.f;
+#pragma unroll
+          for (int t = 0; t < 8; t++) largest = largest_of(sums.square[t], largest);
+          const uint32_t bits =
+              __reduce_max_sync(~0u, __float_as_uint((warpgroup == 0 ? 2 * s : 4.f) * largest));
+          if (lane == 0) small.largest[warp] = __uint_as_float(bits);
+        }
+        if (head == 0) {
+          barrier_wait(&barriers.keys_full, keys_parity);
+          keys_parity ^= 1;
+          keys_to_fp16<kTiles>(keys);
+        }
+        compute_threads_sync();
+
+        float products[8][4];  // q k^T or k k^T
+        {
+          const uint64_t k = tile_descriptor(keys + kTiles * kTileBytes);
+          const uint64_t rows = warpgroup == 0 ? tile_descriptor(keys) : k;
+          pin(products);
+          products_begin();
+#pragma unroll
+          for (int i = 0; i < 4 * kTiles; i++)
+            wgmma_64_shared<kByK, kByK>(products, rows + columns_16(i), k + columns_16(i), i > 0);
+          products_issued();
+        }
+        const int bits = int(__reduce_max_sync(~0u, __float_as_uint(small.largest[lane % 8])));
+        const int range_exponent = bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
+        const float range = power_of_two(range_exponent);
+        const float unit = power_of_two(-c), result_unit = small_power_of_two(-c - range_exponent);
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) states += __shfl_xor_sync(~0u, states, step);
+        if (lane == 0) small.states[warp] = states;
+        gradients_through_states(sums, small, own_q, own_k, lane_row, own_16, segment.gates, s, range, strip,
+                                 warpgroup);
+        products_done<0>();
+        pin(products);
+        const int value_head = at.key_head * group + head;
+        const int64_t head_row = size.first_row(at.sequence, at.chunk) * size.heads_v + value_head;
+        gradients_within_chunk(squares + warpgroup * kTileBytes, small, dbeta + head_row, size.heads_v, n,
+                               sums, products, lane_row, segment.gates, s, range, unit, strip, warpgroup);
+        publish_to_products();
+        compute_threads_sync();
+
+        const uint64_t own = kTiles == 2 ? 0 : 4 * warpgroup;
+        pin(sums.d_oS), pin(sums.XS);
+        products_begin();
+        start_products_within_chunk(sums, tile_descriptor(squares), tile_descriptor(own_q) + own,
+                                    tile_descriptor(own_k) + own);
+        products_issued();
+        if (warp == 0)
+          finish_dg(dg + head_row, size.heads_v, n, small, segment.gates[kFromStart * kChunk + kChunk - 1],
+                    range, result_unit);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&barriers.segment_empty[segment_count % 2]);
+        products_done<0>();
+        pin(sums.d_oS), pin(sums.XS);
+        scale_tiles(sums.d_oS, result_unit);
+        scale_tiles(sums.XS, result_unit);
+        if (kGrouped) accumulate(running, kept, sums, head == 0, head == group - 1);
+        if (head == group - 1) {
+          compute_threads_sync();  // all are done with q and k
+          stage_columns(own_q, lane_row, own_16, sums.d_oS);
+          stage_columns(own_k, lane_row, own_16, sums.XS);
+          publish_to_products();
+          compute_threads_sync();
+          if (threadIdx.x == 0) {
+#pragma unroll
+            for (int t = 0; t < 2 * kTiles; t++)
+              store_tile_of_4(&tensors.d_keys, t % kTiles * 64, at.key_head + t / kTiles * size.heads_k,
+                              at.chunk * kChunk, at.sequence, keys + t * kTileBytes);
+            bulk_stores_read();
+            barrier_arrive(&barriers.keys_empty);
+          }
+        }
+      }
+    }
+  }
+#endif
+}
+
+// ---- launching
+
+// The tensor of 16-bit numbers with these sizes, columns first, and strides, in numbers, of all but the
+// columns; copied in boxes of 64 columns and 64 in dimension `rows`, swizzled.
+template <int kRank>
+CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
+                       int rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                                &found));
+#else
+    cuda_check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error(
+          "the CUDA driver has no cuTensorMapEncodeTiled; expected a driver of 12.0 or newer");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  cuuint64_t size[kRank], stride[kRank - 1];
+  cuuint32_t box[kRank], step[kRank];
+  for (int i = 0; i < kRank; i++) {
+    size[i] = sizes[i];
+    box[i] = i == 0 || i == rows ? 64 : 1;
+    step[i] = 1;
+  }
+  for (int i = 0; i < kRank - 1; i++) stride[i] = strides[i] * sizeof(__half);
+  CUtensorMap map;
+  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(at), size,
+                                 stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(status)) +
+                             " for a tensor of " + std::to_string(sizes[0]) + " columns");
+  return map;
+}
+
+// Whether gradients_warpgroup_kernel takes these sizes.
+inline bool takes_warpgroup_gradients(const MixerShape& shape) {
+  return shape.head_dim_k <= 128 && shape.head_dim_v % 64 == 0;
+}
+
+template <int kTiles, bool kGrouped>
+void launch_warpgroup_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
+                                const MixerShape& shape, const Sizes& size, float s) {
+  const int64_t dk = shape.head_dim_k, dv = shape.head_dim_v, T = shape.tokens, B = shape.batch;
+  const int64_t C = shape.conv_channels(), values = shape.value_dim();
+  const auto keys = [&](const act* at) {
+    return tensor_map<4>(at, {dk, 2 * shape.heads_k, T, B}, {dk, C, T * C}, 2);
+  };
+  const auto value_tensor = [&](const void* at) {
+    return tensor_map<4>(at, {dv, shape.heads_v, T, B}, {dv, values, T * values}, 2);
+  };
+  const auto states = [&](const __half* at) {
+    return tensor_map<3>(at, {dk, dv, B * shape.heads_v * shape.chunks()}, {dk, dk * dv}, 1);
+  };
+  const GradientTensors tensors = {keys(in.qkv),
+                                   keys(dqkv),
+                                   value_tensor(in.d_o),
+                                   value_tensor(in.saved.errors),
+                                   value_tensor(in.adjoints.x),
+                                   states(in.saved.states),
+                                   states(in.adjoints.d_states)};
+  const GateInputs gates = {in.gates, in.saved.exponents, in.adjoints.exponents};
+  constexpr int bytes = GradientLayout<kTiles, kGrouped>::kBytes;
+  const auto kernel = gradients_warpgroup_kernel<kTiles, kGrouped>;
+  allow_shared_bytes(kernel, bytes, "the gated delta rule");
+  const int items = shape.chunks() * shape.heads_k * shape.batch;
+  kernel<<<std::min(items, device.multiprocessors), kGradientThreads, bytes, device.stream>>>(
+      tensors, dg, dbeta, gates, size, items, s);
+  launched("gradients_warpgroup_kernel");
+}
+
+}  // namespace delta_rule
+}  // namespace gdn
