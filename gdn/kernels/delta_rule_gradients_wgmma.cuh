@@ -409,19 +409,21 @@ __device__ inline void gradients_through_states(WarpgroupGradients<kColumnTiles>
   }
 }
 
+// Each of two lanes kHalf * 2 apart keeps the sums of one half of x.
+template <int kHalf>
+__device__ inline void add_halves(float (&x)[16]) {
+  const bool upper = threadIdx.x & (2 * kHalf);
+#pragma unroll
+  for (int i = 0; i < kHalf; i++) {
+    const float low = x[i], high = x[i + kHalf];
+    x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, 2 * kHalf);
+  }
+}
 // Over the eight lanes 4 g + c of each c: lane 4 g + c ends with the sums of x[2 g] and x[2 g + 1].
 __device__ inline float2 sums_of_columns(float (&x)[16]) {
-#pragma unroll
-  for (int round = 0; round < 3; round++) {
-    const int half = 8 >> round, step = 16 >> round;
-    const bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < half; i++) {
-      const float low = x[i], high = x[i + half];
-      const float other = __shfl_xor_sync(~0u, upper ? low : high, step);
-      x[i] = (upper ? high : low) + other;
-    }
-  }
+  add_halves<8>(x);
+  add_halves<4>(x);
+  add_halves<2>(x);
   return make_float2(x[0], x[1]);
 }
 
