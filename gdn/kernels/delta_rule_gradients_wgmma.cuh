@@ -305,7 +305,7 @@ __device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& sta
   const uint64_t own = kTiles == 2 ? warpgroup * kNextTile : warpgroup * 4;
   const uint64_t errors = tile_descriptor(stage + kTileBytes), s = tile_descriptor(states) + own;
   const uint64_t ds = s + kTiles * kNextTile;
-  uint32_t d_o[4][4], x[4][4], e[4][4];
+  uint32_t d_o[4][4], x[4][4], e[4][4], square[4][4];
   float factors[4];
   pin(sums);
 #pragma unroll
@@ -326,13 +326,12 @@ __device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& sta
       x[i][r] = *reinterpret_cast<const uint32_t*>(&scaled_x);
       e[i][r] = *reinterpret_cast<const uint32_t*>(&scaled_e);
     }
-    pin(d_o[i]), pin(x[i]), pin(e[i]);
+#pragma unroll
+    for (int r = 0; r < 4; r++) square[i][r] = warpgroup == 0 ? d_o[i][r] : x[i][r];
+    pin(d_o[i]), pin(x[i]), pin(e[i]), pin(square[i]);
     const int add = column_group + i > 0;
     products_begin();
-    if (warpgroup == 0)
-      wgmma_64<kByK>(sums.square, d_o[i], errors + i * kColumns16, add);
-    else
-      wgmma_64<kByK>(sums.square, x[i], errors + i * kColumns16, add);
+    wgmma_64<kByK>(sums.square, square[i], errors + i * kColumns16, add);
     wgmma_columns(sums.d_oS, d_o[i], s + i * kRows16, add);
     wgmma_columns(sums.XS, x[i], s + i * kRows16, add);
     wgmma_columns(sums.EdS, e[i], ds + i * kRows16, add);
@@ -347,7 +346,7 @@ __device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& sta
     states_dot += (warpgroup == 0 ? factors[i % 2 * 2] : factors[i % 2 * 2 + 1]) * dot;
   }
   products_done<0>();
-  pin(sums), pin(d_o), pin(x), pin(e);
+  pin(sums), pin(d_o), pin(x), pin(e), pin(square);
 }
 
 // This thread's part of q and k becomes fp16.
