@@ -271,16 +271,26 @@ TEST_CASE("cuda delta rule: long sequences") {
     check_against_recurrence(device, shape, Regime(regime), 100 + regime);
 }
 
+// More chunks than multiprocessors: blocks that take several in turn reuse everything they have.
+const MixerShape kManyChunks[] = {make_shape(3, 900, 8, 16, 80, 64), make_shape(3, 900, 8, 8, 48, 320)};
+
+TEST_CASE("cuda delta rule: many chunks") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: many chunks")) return;
+  Cuda device;
+  for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
+}
+
 TEST_CASE("cuda delta rule: the same bits in two runs") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: the same bits in two runs")) return;
   Cuda device;
-  const MixerShape shape = make_shape(2, 200, 1, 2, 64, 128);
-  const Inputs in = make_inputs(shape, kInitial, 1);
-  const GpuResults a = run_on_gpu(device, shape, in), b = run_on_gpu(device, shape, in);
-  CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);
-  CHECK(std::memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.size() * sizeof(act)) == 0);
-  CHECK(std::memcmp(a.dg.data(), b.dg.data(), a.dg.size() * sizeof(float)) == 0);
-  CHECK(std::memcmp(a.dbeta.data(), b.dbeta.data(), a.dbeta.size() * sizeof(float)) == 0);
+  for (const MixerShape& shape : {make_shape(2, 200, 1, 2, 64, 128), kManyChunks[0], kManyChunks[1]}) {
+    const Inputs in = make_inputs(shape, kInitial, 1);
+    const GpuResults a = run_on_gpu(device, shape, in), b = run_on_gpu(device, shape, in);
+    CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);
+    CHECK(std::memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.size() * sizeof(act)) == 0);
+    CHECK(std::memcmp(a.dg.data(), b.dg.data(), a.dg.size() * sizeof(float)) == 0);
+    CHECK(std::memcmp(a.dbeta.data(), b.dbeta.data(), a.dbeta.size() * sizeof(float)) == 0);
+  }
 }
 
 void check_recurrent(Cuda& device, const MixerShape& shape) {
