@@ -14,14 +14,13 @@
 // are its own, sums over i go over the block. Every sum has a fixed order.
 #pragma once
 
-#include "../../gdn/kernels/common.cuh"
+#include "common.cuh"
 
 namespace gdn {
 namespace readable {
 
 constexpr int kColumns = 16;        // of a block; dv is a multiple of it
 constexpr int kLongestBlock = 256;  // threads: the largest dk
-constexpr int kSumOfPartsThreads = 256;
 
 struct DeltaRuleSizes {
   int tokens, heads_k, heads_v, dk, dv, channels;
@@ -83,15 +82,11 @@ __device__ void sum_over_rows(float (&x)[N]) {
   }
 }
 
-__device__ inline float number(const act* x, int64_t at, bool active = true) {
-  return active ? __bfloat162float(x[at]) : 0.0f;
-}
-
 // Thread j stores column j of what all threads have.
 __device__ inline void store_columns(act* to, const float (&x)[kColumns]) {
 #pragma unroll
   for (int j = 0; j < kColumns; j++)
-    if (int(threadIdx.x) == j) to[j] = __float2bfloat16_rn(x[j]);
+    if (int(threadIdx.x) == j) to[j] = rounded(x[j]);
 }
 
 // S~_t from S_{t-1}, then error_t.
@@ -201,9 +196,9 @@ static __global__ void __launch_bounds__(kLongestBlock)
 
 // The q and k columns of dqkv [M,C]: the parts of a key head's slices and value heads, added up. A thread
 // does a number of q and the one of k.
-static __global__ void __launch_bounds__(kSumOfPartsThreads)
+static __global__ void __launch_bounds__(kThreads)
     add_key_parts_kernel(act* dqkv, DeltaRuleScratch parts, DeltaRuleSizes size, int rows) {
-  const int64_t n = int64_t(blockIdx.x) * kSumOfPartsThreads + threadIdx.x;  // in [M,Hk,dk]
+  const int64_t n = thread_number();  // in [M,Hk,dk]
   const int key_dim = size.heads_k * size.dk, group = size.heads_v / size.heads_k;
   if (n >= int64_t(rows) * key_dim) return;
   const int64_t row = n / key_dim;
@@ -215,14 +210,14 @@ static __global__ void __launch_bounds__(kSumOfPartsThreads)
       dq += parts.dq[part];
       dk += parts.dk[part];
     }
-  dqkv[row * size.channels + column] = __float2bfloat16_rn(dq);
-  dqkv[row * size.channels + key_dim + column] = __float2bfloat16_rn(dk);
+  dqkv[row * size.channels + column] = rounded(dq);
+  dqkv[row * size.channels + key_dim + column] = rounded(dk);
 }
 
 // dg, dbeta [n], n = M*Hv: the slices' parts, added up.
-static __global__ void __launch_bounds__(kSumOfPartsThreads)
+static __global__ void __launch_bounds__(kThreads)
     add_gate_parts_kernel(float* dg, float* dbeta, DeltaRuleScratch parts, int slices, int n) {
-  const int i = blockIdx.x * kSumOfPartsThreads + threadIdx.x;
+  const int i = int(thread_number());
   if (i >= n) return;
   dg[i] = dbeta[i] = 0;
   for (int slice = 0; slice < slices; slice++) {
@@ -297,12 +292,11 @@ inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float*
   launched("delta_rule_backward_kernel");
 
   const int rows = shape.rows(), gates = rows * size.heads_v, slices = size.dv / kColumns;
-  const int64_t key_sums = int64_t(rows) * shape.key_dim();
-  add_key_parts_kernel<<<unsigned(divide_up(key_sums, int64_t(kSumOfPartsThreads))), kSumOfPartsThreads, 0,
-                         device.stream>>>(dqkv, parts, size, rows);
+  add_key_parts_kernel<<<blocks_of_threads(int64_t(rows) * shape.key_dim()), kThreads, 0, device.stream>>>(
+      dqkv, parts, size, rows);
   launched("add_key_parts_kernel");
-  add_gate_parts_kernel<<<divide_up(gates, kSumOfPartsThreads), kSumOfPartsThreads, 0, device.stream>>>(
-      dg, dbeta, parts, slices, gates);
+  add_gate_parts_kernel<<<blocks_of_threads(gates), kThreads, 0, device.stream>>>(dg, dbeta, parts, slices,
+                                                                                  gates);
   launched("add_gate_parts_kernel");
 }
 
