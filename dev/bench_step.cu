@@ -184,8 +184,8 @@ class Bench {
 
   void write_trace(const std::string& file, const Row& row) {
     gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength, false);
-    const gdn::Trace trace =
-        gdn::trace_step(dev_, [&] { queue(training_step); }, [&] { finish(training_step); });
+    const gdn::Trace trace = gdn::trace_step(
+        dev_, [&] { queue(training_step); }, [&] { finish(training_step); });
     gdn::write_trace(file, trace,
                      {{"device", dev_.name},
                       {"width", row.width},
