@@ -90,9 +90,9 @@ bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_delta_rule
 	./dev/bench_step -phases
 
-dev/bench_%: dev/bench_%.cu $(HEADERS) Makefile
+dev/bench_%: dev/bench_%.cu $(HEADERS) $(wildcard dev/*.h) Makefile
 	$(if $(NVCC),,$(error make bench needs nvcc and a GPU))
-	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
+	$(COMPILE) -I. -I$(dir $(NVCC))../extras/CUPTI/include $< -o $@ $(LINK_LIBS)
 
 # reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
 dev/delta_rule_file: dev/delta_rule_file.cu $(HEADERS) Makefile
