@@ -10,13 +10,14 @@ median after the first steps. fla's delta rule includes the L2 norms of q and k,
 1. fla's kernels for all parts are compiled, on all cores (triton_ahead.py).
 2. One part after another has the GPU to itself, ours and then fla's. fla's autotuner measures its configurations there,
    each for --tune ms. `compiled` counts kernels that the first step missed. fla's own first step, which compiles on one
-   core, is not measured here; the core-seconds of the first step say how long that takes. `memory` is what the parts'
-   timed steps need: fla's peak of PyTorch's allocator, our plan.
+   core, is not measured here; the core-seconds of 1 say what it compiles. `memory`: the peak of PyTorch's allocator in
+   fla's timed steps, and our plan.
 Parts come in the order of --parts, as long as --minutes last; what has been measured is printed and, with -o, written
 after each part: fla_speed.csv and fla_speed.md.
 """
 
 import argparse
+import contextlib
 import csv
 import gc
 import json
@@ -133,13 +134,13 @@ def run_fla(part: Part, runs: int, device: str = "cuda") -> dict:
 
 
 def collect(wanted: list[Part], device: str = "cuda") -> dict:
-    """The compile jobs of the parts, in their order. A model of one layer has the kernels of all."""
+    """The compile jobs of the parts, in their order. A model of two layers has the kernels of all."""
     import triton_ahead
 
     jobs = {}
     for what, numbers in wanted:
         with triton_ahead.collecting(jobs):
-            run_fla((what, numbers[:2] + (1,) if what == "step" else numbers), 1, device)
+            run_fla((what, numbers[:2] + (2,) if what == "step" else numbers), 1, device)
         gc.collect()
         torch.cuda.empty_cache()
     return jobs
@@ -158,6 +159,7 @@ def serve(runs: int, tune_ms: float) -> None:
 
     triton_ahead.shorten_autotuning(tune_ms)
     compiled = triton_ahead.count_compiled()
+    answers, sys.stdout = sys.stdout, sys.stderr  # what the packages print is no answer
     for line in sys.stdin:
         compiled.clear()
         begin = time.time()
@@ -165,7 +167,7 @@ def serve(runs: int, tune_ms: float) -> None:
             answer = run_fla(parts(line)[0], runs)
         except torch.OutOfMemoryError as e:
             answer = dict(error=str(e).splitlines()[0])
-        print(json.dumps(dict(answer, compiled=len(compiled), total_s=time.time() - begin)), flush=True)
+        print(json.dumps(dict(answer, compiled=len(compiled), total_s=time.time() - begin)), file=answers, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -180,12 +182,13 @@ class Fla:
 
     def ask(self, part: Part, seconds: float) -> dict:
         if self.process is None or self.process.poll() is not None:
-            with self.log.open("a") as log:
+            with self.log.open("w") as log:
                 self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                                                 text=True, env=self.environment)
         what, numbers = part
-        self.process.stdin.write(f"{what}:{','.join(map(str, numbers))}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: below
+            self.process.stdin.write(f"{what}:{','.join(map(str, numbers))}\n")
+            self.process.stdin.flush()
         if not select.select([self.process.stdout], [], [], max(0, seconds))[0]:
             self.stop()
             return dict(error=f"no answer within {seconds:.0f} s")
