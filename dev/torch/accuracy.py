@@ -92,18 +92,6 @@ def ours(x: dict, device: str) -> dict:
         return read_safetensors(f"{folder}/out.safetensors")
 
 
-def compile_fla(groups: list[list[dict]]) -> None:
-    """fla's kernels for these sequences, on all cores; else the first call compiles for a minute."""
-    import triton_ahead
-
-    jobs = {}
-    for sequences in groups:
-        with triton_ahead.collecting(jobs), contextlib.suppress(RuntimeError):  # fla's refusal: the column then says it
-            results(others.fla_chunked, sequences, torch.bfloat16)
-    triton_ahead.compile_all(jobs, 60)
-    triton_ahead.shorten_autotuning(20)
-
-
 def error(x, want) -> float:
     x = x.to(want.device).double()
     return ((x - want).norm() / want.norm()).item() if x.isfinite().all() else math.inf
@@ -153,7 +141,10 @@ def main() -> None:
         groups.append((o.long, ["strong decay", "beta near 1", "hardly any decay", "initial values"]))
     of_groups = [[make_inputs(regime, tokens, *o.heads, o.device) for regime in names] for tokens, names in groups]
     if "fla" in columns:
-        compile_fla(of_groups)
+        import triton_ahead
+
+        with contextlib.suppress(RuntimeError):  # fla's refusal: the column says it
+            triton_ahead.prepare(lambda: [columns["fla"](inputs) for inputs in of_groups])
     not_closest = []
     for (tokens, names), inputs in zip(groups, of_groups):
         wanted, got = exact(inputs), {}

@@ -52,7 +52,9 @@ def missing_fla() -> str | None:
 
 @contextlib.contextmanager
 def in_float64():
-    """Lets code that rounds to float32 on the way keep float64: its torch.float32 and .float() mean float64."""
+    """Lets code that rounds to float32 on the way keep float64: its torch.float32 and .float() mean float64. It is
+    imported before that, as it imports fla, whose defaults would else stay float64."""
+    olmo(), qwen()
     with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float",
                                                                               torch.Tensor.double):
         yield

@@ -101,3 +101,13 @@ def shorten_autotuning(ms: float) -> None:
         return lambda call, quantiles: triton.testing.do_bench(call, warmup=ms / 4, rep=ms, quantiles=quantiles)
 
     Autotuner.do_bench = property(do_bench)
+
+
+def prepare(call: Callable) -> None:
+    """Compiles on all cores what the call needs; else its first run compiles for minutes. For numbers, not for times:
+    the autotuner then takes 2 ms a configuration."""
+    jobs = {}
+    with collecting(jobs):
+        call()
+    compile_all(jobs, 120)
+    shorten_autotuning(2)
