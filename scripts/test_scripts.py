@@ -1145,10 +1145,11 @@ class Export(InFolder):
             ("mup", (), ("embeddings", "o_proj", "down_proj"), 2.5e-7, True),
             ("mup0", ("-param", "mup0"), (), 1e-6, False),
             ("sp", ("-param", "sp"), (), 1e-6, True),
+            ("untied", (), ("embeddings", "o_proj", "down_proj"), 2.5e-7, False),
         ):
             run, out = self.folder / name, self.folder / f"{name}_out"
             self.train(*self.MODEL, "-n", 2, *options, "-o", run)
-            done = call("export_hf.py", run, out)
+            done = call("export_hf.py", run, out, *["--untied"] * (name == "untied"))
             self.assertEqual(done.returncode, 0, done.stderr)
             config = json.loads((out / "config.json").read_text())
             self.assertEqual((config["norm_eps"], config["tie_word_embeddings"]), (eps, tied))
