@@ -2,6 +2,8 @@
 # make test         builds and runs the tests; those that need a GPU are skipped by name where there is none
 # make sanitize     compute-sanitizer (memcheck, racecheck) over the GPU tests
 # make bench        benchmarks of the kernels and of the training step (needs a GPU)
+# make train_gdn_readable, make test_gdn_readable
+#                   the same programs with the GPU layers of dev/readable: float throughout, written to be read
 # make gpu-check    says which GPU, compiler and libraries the build found
 # make clean
 #
@@ -47,7 +49,7 @@ COMPILE = $(NVCC) -std=c++17 -O3 -diag-suppress 1675 $(GENCODE) -ccbin $(CXX) -x
 LINK_LIBS = $(LIBS) -lcublasLt
 endif
 
-HEADERS := $(wildcard *.h *.cuh gdn/*.h gdn/*.cuh gdn/kernels/*.cuh)
+HEADERS := $(wildcard *.h *.cuh gdn/*.h gdn/*.cuh gdn/kernels/*.cuh dev/readable/*.cuh)
 TESTS := $(wildcard gdn/tests/*.h)
 
 .PHONY: all test sanitize bench gpu-check clean doctest
@@ -58,6 +60,14 @@ train_gdn: train_gdn.cu $(HEADERS) Makefile
 
 test_gdn: test_gdn.cu $(HEADERS) $(TESTS) Makefile | doctest
 	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
+
+train_gdn_readable: train_gdn.cu $(HEADERS) Makefile
+	$(if $(NVCC),,$(error make $@ needs nvcc))
+	$(COMPILE) -DGDN_READABLE $< -o $@ $(LINK_LIBS)
+
+test_gdn_readable: test_gdn.cu $(HEADERS) $(TESTS) Makefile | doctest
+	$(if $(NVCC),,$(error make $@ needs nvcc))
+	$(COMPILE) -DGDN_READABLE -I. $< -o $@ $(LINK_LIBS)
 
 doctest:
 ifneq ($(DOCTEST),yes)
@@ -80,9 +90,9 @@ bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_delta_rule
 	./dev/bench_step -phases
 
-dev/bench_%: dev/bench_%.cu $(HEADERS) Makefile
+dev/bench_%: dev/bench_%.cu $(HEADERS) $(wildcard dev/*.h) Makefile
 	$(if $(NVCC),,$(error make bench needs nvcc and a GPU))
-	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
+	$(COMPILE) -I. -I$(dir $(NVCC))../extras/CUPTI/include $< -o $@ $(LINK_LIBS)
 
 # reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
 dev/delta_rule_file: dev/delta_rule_file.cu $(HEADERS) Makefile
@@ -94,4 +104,4 @@ gpu-check:
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:
-	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file
+	rm -f train_gdn test_gdn train_gdn_readable test_gdn_readable dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file

@@ -166,6 +166,9 @@ void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_dev
 
 }  // namespace gdn
 
+#ifdef GDN_READABLE  // make train_gdn_readable
+#include "dev/readable/layers.cuh"
+#else
 #include "gdn/kernels/classifier.cuh"
 #include "gdn/kernels/delta_rule.cuh"
 #include "gdn/kernels/embedding.cuh"
@@ -176,3 +179,4 @@ void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_dev
 #include "gdn/kernels/rmsnorm.cuh"
 #include "gdn/kernels/short_conv.cuh"
 #include "gdn/kernels/swiglu.cuh"
+#endif

@@ -3,6 +3,7 @@
 // 32, and L = 21, B = 8 from d = 2048 on, the 1.3B shape).
 //
 //   dev/bench_step [-d 256,512,...] [-recompute 0|1|2] [-opt adamw|sgd] [-steps N] [-phases] [-csv FILE]
+//                  [-trace FILE]
 //
 // A row a width:
 //   ms, tokens/s     median over the steps after a warm-up, from CUDA events at the ends of the steps
@@ -12,6 +13,8 @@
 //   first            seconds from the first allocation to the end of the first step (initial values too)
 // A width whose shape does not fit into the GPU's memory is named and skipped. With -phases, for each width
 // the time of each NVTX range (outer / inner, without what runs inside inner ones) in a step without graphs.
+// With -trace, for one width, where in time each range and kernel of a step without graphs lies
+// (dev/trace.h).
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -32,6 +35,9 @@
 #include "gdn/speed_of_light.h"
 #include "gdn/training_step.h"
 
+#include "dev/range_times.h"
+#include "dev/trace.h"
+
 namespace {
 
 using gdn::Cuda;
@@ -44,7 +50,7 @@ constexpr double kLearningRate = 1e-4;
 struct Options {
   std::vector<int> widths = {256, 512, 1024, 1536, 2048};
   int recompute = 0, steps = 20;
-  std::string optimizer = "adamw", csv;
+  std::string optimizer = "adamw", csv, trace;
   bool phases = false;
 };
 
@@ -65,8 +71,9 @@ Options parse(int argc, char** argv) {
       o.phases = true;
       continue;
     }
-    if (name != "-d" && name != "-recompute" && name != "-opt" && name != "-steps" && name != "-csv")
-      throw std::runtime_error(name + ": expected -d, -recompute, -opt, -steps, -phases or -csv");
+    if (name != "-d" && name != "-recompute" && name != "-opt" && name != "-steps" && name != "-csv" &&
+        name != "-trace")
+      throw std::runtime_error(name + ": expected -d, -recompute, -opt, -steps, -phases, -csv or -trace");
     if (++i == argc) throw std::runtime_error(name + ": needs a value");
     const std::string value = argv[i];
     if (name == "-d") {
@@ -79,7 +86,11 @@ Options parse(int argc, char** argv) {
     if (name == "-steps") o.steps = whole(name, value, 1, 100000);
     if (name == "-opt") o.optimizer = value;
     if (name == "-csv") o.csv = value;
+    if (name == "-trace") o.trace = value;
   }
+  if (!o.trace.empty() && o.widths.size() != 1)
+    throw std::runtime_error("-trace " + o.trace + ": expected one width in -d, not " +
+                             std::to_string(o.widths.size()));
   gdn::parse_optimizer(o.optimizer);
   return o;
 }
@@ -153,16 +164,14 @@ class Bench {
   void print_phases() {
     gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength, false);
     queue(training_step);
-    gdn::RangeTimes times(dev_.stream);
-    dev_.range_times = &times;
+    gdn::RangeTimes times(dev_);
     for (int i = 0; i < kPhaseSteps; i++) {
       queue(training_step);
       finish(training_step);
     }
-    dev_.range_times = nullptr;
+    const auto phases = times.own_milliseconds();
     finish(training_step);
     double total = 0;
-    const auto phases = times.milliseconds();
     for (const auto& [name, ms] : phases) total += ms / kPhaseSteps;
     std::printf("\nd = %d, one step without graphs: %.2f ms\n%8s %6s  phase\n", parameters_.config.width,
                 total, "ms", "%");
@@ -171,6 +180,20 @@ class Bench {
         std::printf("%8.3f %6.1f  %s\n", ms / kPhaseSteps, 100 * ms / kPhaseSteps / total,
                     name.empty() ? "between steps" : name.c_str());
     std::printf("\n");
+  }
+
+  void write_trace(const std::string& file, const Row& row) {
+    gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength, false);
+    const gdn::Trace trace = gdn::trace_step(
+        dev_, [&] { queue(training_step); }, [&] { finish(training_step); });
+    gdn::write_trace(file, trace,
+                     {{"device", dev_.name},
+                      {"width", row.width},
+                      {"layers", row.layers},
+                      {"batch", row.batch},
+                      {"length", kLength},
+                      {"graph_ms", row.milliseconds}});
+    std::printf("wrote %s (%zu spans, by %s)\n", file.c_str(), trace.spans.size(), trace.source.c_str());
   }
 
  private:
@@ -243,6 +266,7 @@ void bench(const Options& o) {
                   r.parameters, r.milliseconds, r.tokens_per_second, 100 * r.speed_of_light, r.planned,
                   r.used, r.first);
       rows.push_back(r);
+      if (!o.trace.empty()) shape.write_trace(o.trace, r);
       if (o.phases) {
         shape.print_phases();
         if (width != o.widths.back()) header();

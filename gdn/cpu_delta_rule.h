@@ -21,7 +21,13 @@
 //   X  = (I+A)^-T dVn = dR       dA = -X Vn^T, strictly lower
 //   dV = diag(beta) X            Y = d(K S_0) = -diag(beta e^G) X
 //   dS_0 = e^{G_C} dS_C + s Qe^T dO + K^T Y
-// and from dP, dA, dKd, dQe, Y S_0^T by the product rule to q, k, beta and G; dg_t = sum_{i >= t} dG_i.
+// and from dP, dA, dKd, dQe, Y S_0^T by the product rule to q, k and beta. g_t is in every decay that spans
+// token t, from S_0 or a write before t to a read at t or later, or to S_C:
+//   dg_t = e^{G_C} <S_0, dS_C> + sum_{i >= t} reads_i + sum_{j < t} kept_j + sum_{i >= t > j} M_ij
+//   reads_i = q_i . dq_i + Y_i . (K S_0)_i, through S_0     kept_j = k_j . dKd_j e^{G_C - G_j}
+//   M_ij = D_ij (dP_ij q_i . k_j + beta_i dA_ij k_i . k_j)
+// Summed like this (and not as sum_{i >= t} dG_i, where what begins and ends after t is added and taken off)
+// nothing cancels that is not there, which under strong decay is most of it.
 #pragma once
 
 #include <algorithm>
@@ -289,7 +295,7 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
     for (int hk = 0; hk < shape.heads_k; hk++) {
       DeltaRuleChunk<Real> c(dk, dv);
       std::vector<Real> dO(kChunk * dv), dVn(kChunk * dv), dP(kChunk * kChunk), dA(kChunk * kChunk);
-      std::vector<Real> dQ(kChunk * dk), dK(kChunk * dk), dKd(kChunk * dk), dG(kChunk), dS(dk * dv);
+      std::vector<Real> dQ(kChunk * dk), dK(kChunk * dk), dKd(kChunk * dk), spans(kChunk), reads(kChunk), kept(kChunk), dS(dk * dv);
       std::vector<Real> Y(kChunk * dv);
       for (int h = hk * group; h < (hk + 1) * group; h++) {
         std::fill(dS.begin(), dS.end(), Real(0));
@@ -303,7 +309,7 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
           for (int i = 0; i < n; i++)
             for (int e = 0; e < dv; e++) dO[i * dv + e] = s * d_o[((first + i) * H + h) * dv + e];
           const auto clear = [](std::vector<Real>& x) { std::fill(x.begin(), x.end(), Real(0)); };
-          for (auto* x : {&dVn, &dP, &dA, &dQ, &dK, &dKd, &dG}) clear(*x);
+          for (auto* x : {&dVn, &dP, &dA, &dQ, &dK, &dKd, &spans}) clear(*x);
 
           small::add_atb(dVn.data(), c.P.data(), dO.data(), n, n, dv);
           small::add_ab(dVn.data(), c.Kd.data(), dS.data(), n, dk, dv);
@@ -320,7 +326,7 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
             for (int e = 0; e < dv; e++) Y[i * dv + e] = -c.beta[i] * c.eG[i] * X[i * dv + e];
           small::add_abt(dK.data(), Y.data(), S0, n, dv, dk);
 
-          dG[last] += c.eG[last] * dot(S0, dS.data(), dk * dv);
+          const Real through_states = c.eG[last] * dot(S0, dS.data(), dk * dv);
           for (Real& x : dS) x *= c.eG[last];
           for (int i = 0; i < n; i++) small::add_ab(dS.data(), &c.q[i * dk], &dO[i * dv], dk, 1, dv, c.eG[i]);
           small::add_atb(dS.data(), c.k.data(), Y.data(), dk, n, dv);
@@ -328,10 +334,9 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
           for (int i = 0; i < n; i++) {
             const Real eG = c.eG[i], to_end = c.D[last * n + i], b_i = c.beta[i];
             const Real vX = dot(&c.v[i * dv], &X[i * dv], dv), ksX = eG * dot(&c.KS[i * dv], &X[i * dv], dv);
-            const Real kdKd = to_end * dot(&c.k[i * dk], &dKd[i * dk], dk);
-            Real db = vX - ksX;
-            dG[i] += -b_i * ksX + eG * dot(&c.q[i * dk], &dQ[i * dk], dk) - kdKd;
-            dG[last] += kdKd;
+            Real db = vX - ksX, before = 0;  // before: sum_{j < t} M_ij
+            reads[i] = eG * dot(&c.q[i * dk], &dQ[i * dk], dk) - b_i * ksX;
+            kept[i] = to_end * dot(&c.k[i * dk], &dKd[i * dk], dk);
             for (int e = 0; e < dk; e++) {
               dQ[i * dk + e] *= eG;
               dK[i * dk + e] += to_end * dKd[i * dk + e];
@@ -340,10 +345,11 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
               // dP and dA become the gradients of q_i.k_j and k_i.k_j
               const Real D = c.D[i * n + j], through_A = dA[i * n + j] * D * c.kk[i * n + j];
               dP[i * n + j] *= D;
-              const Real through_D = dP[i * n + j] * c.qk[i * n + j] + (i > j ? b_i * through_A : Real(0));
-              dG[i] += through_D;
-              dG[j] -= through_D;
-              db += i > j ? through_A : Real(0);
+              if (j < i) {
+                before += dP[i * n + j] * c.qk[i * n + j] + b_i * through_A;
+                spans[j + 1] += before;
+                db += through_A;
+              }
               dA[i * n + j] *= b_i * D;
             }
             for (int j = i; j < n; j++) dA[i * n + j] = 0;
@@ -354,10 +360,14 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
           small::add_atb(dK.data(), dP.data(), c.q.data(), n, n, dk);
           small::add_ab(dK.data(), dA.data(), c.k.data(), n, n, dk);
           small::add_atb(dK.data(), dA.data(), c.k.data(), n, n, dk);
-          Real running = 0;
+          Real kept_before = 0, reads_after = 0;
+          for (int t = 0; t < n; t++) {
+            spans[t] += through_states + kept_before;
+            kept_before += kept[t];
+          }
           for (int i = last; i >= 0; i--) {
-            running += dG[i];
-            dg[(first + i) * H + h] = running;
+            reads_after += reads[i];
+            dg[(first + i) * H + h] = spans[i] + reads_after;
             Real *dq = dqkv + (first + i) * C + hk * dk, *dk_i = dq + shape.key_dim();
             Real* dv_i = dqkv + (first + i) * C + 2 * shape.key_dim() + h * dv;
             const bool first_of_group = h == hk * group;

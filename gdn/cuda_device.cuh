@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -52,61 +53,6 @@ struct MatmulPlan {
   cublasLtMatmulAlgo_t algorithm = {};
 };
 
-// The ranges' own times on the GPU: what ran while a range was the innermost open one. An event is recorded
-// wherever a range begins or ends; what fails there is thrown by milliseconds(), for ranges end in destructors.
-class RangeTimes {
- public:
-  explicit RangeTimes(cudaStream_t stream) : stream_(stream) { mark(); }
-  ~RangeTimes() {
-    for (cudaEvent_t event : events_) cudaEventDestroy(event);
-  }
-  RangeTimes(const RangeTimes&) = delete;
-  RangeTimes& operator=(const RangeTimes&) = delete;
-
-  void push(const char* name) {
-    mark();
-    open_.push_back(name);
-  }
-  void pop() {
-    mark();
-    open_.pop_back();
-  }
-  // Milliseconds by the names of the open ranges, "outer / inner", in the order in which they were first met.
-  // Waits for the device.
-  std::vector<std::pair<std::string, double>> milliseconds() const {
-    cuda_check(status_);
-    cuda_check(cudaEventSynchronize(events_.back()));
-    std::vector<std::pair<std::string, double>> sums;
-    std::map<std::string, size_t> place;
-    for (size_t i = 1; i < events_.size(); i++) {
-      float ms = 0;
-      cuda_check(cudaEventElapsedTime(&ms, events_[i - 1], events_[i]));
-      const auto [at, first] = place.emplace(ended_[i], sums.size());
-      if (first) sums.emplace_back(ended_[i], 0);
-      sums[at->second].second += double(ms);
-    }
-    return sums;
-  }
-
- private:
-  void mark() {
-    std::string names;
-    for (const char* name : open_) names += (names.empty() ? "" : " / ") + std::string(name);
-    cudaEvent_t event = nullptr;
-    if (status_ == cudaSuccess) status_ = cudaEventCreate(&event);
-    if (status_ != cudaSuccess) return;
-    events_.push_back(event);
-    ended_.push_back(names);
-    status_ = cudaEventRecord(event, stream_);
-  }
-
-  cudaStream_t stream_;
-  cudaError_t status_ = cudaSuccess;
-  std::vector<const char*> open_;
-  std::vector<cudaEvent_t> events_;
-  std::vector<std::string> ended_;  // of the interval that ends at the event: its open ranges
-};
-
 struct Cuda {
   using real = float;
   using act = __nv_bfloat16;
@@ -122,7 +68,9 @@ struct Cuda {
   std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
   std::map<std::tuple<int, int, int, int>, MatmulPlan>
       matmul_plans;  // by kind of product and its three sizes
-  RangeTimes* range_times = nullptr;  // where set, ranges are timed; graphs are then no use
+  // Called with each range that begins, and with a null name as it ends. It throws nothing: ranges end in
+  // destructors.
+  std::function<void(const char* name, int layer)> on_range;
 
   Cuda() {
     const std::string reason = unavailable();
@@ -258,12 +206,12 @@ struct Cuda {
     cuda_check(cudaGraphLaunch(graph.executable, stream));
   }
 
-  void range_push(const char* range) {
-    nvtxRangePushA(range);
-    if (range_times) range_times->push(range);
+  void range_push(const char* range, int layer) {
+    nvtxRangePushA(layer < 0 ? range : (std::string(range) + " " + std::to_string(layer)).c_str());
+    if (on_range) on_range(range, layer);
   }
   void range_pop() {
-    if (range_times) range_times->pop();
+    if (on_range) on_range(nullptr, -1);
     nvtxRangePop();
   }
 

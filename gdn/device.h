@@ -15,8 +15,7 @@
 //   Event, record(event), wait(event), seconds(from, to)    a point in the device's work, and the time between two
 //   Graph, replay(graph, calls)        runs the layers that calls() calls; on the GPU from the third time on as one
 //                                      recorded graph, so calls() must always call the same with the same arguments
-//   range_push(name), range_pop()                           profiler ranges (NVTX on the GPU, nothing on the
-//   CPU)
+//   range_push(name, layer), range_pop()                    profiler ranges (NVTX on the GPU, nothing on the CPU)
 #pragma once
 
 #include <chrono>
@@ -77,7 +76,7 @@ struct Cpu {
     calls();
   }
 
-  void range_push(const char*) {}
+  void range_push(const char*, int) {}
   void range_pop() {}
 };
 
@@ -131,11 +130,13 @@ class HostBuffer {
   T* data_;
 };
 
-// Names a layer or phase in a profiler's timeline for as long as it lives.
+// Names a phase, a function or, with its number, a layer in a profiler's timeline for as long as it lives.
 template <class Device>
 class Range {
  public:
-  Range(Device& device, const char* name) : device_(device) { device_.range_push(name); }
+  Range(Device& device, const char* name, int layer = -1) : device_(device) {
+    device_.range_push(name, layer);
+  }
   ~Range() { device_.range_pop(); }
   Range(const Range&) = delete;
   Range& operator=(const Range&) = delete;

@@ -300,7 +300,7 @@ class Model {
 
   // x_in = x_mid of the layer before + its mlp's output
   void mixer_forward(int l, RecurrentState<Device>* state) {
-    Range<Device> range(dev_, "mixer forward");
+    Range<Device> range(dev_, "mixer forward", l);
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width;
@@ -345,7 +345,7 @@ class Model {
 
   // branch = mlp(rmsnorm(x_mid))
   void mlp_forward(int l) {
-    Range<Device> range(dev_, "mlp forward");
+    Range<Device> range(dev_, "mlp forward", l);
     mlp_inner(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
     swiglu_forward(dev_, swiglu_, at(l).gate_up, M, I);
@@ -363,7 +363,7 @@ class Model {
 
   // From x_in all that the layer's forward left for its backward.
   void recompute_layer(int l) {
-    Range<Device> range(dev_, "layer again");
+    Range<Device> range(dev_, "layer again", l);
     const LayerActivations& a = at(l);
     rmsnorm_forward(dev_, h_, a.attn_rstd, a.x_in, p_.master(p_.table.layers[l].attn_norm), shape_.rows(),
                     config_.width);
@@ -408,7 +408,7 @@ class Model {
   }
 
   void mlp_backward(int l) {
-    Range<Device> range(dev_, "mlp backward");
+    Range<Device> range(dev_, "mlp backward", l);
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
@@ -423,7 +423,7 @@ class Model {
   }
 
   void mixer_backward(int l) {
-    Range<Device> range(dev_, "mixer backward");
+    Range<Device> range(dev_, "mixer backward", l);
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, values = shape_.value_dim();

@@ -61,12 +61,18 @@ class TrainingStep {
     Slot& slot = next();
     slot.behind_another = queued_ > done_;
     dev_.record(slot.begin);
-    p_.zero_gradients();
-    model_.zero_loss();
+    {
+      Range<Device> r(dev_, "zero gradients");
+      p_.zero_gradients();
+      model_.zero_loss();
+    }
     const int rows = micro_batch_ * length_;
     const float loss_weight = float(1.0 / (double(rows) * micro_batches_));
     for (int i = 0; i < micro_batches_; i++) {
-      model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
+      {
+        Range<Device> r(dev_, "upload batch");
+        model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
+      }
       run(micro_batch_graph_, "micro-batch", [&] { model_.forward_backward(loss_weight); });
     }
     optimizer_.upload_scalars(*slot.scalars.get(), step, learning_rate);

@@ -10,6 +10,8 @@ GatedDeltaNetForCausalLM has none of muP's multipliers, so they go into the weig
              residual stream by r: embedding, o_proj and down_proj.
   logits     1/r W_emb h: the embedding divided by r does both, and stays tied. Where the readout scale is fla's (muP of
              fixed head size, mup0), lm_head = 1/r W_emb, untied.
+--untied writes lm_head of a tied model too: flash-linear-attention 0.5.2 does not load a tied one under transformers 5
+("'list' object has no attribute 'keys'").
 Exact where r is a power of 2; else the scaled weights are rounded to their type once more. Rows of padding are left out:
 vocab_size is the number of tokens.
 
@@ -133,7 +135,7 @@ def write_tokenizer(out: Path, vocab: int, source: Path | None) -> str:
     return said
 
 
-def export(checkpoint: Path, out: Path, source: Path | None) -> None:
+def export(checkpoint: Path, out: Path, source: Path | None, untied: bool) -> None:
     try:
         config = json.loads((checkpoint / "config.json").read_text())
         ours = config.pop("train_gdn")
@@ -146,7 +148,7 @@ def export(checkpoint: Path, out: Path, source: Path | None) -> None:
     if EMBEDDING not in tensors.entries:
         raise Error(f"{checkpoint / 'model.safetensors'}: tensor '{EMBEDDING}' is missing")
     exported = {name: tensors.rows(name, vocab if name in (EMBEDDING, HEAD) else None) for name in tensors.entries}
-    if ratio != 1 and (HEAD in exported or stream == 1):
+    if untied or (ratio != 1 and (HEAD in exported or stream == 1)):
         exported[HEAD] = scaled(exported.get(HEAD, exported[EMBEDDING]), 1 / ratio)
     if stream != 1:
         for name in exported:
@@ -170,8 +172,9 @@ def main(argv: list[str]) -> int:
     p.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder (its newest one)")
     p.add_argument("out", type=Path, help="a new folder")
     p.add_argument("--vocab", type=Path, metavar="FOLDER", help="GPT-2's files, for the tokenizer [none]")
+    p.add_argument("--untied", action="store_true", help="write lm_head of a tied model too")
     a = p.parse_args(argv)
-    export(newest_checkpoint(a.checkpoint), a.out, a.vocab)
+    export(newest_checkpoint(a.checkpoint), a.out, a.vocab, a.untied)
     return 0
 
 

@@ -614,6 +614,77 @@ class Plots(InFolder):
         (self.folder / "log.csv").write_text("step,split,loss,lr,grad_norm,ms,tokens_per_s,sol\n")
         self.assert_one_line_error(call("plot_log.py", self.folder), "no training steps")
 
+    def trace(self, kernels: bool) -> dict:
+        """As of dev/bench_step -trace: two layers whose norm, product and delta rule take 1, 4 and 2 ms, and so on."""
+        ranges, launched, now = [], [], 0
+
+        def add(path: str, layer: int | None, *inside) -> None:
+            nonlocal now
+            event = {"ph": "X", "cat": "range", "name": path.split(" / ")[-1], "ts": now, "args": {"path": path}}
+            if layer is not None:
+                event["args"]["layer"] = layer
+            ranges.append(event)
+            for name, content in inside:
+                if isinstance(content, int):
+                    ranges.append({**event, "name": name, "ts": now, "dur": 1000 * content, "args": {**event["args"], "path": f"{path} / {name}"}})
+                    launched.append({**ranges[-1], "cat": "kernel", "name": "k", "args": {**event["args"], "path": f"{path} / {name} / k"}})
+                    now += 1000 * content
+                else:
+                    add(f"{path} / {name}", layer if name != "mixer forward" else content[0], *content[1:])
+            event["dur"] = now - event["ts"]
+            if path.endswith("mixer forward"):
+                event["name"] += f" {layer}"
+
+        def mixer(layer: int) -> tuple:
+            return "mixer forward", [layer, ("rmsnorm_forward", 1), ("linear_forward", 4), ("gated delta rule", 2)]
+
+        forward = "forward", [None, ("embedding_forward", 1), mixer(0), mixer(1)]
+        classifier = "classifier", [None, ("linear_forward", 3), ("softmax_cross_entropy", 2)]
+        update = "update", [None, ("optimizer", [None, ("global_norm", 1), ("adamw_update", 2)])]
+        add("training step", None, ("zero gradients", 1), ("micro-batch", [None, forward, classifier]), update)
+        ranges[0]["dur"] += 1000
+        about = {"device": "GPU", "source": "CUPTI", "width": 64, "layers": 2, "batch": 4, "length": 8, "graph_ms": 24.5}
+        return {"otherData": about, "traceEvents": [{"ph": "M", "name": "thread_name"}, *ranges, *(launched if kernels else [])]}
+
+    @needs_matplotlib
+    def test_plot_step(self) -> None:
+        for kernels, rest in ((True, "between kernels"), (False, "outside of these")):
+            (self.folder / "step.json").write_text(json.dumps(self.trace(kernels)))
+            done = call("plot_step.py", self.folder / "step.json", "-o", self.folder / "step.png")
+            self.assertEqual((done.returncode, done.stderr), (0, ""))
+            self.assert_drawn("step")
+            lines = [line.split(None, 2) for line in done.stdout.splitlines() if not line.startswith("wrote")]
+            self.assertEqual(lines[0][2], "of 25.00 ms")
+            wanted = {
+                "matrix products": 8, "gated delta rule": 4, "norms, convolution, gates, embedding": 3, "classifier": 5,
+                "optimizer": 3, "copies and zeros": 1, rest: 1,
+            }  # fmt: skip
+            self.assertEqual({kind: (float(ms), float(share)) for ms, share, kind in lines[1:]},
+                             {kind: (ms, 4.0 * ms) for kind, ms in wanted.items()})  # fmt: skip
+            drawn = (self.folder / "step.svg").read_text()
+            for text in ("25.00 ms launch by launch, 24.50 ms as CUDA graphs", "layer 1, forward: 7.00 ms", "gated delta rule: 4.00 ms, 16.0%"):
+                self.assertIn(text, drawn)
+
+    def test_errors_of_plot_step(self) -> None:
+        def draw(trace: object, *words: object) -> subprocess.CompletedProcess:
+            path = self.folder / "bad.json"
+            path.write_text(trace if isinstance(trace, str) else json.dumps(trace))
+            return call("plot_step.py", path, "-o", self.folder / "step", *words)
+
+        self.assert_one_line_error(call("plot_step.py", self.folder / "none.json"), "none.json: no such file")
+        self.assert_one_line_error(call("plot_step.py", self.folder), "is a folder")
+        self.assert_one_line_error(draw("step,loss"), "bad.json: not JSON")
+        self.assert_one_line_error(draw("[]"), "bad.json: has no otherData")
+        good = self.trace(True)
+        self.assert_one_line_error(draw(good, "--layer", 2), "--layer 2: expected 0 to 1")
+        self.assert_one_line_error(draw({**good, "otherData": {**good["otherData"], "width": "d"}}), "otherData.width is 'd'")
+        self.assert_one_line_error(draw({**good, "traceEvents": [{"ph": "X", "name": "a", "cat": "range"}]}), "event 0", "args")
+        self.assert_one_line_error(draw({**good, "traceEvents": good["traceEvents"][2:]}), "has 0 ranges 'training step'")
+        no_layers = [e for e in good["traceEvents"] if "layer" not in e.get("args", {})]
+        self.assert_one_line_error(draw({**good, "traceEvents": no_layers}), "no ranges of layers")
+        wrong = json.loads(json.dumps(good).replace('"ts": 1000,', '"ts": "soon",'))
+        self.assert_one_line_error(draw(wrong), "bad.json: event", "TypeError")
+
     def test_missing_package_is_named(self) -> None:
         (self.folder / "matplotlib.py").write_text("raise ImportError('none', name='matplotlib')\n")
         good = self.write("good.csv", {256: -8.0})
@@ -621,7 +692,7 @@ class Plots(InFolder):
         self.assert_one_line_error(done, "needs the package matplotlib", "requirements.txt")
 
     def test_help(self) -> None:
-        for script in ("sweep.py", "coord_check.py", "plot_transfer.py", "plot_log.py", "follow_log.py", "tokenize_text.py",
+        for script in ("sweep.py", "coord_check.py", "plot_transfer.py", "plot_log.py", "plot_step.py", "follow_log.py", "tokenize_text.py",
                        "export_hf.py"):  # fmt: skip
             done = call(script, "-h")
             self.assertEqual(done.returncode, 0)
@@ -1074,10 +1145,11 @@ class Export(InFolder):
             ("mup", (), ("embeddings", "o_proj", "down_proj"), 2.5e-7, True),
             ("mup0", ("-param", "mup0"), (), 1e-6, False),
             ("sp", ("-param", "sp"), (), 1e-6, True),
+            ("untied", (), ("embeddings", "o_proj", "down_proj"), 2.5e-7, False),
         ):
             run, out = self.folder / name, self.folder / f"{name}_out"
             self.train(*self.MODEL, "-n", 2, *options, "-o", run)
-            done = call("export_hf.py", run, out)
+            done = call("export_hf.py", run, out, *["--untied"] * (name == "untied"))
             self.assertEqual(done.returncode, 0, done.stderr)
             config = json.loads((out / "config.json").read_text())
             self.assertEqual((config["norm_eps"], config["tie_word_embeddings"]), (eps, tied))

@@ -13,6 +13,8 @@ do in bf16, g and beta in float32, scale dk^-1/2. A cell is |x - float64| / |flo
 """
 
 import argparse
+import contextlib
+import itertools
 import math
 import subprocess
 import sys
@@ -55,20 +57,22 @@ def make_inputs(regime: str, tokens: int, heads_k: int, heads_v: int, dk: int, d
     return {name: y.to(device) for name, y in {**x, "g": g.float().double(), "beta": beta.float().double()}.items()}
 
 
-def results(function, x: dict, low: torch.dtype) -> dict:
-    """o and the gradients; q, k, v in `low`, g and beta in float32 (float64 where low is)."""
+def results(function, sequences: list[dict], low: torch.dtype) -> list[dict]:
+    """o and the gradients of each; q, k, v in `low`, g and beta in float32 (float64 where low is). Sequences of one length
+    go in one batch: a step of a recurrence takes a GPU as long for one as for all."""
+    x = {name: torch.cat([x[name] for x in sequences]) for name in sequences[0]}
     gate = torch.float64 if low == torch.float64 else torch.float32
     inputs = [x[name].to(gate if name in ("g", "beta") else low).requires_grad_() for name in ("q", "k", "v", "g", "beta")]
     o = function(*inputs, x["q"].shape[-1] ** -0.5)
     grads = torch.autograd.grad(o, inputs, x["do"].to(o.dtype))
-    return dict(zip(NAMES, [o.detach(), *grads]))
+    return [dict(zip(NAMES, each)) for each in zip(*(y.split(1) for y in (o.detach(), *grads)))]
 
 
-def exact(x: dict) -> dict:
+def exact(sequences: list[dict]) -> list[dict]:
     def recurrent(q, k, v, g, beta, scale):
         return gated_delta_rule_recurrent(others.same_heads(q, v), others.same_heads(k, v), v, g, beta, scale)
 
-    return results(recurrent, x, torch.float64)
+    return results(recurrent, sequences, torch.float64)
 
 
 def rounded(want: dict) -> dict:
@@ -100,51 +104,65 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=1000, help="of the regimes' sequence [1000]")
     p.add_argument("--long", type=int, default=16384, help="tokens of the long sequences, 0: none [16384]")
     p.add_argument("--allow-hopper", action="store_true", help="remove fla's refusal on Hopper (its issue 640)")
+    p.add_argument("-o", type=Path, metavar="FILE", help="write the table there too, row by row")
     o = p.parse_args()
+    file = o.o.open("w") if o.o else None
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        if file:
+            print(line, file=file, flush=True)
+
     if not PROGRAM.exists():
         sys.exit(f"accuracy.py: {PROGRAM}: not built; run: make dev/{PROGRAM.name}")
-    columns = {"best bf16": None, "train_gdn": lambda x: ours(x, o.device)}
+    columns = {"best bf16": None, "train_gdn": lambda xs: [ours(x, o.device) for x in xs]}
     if reason := others.missing_transformers():
-        print(f"without transformers: {reason}")
+        say(f"without transformers: {reason}")
     else:
-        columns["hf chunked"] = lambda x: results(others.transformers_chunked, x, torch.bfloat16)
-        columns["hf recurrent"] = lambda x: results(others.transformers_recurrent, x, torch.bfloat16)
+        columns["hf chunked"] = lambda xs: results(others.transformers_chunked, xs, torch.bfloat16)
+        columns["hf recurrent"] = lambda xs: results(others.transformers_recurrent, xs, torch.bfloat16)
     if reason := others.missing_fla():
-        print(f"without fla: {reason}")
+        say(f"without fla: {reason}")
     else:
         if o.allow_hopper and (warning := others.allow_fla_on_hopper()):
-            print(f"WARNING: {warning}")
-        columns["fla"] = lambda x: results(others.fla_chunked, x, torch.bfloat16)
+            say(f"WARNING: {warning}")
+        columns["fla"] = lambda xs: results(others.fla_chunked, xs, torch.bfloat16)
     packages = [f"{name} {others.version(name)}" for name in
                 ("torch", "triton", "transformers", "flash-linear-attention") if others.version(name)]
-    print(f"device {torch.cuda.get_device_name() if o.device == 'cuda' else 'CPU'}; {', '.join(packages)}")
+    say(f"device {torch.cuda.get_device_name() if o.device == 'cuda' else 'CPU'}; {', '.join(packages)}")
     hk, hv, dk, dv = o.heads
-    print(f"Hk {hk}, Hv {hv}, dk {dk}, dv {dv}; * marks the smallest error, best bf16 apart\n")
-    print(f"| regime | tokens | | {' | '.join(columns)} |")
-    print("|---" * (3 + len(columns)) + "|")
+    say(f"Hk {hk}, Hv {hv}, dk {dk}, dv {dv}; * marks the smallest error, best bf16 apart\n")
+    say(f"| regime | tokens | | {' | '.join(columns)} |")
+    say("|---" * (3 + len(columns)) + "|")
     regimes = ["initial values", "strong decay", "every token decays by e^-5 to e^-20", "hardly any decay",
                "beta near 1", "beta near 1, keys alike", "beta to 2, hardly any decay"]
-    cases = [(regime, o.tokens) for regime in regimes]
-    cases += [(regime, o.long) for regime in ("initial values", "hardly any decay", "strong decay") if o.long]
+    groups = [(o.tokens, regimes)]
+    if o.long:
+        groups.append((o.long, ["strong decay", "beta near 1", "hardly any decay", "initial values"]))
+    of_groups = [[make_inputs(regime, tokens, *o.heads, o.device) for regime in names] for tokens, names in groups]
+    if "fla" in columns:
+        import triton_ahead
+
+        with contextlib.suppress(RuntimeError):  # fla's refusal: the column says it
+            triton_ahead.prepare(lambda: [columns["fla"](inputs) for inputs in of_groups])
     not_closest = []
-    for regime, tokens in cases:
-        x = make_inputs(regime, tokens, *o.heads, o.device)
-        want, got = exact(x), {}
+    for (tokens, names), inputs in zip(groups, of_groups):
+        wanted, got = exact(inputs), {}
         for column, call in columns.items():
             try:
-                got[column] = call(x) if call else rounded(want)
-            except RuntimeError as e:
-                print(f"{column} fails ({regime}, {tokens} tokens): {str(e).splitlines()[0]}", file=sys.stderr)
-        for name in NAMES:
-            errors = {column: error(y[name], want[name]) for column, y in got.items()}
+                got[column] = call(inputs) if call else [rounded(want) for want in wanted]
+            except Exception as e:  # of any of the packages' own kinds
+                print(f"{column} fails ({tokens} tokens): {(str(e) or repr(e)).splitlines()[0]}", file=sys.stderr)
+        for n, (regime, name) in enumerate(itertools.product(names, NAMES)):
+            errors = {column: error(y[n // len(NAMES)][name], wanted[n // len(NAMES)][name]) for column, y in got.items()}
             least = min(e for column, e in errors.items() if column != "best bf16")
             if errors["train_gdn"] > least:
                 not_closest.append(f"{name} in '{regime}' of {tokens} tokens, {errors['train_gdn'] / least:.2f} times")
             cells = [f"{errors[c]:.2e}{'*' if c != 'best bf16' and errors[c] == least else ''}" if c in errors else "fails"
                      for c in columns]
-            print(f"| {regime} | {tokens} | {name} | {' | '.join(cells)} |")
+            say(f"| {regime} | {tokens} | {name} | {' | '.join(cells)} |")
     if not_closest:
-        print("\ntrain_gdn is not the closest in: " + "; ".join(not_closest))
+        say("\ntrain_gdn is not the closest in: " + "; ".join(not_closest))
 
 
 if __name__ == "__main__":

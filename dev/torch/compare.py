@@ -104,10 +104,13 @@ def main() -> None:
     else:
         if o.allow_hopper and (warning := others.allow_fla_on_hopper()):
             print(f"WARNING: {warning}")
+        import triton_ahead
+
         try:
+            triton_ahead.prepare(lambda: with_gradients(others.fla_loss, w, c, tokens, torch.float32))
             columns["fla"] = with_gradients(others.fla_loss, w, c, tokens, torch.float32)
-        except RuntimeError as e:
-            print(f"without fla: {str(e).splitlines()[0]} (--allow-hopper removes a refusal)")
+        except Exception as e:  # of any of the packages' own kinds
+            print(f"without fla: {(str(e) or repr(e)).splitlines()[0]} (--allow-hopper removes a refusal)")
 
     def norm(gradients: dict) -> float:
         return torch.stack([x.norm() for x in gradients.values()]).norm().item()

@@ -52,7 +52,9 @@ def missing_fla() -> str | None:
 
 @contextlib.contextmanager
 def in_float64():
-    """Lets code that rounds to float32 on the way keep float64: its torch.float32 and .float() mean float64."""
+    """Lets code that rounds to float32 on the way keep float64: its torch.float32 and .float() mean float64. It is
+    imported before that, as it imports fla, whose defaults would else stay float64."""
+    olmo(), qwen()
     with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(torch.Tensor, "float",
                                                                               torch.Tensor.double):
         yield
@@ -216,12 +218,19 @@ def fla_config(c: Config, **options):
                                vocab_size=c.padded_vocab, use_cache=False, **options)
 
 
+def fla_class():
+    """GatedDeltaNetForCausalLM. Where it lists its tied weights as transformers did before version 5, with their source."""
+    from fla.models import GatedDeltaNetForCausalLM as model
+
+    if isinstance(model._tied_weights_keys, list):
+        model._tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    return model
+
+
 @functools.lru_cache(1)
 def fla_model(sizes: tuple):
-    from fla.models import GatedDeltaNetForCausalLM
-
     c = Config(**dict(sizes))
-    model = GatedDeltaNetForCausalLM(fla_config(c, tie_word_embeddings=False))
+    model = fla_class()(fla_config(c, tie_word_embeddings=False))
     for layer in model.model.layers:
         layer.attn.o_norm.eps = o_norm_eps(c)
     return model.train()

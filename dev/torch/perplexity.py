@@ -38,12 +38,12 @@ def sequences(pattern: str, length: int, count: int):
     return torch.from_numpy(np.stack(rows).astype("int64"))
 
 
-def from_fla(folder: Path):
-    import fla  # noqa: F401  (registers the model)
+def from_fla(folder: Path, device: str):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
-    return lambda tokens: model(input_ids=tokens.cuda(), use_cache=False).logits
+    others.fla_class()  # registers the model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    return lambda tokens: model(input_ids=tokens.to(device), use_cache=False).logits
 
 
 def from_torch(folder: Path, device: str):
@@ -77,10 +77,14 @@ def main() -> None:
     code = o.code or ("torch" if others.missing_fla() else "fla")
     if reason := others.missing_fla() if code == "fla" else others.missing_transformers():
         sys.exit(f"perplexity.py: {reason}")
-    logits = from_fla(o.folder) if code == "fla" else from_torch(o.folder, o.device)
+    logits = (from_fla if code == "fla" else from_torch)(o.folder, o.device)
     tokens = sequences(o.data, o.length, o.count)
     total = 0.0
     with torch.no_grad():
+        if code == "fla":
+            import triton_ahead
+
+            triton_ahead.prepare(lambda: logits(tokens[:o.batch, :-1]))
         for rows in tokens.split(o.batch):
             out = logits(rows[:, :-1]).float().flatten(0, 1)
             total += torch.nn.functional.cross_entropy(out, rows[:, 1:].to(out.device).flatten(), reduction="sum").item()

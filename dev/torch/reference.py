@@ -49,6 +49,7 @@ class Config:
     base_width: int = 256
     fixed_head_size: bool = False
     parametrization: str = "mup"
+    gains: str = "vector"  # train_gdn -gains, which the optimizer alone knows
 
     @property
     def ratio(self) -> float:

@@ -90,6 +90,8 @@ def main() -> None:
     o = parse()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     c, w = load_checkpoint(o.init) if o.init else (make_config(o.width, o.layers, o.heads, o.base_width), None)
+    if c.gains != "vector":
+        sys.exit(f"--init {o.init}: trained with -gains {c.gains}, expected vector")
     w = w or initialize(c, o.init_seed)
     w = {name: x.float().to(o.device).requires_grad_() for name, x in w.items()}
     most = max(1, 64 * 512 * 512 // (max(512, c.width) * o.length))  # 50 GB by estimate

@@ -698,6 +698,15 @@ TEST_CASE("gated delta rule: in chunks as token by token, outputs and gradients"
   }
 }
 
+TEST_CASE("gated delta rule: dg in chunks loses nothing under strong decay") {
+  const Threads one(1);
+  const MixerShape shape{2, 131, 2, 4, 16, 32};
+  const Interval decay{-20, -5}, writes{0, 1};
+  const auto exact = run(gated_delta_rule_layer<double>(shape, decay, writes, false)).gradients;
+  const auto chunked = run(gated_delta_rule_layer<float>(shape, decay, writes)).gradients;
+  check_close(Tensors<float>{{"g", chunked.at("g")}}, Tensors<double>{{"g", exact.at("g")}}, 2e-6);
+}
+
 // ---- sequences in pieces ----------------------------------------------------------------------------------
 
 const int kPieces[] = {1, 1, 2, 5, 1, 5, 2, 2, 1, 3};

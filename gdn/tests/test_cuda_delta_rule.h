@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "../../dev/readable/delta_rule.cuh"
 #include "../cpu_layers.h"
 #include "skip.h"
 
@@ -188,19 +189,32 @@ struct GpuResults {
   std::vector<float> dg, dbeta;
 };
 
-GpuResults run_on_gpu(Cuda& device, const MixerShape& shape, const Inputs& in) {
+// The layer's functions.
+struct DeltaRule {
+  size_t (*saved_bytes)(Cuda&, const MixerShape&);
+  size_t (*scratch_bytes)(Cuda&, const MixerShape&);
+  void (*forward)(Cuda&, act* o, void* saved, const act* qkv, const float* g, const float* beta,
+                  const MixerShape&, float s, void* scratch);
+  void (*backward)(Cuda&, act* dqkv, float* dg, float* dbeta, const act* d_o, const void* saved,
+                   const act* qkv, const float* g, const float* beta, const MixerShape&, float s,
+                   void* scratch);
+};
+const DeltaRule kTrainers = {gated_delta_rule_saved_bytes, gated_delta_rule_scratch_bytes,
+                             gated_delta_rule_forward, gated_delta_rule_backward};
+
+GpuResults run_on_gpu(Cuda& device, const MixerShape& shape, const Inputs& in,
+                      const DeltaRule& rule = kTrainers) {
   const auto qkv = upload(device, to_act(in.qkv)), d_o = upload(device, to_act(in.d_o));
   const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
   const auto o = poisoned<act>(device, in.d_o.size()), dqkv = poisoned<act>(device, in.qkv.size());
   const auto dg = poisoned<float>(device, in.g.size()), dbeta = poisoned<float>(device, in.g.size());
-  const auto saved = poisoned<uint8_t>(device, gated_delta_rule_saved_bytes(device, shape));
-  const size_t scratch_bytes = gated_delta_rule_scratch_bytes(device, shape);
+  const auto saved = poisoned<uint8_t>(device, rule.saved_bytes(device, shape));
+  const size_t scratch_bytes = rule.scratch_bytes(device, shape);
   const auto scratch = poisoned<uint8_t>(device, scratch_bytes),
              scratch2 = poisoned<uint8_t>(device, scratch_bytes);
-  gated_delta_rule_forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, in.s,
-                           scratch.get());
-  gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
-                            g.get(), beta.get(), shape, in.s, scratch2.get());
+  rule.forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, in.s, scratch.get());
+  rule.backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(), g.get(),
+                beta.get(), shape, in.s, scratch2.get());
   device.synchronize();
   return {download(device, o), download(device, dqkv), download(device, dg), download(device, dbeta)};
 }
@@ -279,6 +293,34 @@ TEST_CASE("cuda delta rule: many chunks") {
   Cuda device;
   for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
 }
+
+#ifndef GDN_READABLE
+
+// Longer and wider than the CPU does in reasonable time. Both results are rounded to bf16.
+TEST_CASE("cuda delta rule: against the readable one") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: against the readable one")) return;
+  Cuda device;
+  const DeltaRule readable = {
+      gdn::readable::gated_delta_rule_saved_bytes, gdn::readable::gated_delta_rule_scratch_bytes,
+      gdn::readable::gated_delta_rule_forward, gdn::readable::gated_delta_rule_backward};
+  int seed = 200;
+  for (const MixerShape& shape : {make_shape(1, 16384, 1, 2, 64, 128), make_shape(2, 1000, 3, 3, 128, 256)})
+    for (Regime regime : {kInitial, kStrongDecay, kWeakDecayBetaToTwo}) {
+      const Inputs in = make_inputs(shape, regime, seed++);
+      const auto results = [&](const DeltaRule& rule) {
+        const GpuResults gpu = run_on_gpu(device, shape, in, rule);
+        return split_results(shape, to_double(gpu.o), to_double(gpu.dqkv), to_double(gpu.dg),
+                             to_double(gpu.dbeta));
+      };
+      const Results fast = results(kTrainers), plain = results(readable);
+      for (int i = 0; i < kOutputs; i++) {
+        INFO(describe(shape), ", ", kRegimeNames[regime], ", ", kOutputNames[i]);
+        CHECK(relative_error(fast.of[i], plain.of[i]) <= 2 * kBf16Error);
+      }
+    }
+}
+
+#endif  // GDN_READABLE
 
 TEST_CASE("cuda delta rule: the same bits in two runs") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: the same bits in two runs")) return;
