@@ -13,8 +13,11 @@
 // At the base size all three are the same network with the same updates, bit for bit.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -394,6 +397,43 @@ inline DecayMode parse_decay_mode(const std::string& text) {
   for (const DecayMode mode : {DecayMode::coupled, DecayMode::independent})
     if (text == name(mode)) return mode;
   throw std::runtime_error("decay mode '" + text + "': expected coupled or independent");
+}
+
+// One factor for each class, in the order of TensorClass: what a user tunes at the base besides the learning
+// rate itself. Being the same at every width, they change no exponent, and transfer as the learning rate does
+// ([TP5], table 2).
+using ClassFactors = std::array<double, kTensorClassCount>;
+
+inline ClassFactors ones() {
+  ClassFactors factors;
+  factors.fill(1);
+  return factors;
+}
+
+// Reads "conv=0.5,gain=2"; classes that are not named have 1. Throws one line that says what was expected.
+inline ClassFactors parse_class_factors(const std::string& text) {
+  ClassFactors factors = ones();
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string part = text.substr(begin, end - begin);
+    const size_t equals = std::min(part.find('='), part.size());
+    const TensorClass* found = nullptr;
+    for (const TensorClass& cls : kTensorClasses)
+      if (part.substr(0, equals) == name(cls)) found = &cls;
+    const std::string number = equals < part.size() ? part.substr(equals + 1) : "";
+    char* rest = nullptr;
+    const double factor = std::strtod(number.c_str(), &rest);
+    if (!found || number.empty() || *rest || !(factor >= 0 && factor <= 1e6)) {
+      std::string names;
+      for (const TensorClass cls : kTensorClasses)
+        names += std::string(names.empty() ? "" : ", ") + name(cls);
+      throw std::runtime_error("factor '" + part + "': expected CLASS=X with X from 0 to 1e6 and CLASS of " +
+                               names);
+    }
+    factors[int(*found)] = factor;
+    begin = end + 1;
+  }
+  return factors;
 }
 
 inline std::string mup_table(const Mup& m, OptimizerKind optimizer) {

@@ -80,8 +80,15 @@ void resolve_defaults(Options& o, bool gpu) {
 }
 
 OptimizerConfig optimizer_config(const Options& o) {
-  return {parse_optimizer(o.optimizer), float(o.weight_decay), float(o.beta1), float(o.beta2),
-          float(o.epsilon),             float(o.momentum),     float(o.clip),  parse_decay_mode(o.decay_mode)};
+  return {parse_optimizer(o.optimizer),
+          float(o.weight_decay),
+          float(o.beta1),
+          float(o.beta2),
+          float(o.epsilon),
+          float(o.momentum),
+          float(o.clip),
+          parse_decay_mode(o.decay_mode),
+          parse_class_factors(o.class_factors)};
 }
 
 int separator(const Options& o) { return o.mask_docs ? kEndOfText : kNoSeparator; }
@@ -457,6 +464,7 @@ int run(int argc, char** argv) {
   if (o.generate && o.load.empty()) throw std::runtime_error("-gen needs a checkpoint: -load FOLDER");
   parse_vector_rule(o.gains);
   parse_decay_mode(o.decay_mode);
+  parse_class_factors(o.class_factors);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
   if (o.coord_check && (o.resume || o.generate || o.mask_docs))
     throw std::runtime_error(

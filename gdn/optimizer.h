@@ -18,6 +18,7 @@ struct OptimizerConfig {
   float momentum = 0.98f;  // SGD, Nesterov
   float clip = 1.0f;       // of the global gradient norm; 0: off
   DecayMode decay_mode = DecayMode::coupled;
+  ClassFactors learning_rate_factors = ones();
 };
 
 // Linear warm-up over `warmup` steps to `peak`, then a half cosine that reaches `floor` at step `steps`.
@@ -47,7 +48,8 @@ class Optimizer {
   Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config)
       : config_(config), p_(parameters), dev_(parameters.dev) {
     const char* remedy = Parameters<Device>::kRemedy;
-    const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode);
+    const std::vector<ParameterSpan> spans =
+        p_.spans(config.kind, config.weight_decay, config.decay_mode, config.learning_rate_factors);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
     moment1_ = Buffer<Device, real>(dev_, p_.table.size, "first moments", remedy);

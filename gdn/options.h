@@ -31,7 +31,7 @@ struct Options {
   int64_t steps = 0;                      // by device
   std::string optimizer = "adamw";
   double learning_rate = -1, weight_decay = -1;  // by optimizer
-  std::string decay_mode = "coupled";
+  std::string decay_mode = "coupled", class_factors;
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
@@ -102,6 +102,10 @@ class OptionTable {
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");
     real("lr", "X", o.learning_rate, 0, 1e6, "peak learning rate at the base width", "adamw 0.004, sgd 0.3");
+    text("lr_of", "CLASS=X,...", o.class_factors,
+         "factors of -lr for classes of tensors: embedding, unembedding, hidden, gate, gate_scalar, conv, "
+         "gain, output_gain",
+         "1 each");
     real("min_lr", "X", o.min_learning_rate, 0, 1e6, "learning rate at the last step (at most -lr)");
     whole("warmup", "N", o.warmup, 0, int64_t(1) << 40, "steps of linear warm-up, then a cosine to -min_lr",
           "-n / 10");

@@ -320,6 +320,21 @@ TEST_CASE("mup: names and parsing") {
   CHECK(error_of([] { parse_optimizer("adam"); }) == "optimizer 'adam': expected adamw or sgd");
 }
 
+TEST_CASE("mup: factors of the classes' learning rates") {
+  using namespace mup_tests;
+  CHECK(parse_class_factors("") == ones());
+  ClassFactors want = ones();
+  want[int(TensorClass::conv)] = 0.5;
+  want[int(TensorClass::gate_scalar)] = 0;
+  CHECK(parse_class_factors("conv=0.5,gate_scalar=0") == want);
+  for (const char* bad :
+       {"conv", "conv=", "conv=x", "conv=-1", "conv=nan", "conv=1e7", "convs=1", "=1", "gain=1 2", ","}) {
+    CAPTURE(bad);
+    const std::string said = error_of([&] { parse_class_factors(bad); });
+    CHECK(said.find("expected CLASS=X") != std::string::npos);
+  }
+}
+
 TEST_CASE("mup: the printed table") {
   using namespace mup_tests;
   CHECK(mup_table(model(Parametrization::mup, Family::fixed_heads, 1024), OptimizerKind::sgd) ==

@@ -103,6 +103,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-param up", "up"},
                         Case{"-gains both", "both"},
                         Case{"-wd_mode none", "none"},
+                        Case{"-lr_of convs=2", "convs=2"},
                         Case{"-eps -1", "-eps '-1'"},
                         Case{"-coord_check -resume", "-coord_check"},
                         Case{"-coord_check -mask_docs", "-mask_docs"},
@@ -148,7 +149,8 @@ TEST_CASE("program: -h lists every option with its default") {
         "-wd ",     "-b1 ",          "-b2 ",    "-mom ",         "-clip ",   "-warmup ", "-min_lr ",
         "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
-        "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs "}) {
+        "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
+        "-lr_of "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -216,6 +218,28 @@ inline void check_resume(const std::string& device) {
       };
       CHECK(losses("whole") == losses("parts"));
     }
+}
+
+TEST_CASE("program: -lr_of multiplies the learning rates of the classes it names") {
+  Folder folder;
+  const auto weights = [&](const std::string& options) {
+    const Outcome o = run(folder, kTiny + std::string("-n 3 -v 0 -s 0 -save 0 ") + options + " -o out");
+    CAPTURE(o.err);
+    REQUIRE(o.code == 0);
+    const std::string bytes = read_file(folder.path / "out" / "step_00000003" / "model.safetensors");
+    fs::remove_all(folder.path / "out");
+    return bytes;
+  };
+  const std::string all = "embedding=0.5,hidden=0.5,gate=0.5,gate_scalar=0.5,conv=0.5,gain=0.5,output_gain=0.5";
+  for (const std::string& mode : {std::string("-wd_mode coupled "), std::string("-wd 0 ")}) {
+    CAPTURE(mode);
+    const std::string halved = weights(mode + "-lr 0.01 -min_lr 0.005");
+    CHECK(weights(mode + "-lr 0.02 -min_lr 0.01 -lr_of " + all) == halved);  // powers of 2: the same bits
+    CHECK(weights(mode + "-lr 0.02 -min_lr 0.01") != halved);
+  }
+  // independent decay knows -lr alone, whatever the class has: without a gradient's step (eps) all is decay
+  CHECK(weights("-wd_mode independent -eps 1 -clip 1e-30 -lr 0.02 -min_lr 0.01 -lr_of " + all) ==
+        weights("-wd_mode independent -eps 1 -clip 1e-30 -lr 0.02 -min_lr 0.01"));
 }
 
 TEST_CASE("program: a resumed run has the bits of one never stopped (CPU)") { check_resume("cpu"); }
