@@ -39,8 +39,9 @@ enum class TensorClass {
 };
 constexpr int kTensorClassCount = 8;
 
-// Alternatives that the derivation leaves to measurement (section 5, open questions 1 and 3).
+// Alternatives that the derivation leaves to measurement (sections 4 and 5, open questions 1, 2 and 3).
 enum class VectorRule { vector, hidden };      // gains and conv taps: like vectors, or like hidden weights
+enum class GateRule { independent, aligned };   // under mup, the sums at a gate: of independent or aligned signs
 enum class DecayMode { coupled, independent };  // decay per step: its rate times lr, or the same at every width
 
 // ---- 1. What grows ----------------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ struct Mup {
   Parametrization parametrization;
   ModelShape shape, base;
   VectorRule vectors = VectorRule::vector;
+  GateRule gates = GateRule::independent;
   Perturbation perturbation = {};
 };
 
@@ -139,6 +141,10 @@ constexpr double kBaseStd = 0.02;  // of every Linear and of the embedding, at t
 
 inline const char* name(TensorClass cls);
 
+inline bool gates_are_aligned(const Mup& m) {
+  return m.parametrization == Parametrization::mup && m.gates == GateRule::aligned;
+}
+
 inline double init_std(const Mup& m, TensorClass cls) {
   switch (cls) {
     case TensorClass::embedding:
@@ -146,8 +152,10 @@ inline double init_std(const Mup& m, TensorClass cls) {
       return kBaseStd * power_of_ratio(m, m.perturbation.init[int(cls)]);
     case TensorClass::hidden:
     case TensorClass::gate: {
-      const double fan_in = m.parametrization == Parametrization::sp ? 1 : ratios(m).r;
-      return kBaseStd / std::sqrt(fan_in) * power_of_ratio(m, m.perturbation.init[int(cls)]);
+      const auto [r, r_H, r_k, r_v] = ratios(m);
+      double variance = m.parametrization == Parametrization::sp ? 1 : 1 / r;
+      if (cls == TensorClass::gate && gates_are_aligned(m)) variance *= r_H / r;
+      return kBaseStd * std::sqrt(variance) * power_of_ratio(m, m.perturbation.init[int(cls)]);
     }
     default:
       throw std::logic_error(std::string(name(cls)) + " tensors are not drawn from a normal");
@@ -258,7 +266,9 @@ struct Growth {
 
 inline Growth growth(const Mup& m, TensorClass cls) {
   const auto [r, r_H, r_k, r_v] = ratios(m);
-  const bool gates_are_special = m.parametrization == Parametrization::mup;
+  const double gate_gradient = m.parametrization != Parametrization::mup ? 0  // mup0 has two, below
+                               : gates_are_aligned(m)                    ? r_v / r
+                                                                         : std::sqrt(r_v) / r;
   const bool is_vector =
       cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
   if (is_vector && m.vectors == VectorRule::hidden) cls = TensorClass::hidden;
@@ -267,8 +277,8 @@ inline Growth growth(const Mup& m, TensorClass cls) {
     case TensorClass::embedding:   return {1, 1, 1 / r};
     case TensorClass::unembedding: return {r, 1 / r, 1 / r};
     case TensorClass::hidden:      return {r, 1, 1 / r};
-    case TensorClass::gate:        return {r, 1, gates_are_special ? std::sqrt(r_v) / r : 1 / r};
-    case TensorClass::gate_scalar: return {1, 1, gates_are_special ? std::sqrt(r_v) / r : 1 / r_H};
+    case TensorClass::gate:        return {r, 1, gate_gradient ? gate_gradient : 1 / r};
+    case TensorClass::gate_scalar: return {1, 1, gate_gradient ? gate_gradient : 1 / r_H};
     case TensorClass::conv:
     case TensorClass::gain:        return {1, 1, 1 / r};
     case TensorClass::output_gain: break;
@@ -373,6 +383,8 @@ inline const char* name(TensorClass cls) {
 
 inline const char* name(VectorRule rule) { return rule == VectorRule::vector ? "vector" : "hidden"; }
 
+inline const char* name(GateRule rule) { return rule == GateRule::independent ? "independent" : "aligned"; }
+
 inline const char* name(DecayMode mode) { return mode == DecayMode::coupled ? "coupled" : "independent"; }
 
 inline Parametrization parse_parametrization(const std::string& text) {
@@ -391,6 +403,12 @@ inline VectorRule parse_vector_rule(const std::string& text) {
   for (const VectorRule rule : {VectorRule::vector, VectorRule::hidden})
     if (text == name(rule)) return rule;
   throw std::runtime_error("gains and taps '" + text + "': expected vector or hidden");
+}
+
+inline GateRule parse_gate_rule(const std::string& text) {
+  for (const GateRule rule : {GateRule::independent, GateRule::aligned})
+    if (text == name(rule)) return rule;
+  throw std::runtime_error("gates '" + text + "': expected independent or aligned");
 }
 
 inline DecayMode parse_decay_mode(const std::string& text) {

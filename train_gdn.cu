@@ -364,7 +364,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
   if (checkpoint) {
     const ModelConfig saved = read_config(*checkpoint);
     bool given = false;
-    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains"})
+    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates"})
       given = given || table.given(name);
     if (!given) {
       if (vocab && vocab != saved.vocab)
@@ -376,6 +376,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
   ModelConfig config = make_config(o.width, o.base_width, o.layers, o.heads, o.head_dim, o.value_expansion,
                                    vocab, parse_parametrization(o.parametrization));
   config.vectors = parse_vector_rule(o.gains);
+  config.gates = parse_gate_rule(o.gates);
   if (checkpoint) require_same_shape(config, read_config(*checkpoint), checkpoint->path);
   return config;
 }
@@ -463,6 +464,7 @@ int run(int argc, char** argv) {
     throw std::runtime_error("-d '" + o.device + "': expected auto, cuda or cpu");
   if (o.generate && o.load.empty()) throw std::runtime_error("-gen needs a checkpoint: -load FOLDER");
   parse_vector_rule(o.gains);
+  parse_gate_rule(o.gates);
   parse_decay_mode(o.decay_mode);
   parse_class_factors(o.class_factors);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");

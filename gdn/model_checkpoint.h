@@ -46,7 +46,8 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"base_width", c.base_width},
                                                  {"fixed_head_size", c.fixed_head_size},
                                                  {"parametrization", name(c.parametrization)},
-                                                 {"gains", name(c.vectors)}}}};
+                                                 {"gains", name(c.vectors)},
+                                                 {"gates", name(c.gates)}}}};
 }
 
 // Throws one line naming the first key of a flash-linear-attention configuration that asks for what this
@@ -117,6 +118,7 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
     c.fixed_head_size = ours->boolean("fixed_head_size");
     c.parametrization = parse_parametrization(ours->string("parametrization"));
     if (ours->find("gains")) c.vectors = parse_vector_rule(ours->string("gains"));  // older ones: vector
+    if (ours->find("gates")) c.gates = parse_gate_rule(ours->string("gates"));      // older ones: independent
   } else {
     c.vocab = stored_vocab;
     c.base_width = c.width;
@@ -146,6 +148,9 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   if (wanted.vectors != saved.vectors)
     throw std::runtime_error(path + ": has -gains " + name(saved.vectors) + ", the options ask for " +
                              name(wanted.vectors));
+  if (wanted.gates != saved.gates)
+    throw std::runtime_error(path + ": has -gates " + name(saved.gates) + ", the options ask for " +
+                             name(wanted.gates));
   if (wanted.parametrization != saved.parametrization)
     throw std::runtime_error(path + ": has parametrization " + name(saved.parametrization) + ", the options ask for " +
                              name(wanted.parametrization));

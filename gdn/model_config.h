@@ -23,6 +23,7 @@ struct ModelConfig {
   bool neg_eigval = false;  // beta in (0,2)
   Parametrization parametrization = Parametrization::mup;
   VectorRule vectors = VectorRule::vector;
+  GateRule gates = GateRule::independent;
   Perturbation perturbation = {};
 
   MixerShape mixer_shape(int batch, int tokens) const {
@@ -33,7 +34,7 @@ struct ModelConfig {
     return {parametrization, shape,
             fixed_head_size ? base_with_fixed_head_size(shape, base_width)
                             : base_with_fixed_heads(shape, base_width),
-            vectors, perturbation};
+            vectors, gates, perturbation};
   }
   float beta_max() const { return neg_eigval ? 2.0f : 1.0f; }
 };

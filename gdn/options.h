@@ -35,7 +35,7 @@ struct Options {
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
-  std::string parametrization = "mup", gains = "vector", device = "auto";
+  std::string parametrization = "mup", gains = "vector", gates = "independent", device = "auto";
   uint64_t seed = 42;
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
@@ -88,6 +88,8 @@ class OptionTable {
     text("param", "mup|mup0|sp", o.parametrization, "parametrization (mup.h)");
     text("gains", "vector|hidden", o.gains,
          "norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, open question 1)");
+    text("gates", "independent|aligned", o.gates,
+         "under mup the gradients at the gates are sums of terms with independent or aligned signs (mup.h, open question 2)");
     section("training");
     whole("T", "N", o.seq_len, 1, 1 << 24, "tokens in a sequence", "1024, on the CPU 128");
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",

@@ -50,6 +50,7 @@ class Config:
     fixed_head_size: bool = False
     parametrization: str = "mup"
     gains: str = "vector"  # train_gdn -gains, which the optimizer alone knows
+    gates: str = "independent"  # -gates, which initial values and SGD alone know
 
     @property
     def ratio(self) -> float:

@@ -102,6 +102,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-opt adam", "adam"},
                         Case{"-param up", "up"},
                         Case{"-gains both", "both"},
+                        Case{"-gates both", "both"},
                         Case{"-wd_mode none", "none"},
                         Case{"-lr_of convs=2", "convs=2"},
                         Case{"-eps -1", "-eps '-1'"},
@@ -150,7 +151,7 @@ TEST_CASE("program: -h lists every option with its default") {
         "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
         "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
-        "-lr_of "}) {
+        "-lr_of ",   "-gates "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
