@@ -140,8 +140,10 @@ void sum_losses(Cuda&, double* total, const float* losses, int rows);
 
 // ---- optimizer --------------------------------------------------------------------------------------------
 
-// *norm (GPU memory) = sqrt(sum of squares of gradients [n] float)
-void global_norm(Cuda&, float* norm, const float* gradients, size_t n, void* scratch);
+// *norm (GPU memory) = sqrt(sum over `spans` [count] of norm_weight * sum of squares of their gradients);
+// gradients [n] float is the arena, the spans lie in GPU memory as for the updates below.
+void global_norm(Cuda&, float* norm, const float* gradients, size_t n, const ParameterSpan* spans, int count,
+                 void* scratch);
 size_t global_norm_scratch_bytes(Cuda&, size_t n);
 
 // *norm = NaN where *loss is not finite (both in GPU memory): the update then changes nothing.

@@ -68,6 +68,7 @@ void resolve_defaults(Options& o, bool gpu) {
   if (o.steps == 0) o.steps = gpu ? 2000 : 500;
   if (o.learning_rate < 0) o.learning_rate = adamw ? 0.004 : 0.3;
   if (o.weight_decay < 0) o.weight_decay = adamw ? 0.1 : 0;
+  if (o.clip_norm.empty()) o.clip_norm = name(adamw ? ClipNorm::plain : ClipNorm::scaled);
   if (o.warmup < 0) o.warmup = o.steps / 10;
   if (o.warmup > o.steps)
     throw std::runtime_error("-warmup " + std::to_string(o.warmup) + ": must not exceed -n " +
@@ -87,6 +88,7 @@ OptimizerConfig optimizer_config(const Options& o) {
           float(o.epsilon),
           float(o.momentum),
           float(o.clip),
+          parse_clip_norm(o.clip_norm),
           parse_decay_mode(o.decay_mode),
           parse_class_factors(o.class_factors)};
 }
@@ -466,6 +468,7 @@ int run(int argc, char** argv) {
   parse_vector_rule(o.gains);
   parse_gate_rule(o.gates);
   parse_decay_mode(o.decay_mode);
+  if (!o.clip_norm.empty()) parse_clip_norm(o.clip_norm);
   parse_class_factors(o.class_factors);
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
   if (o.coord_check && (o.resume || o.generate || o.mask_docs))

@@ -295,7 +295,9 @@ void bench_optimizer(Cuda& dev, Table& table, const Options& o) {
   const Bytes scratch(dev, gdn::global_norm_scratch_bytes(dev, n), "a benchmark");
   const int count = int(spans.size());
   table.memory("global_norm", 4.0 * n,
-               [&](int i) { gdn::global_norm(dev, norm[0], gradients[i], n, scratch.get()); });
+               [&](int i) { 
+                 gdn::global_norm(dev, norm[0], gradients[i], n, dev_spans.get(), count, scratch.get());
+               });
   gdn::AdamwStep adamw;
   adamw.learning_rate = 1e-3f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;
   const Buffer<Cuda, gdn::AdamwStep> dev_adamw(dev, 1, "a benchmark");

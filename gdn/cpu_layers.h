@@ -519,16 +519,26 @@ void sum_losses(Cpu<Real>&, double* total, const Real* losses, int rows) {
 // ---- optimizer
 // ----------------------------------------------------------------------------------------------------
 
-// *norm = sqrt(sum of squares of gradients [n]), always summed in the same order.
+// *norm = sqrt(sum over `spans` [count] of norm_weight * sum of squares of their gradients), always summed in
+// the same order. gradients [n] is the arena.
 template <class Real>
-void global_norm(Cpu<Real>&, Real* norm, const Real* gradients, size_t n, void*) {
+void global_norm(Cpu<Real>&, Real* norm, const Real* gradients, size_t, const ParameterSpan* spans, int count,
+                 void*) {
   constexpr size_t kPiece = 1 << 16;
-  const size_t pieces = (n + kPiece - 1) / kPiece;
-  std::vector<double> sums(pieces);
+  std::vector<ParameterSpan> pieces;
+  for (int s = 0; s < count; s++)
+    for (size_t done = 0; done < spans[s].size; done += kPiece) {
+      pieces.push_back(spans[s]);
+      pieces.back().offset += done;
+      pieces.back().size = std::min(kPiece, spans[s].size - done);
+    }
+  std::vector<double> sums(pieces.size());
 #pragma omp parallel for schedule(static)
-  for (size_t p = 0; p < pieces; p++)
-    for (size_t i = p * kPiece; i < std::min(n, (p + 1) * kPiece); i++)
+  for (size_t p = 0; p < pieces.size(); p++) {
+    for (size_t i = pieces[p].offset; i < pieces[p].offset + pieces[p].size; i++)
       sums[p] += double(gradients[i]) * double(gradients[i]);
+    sums[p] *= double(pieces[p].norm_weight);
+  }
   double sum = 0;
   for (double s : sums) sum += s;
   *norm = Real(std::sqrt(sum));

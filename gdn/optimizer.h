@@ -17,6 +17,7 @@ struct OptimizerConfig {
         epsilon = 1e-8f;   // AdamW; SGD uses weight_decay too
   float momentum = 0.98f;  // SGD, Nesterov
   float clip = 1.0f;       // of the global gradient norm; 0: off
+  ClipNorm clip_norm = ClipNorm::plain;
   DecayMode decay_mode = DecayMode::coupled;
   ClassFactors learning_rate_factors = ones();
 };
@@ -49,7 +50,8 @@ class Optimizer {
       : config_(config), p_(parameters), dev_(parameters.dev) {
     const char* remedy = Parameters<Device>::kRemedy;
     const std::vector<ParameterSpan> spans =
-        p_.spans(config.kind, config.weight_decay, config.decay_mode, config.learning_rate_factors);
+        p_.spans(config.kind, config.weight_decay, config.decay_mode, config.learning_rate_factors,
+                 config.clip_norm);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
     moment1_ = Buffer<Device, real>(dev_, p_.table.size, "first moments", remedy);
@@ -87,7 +89,7 @@ class Optimizer {
   void update(const double* loss) {
     Range<Device> range(dev_, "optimizer");
     const int count = int(spans_.size());
-    global_norm(dev_, norm_.get(), p_.gradients(), p_.table.size, scratch_.get());
+    global_norm(dev_, norm_.get(), p_.gradients(), p_.table.size, spans_.get(), count, scratch_.get());
     if (loss) check_loss(dev_, norm_.get(), loss);
     if (config_.kind == OptimizerKind::adamw)
       adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(),

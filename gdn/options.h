@@ -32,6 +32,7 @@ struct Options {
   std::string optimizer = "adamw";
   double learning_rate = -1, weight_decay = -1;  // by optimizer
   std::string decay_mode = "coupled", class_factors;
+  std::string clip_norm;  // by optimizer
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
@@ -119,6 +120,10 @@ class OptionTable {
     real("eps", "X", o.epsilon, 0, 1, "AdamW eps");
     real("mom", "X", o.momentum, 0, 1, "SGD's Nesterov momentum");
     real("clip", "X", o.clip, 0, 1e9, "largest norm of the gradient, 0: no clipping");
+    text("clip_norm", "plain|scaled", o.clip_norm,
+         "the norm that -clip bounds: of all gradients alike, or of each tensor's scaled to mean the same at every width "
+         "(mup.h, section 5)",
+         "adamw plain, sgd scaled");
     whole("seed", "N", o.seed, 0, std::numeric_limits<int64_t>::max(),
           "seed of initial values, data order and samples");
     text("d", "auto|cuda|cpu", o.device, "device");

@@ -161,11 +161,12 @@ class Parameters {
   // The rounded weights from the master weights.
   void round() { round_weights(dev, weights(), master(), table.size); }
 
-  // The optimizer's view: each tensor's learning rate and decay under the parametrization. The factors
+  // The optimizer's view: each tensor's learning rate, decay and share of the norm under the parametrization. The factors
   // multiply the learning rates, and decay where it is coupled to them.
   std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay,
                                    DecayMode mode = DecayMode::coupled,
-                                   const ClassFactors& factors = ones()) const {
+                                   const ClassFactors& factors = ones(),
+                                   ClipNorm clip_norm = ClipNorm::plain) const {
     const Mup mup = config.mup();
     std::vector<ParameterSpan> spans;
     for (const Tensor& t : table.tensors) {
@@ -173,8 +174,8 @@ class Parameters {
       // a factor of 0 leaves the tensor as it is, decay included
       const double decay = weight_decay * weight_decay_scale(mup, optimizer, t.cls, mode) /
                            (mode == DecayMode::coupled || factor == 0 ? 1 : factor);
-      spans.push_back(
-          {t.offset, t.size, float(factor * learning_rate_scale(mup, optimizer, t.cls)), float(decay)});
+      spans.push_back({t.offset, t.size, float(factor * learning_rate_scale(mup, optimizer, t.cls)),
+                       float(decay), float(clip_weight(mup, t.cls, clip_norm))});
     }
     return spans;
   }

@@ -50,13 +50,14 @@ struct ParameterSpan {
   size_t offset = 0, size = 0;
   float learning_rate_scale = 1;  // multiplies the step's learning rate (mup.h)
   float weight_decay = 0;         // this tensor's decay: -wd, or 0 where there is none
+  float norm_weight = 1;          // of its gradient's squares in the norm that is clipped (mup.h)
 };
 
 // What an update reads of its step. It lies in the device's memory, so that a recorded graph finds there what
 // changes from step to step.
 struct AdamwStep {
   float learning_rate = 0, beta1 = 0, beta2 = 0, epsilon = 1e-8f;
-  float clip = 0;  // gradients are scaled by min(1, clip / |gradient|); 0: never
+  float clip = 0;  // gradients are scaled by min(1, clip / norm); 0: never
   double correction1 = 1, correction2 = 1;  // 1 - beta^t: the moments start at 0
 
   // The corrections of step t, which counts from 1.

@@ -640,7 +640,7 @@ TEST_CASE("cpu gemm, gradient norm, optimizers: the same bits with any number of
   const int m = 70, n = 300, k = 200, size = 300001;
   const auto a = Random().array<float>(m * k), b = Random(2).array<float>(k * n);
   const auto gradients = Random().array<float>(size);
-  const ParameterSpan spans[] = {{0, 1003, 1.f, 0.1f}, {1003, size - 1003, 0.5f, 0.f}};
+  const ParameterSpan spans[] = {{0, 1003, 1.f, 0.1f, 3.f}, {1003, size - 1003, 0.5f, 0.f, 0.7f}};
   AdamwStep adamw;
   adamw.learning_rate = 0.01f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;
   SgdStep sgd;
@@ -648,7 +648,7 @@ TEST_CASE("cpu gemm, gradient norm, optimizers: the same bits with any number of
   check_any_number_of_threads([&] {
     Array<float> c = unset<float>(m * n), norm = unset<float>(1);
     blocked::gemm(false, false, m, n, k, 1.f, a.data(), k, b.data(), n, 0.f, c.data(), n);
-    global_norm(cpu<float>, norm.data(), gradients.data(), gradients.size(), nullptr);
+    global_norm(cpu<float>, norm.data(), gradients.data(), gradients.size(), spans, 2, nullptr);
     auto master = gradients, weights = gradients, moment1 = gradients, moment2 = Array<float>(size, 0.5f);
     adamw_update(cpu<float>, master.data(), weights.data(), moment1.data(), moment2.data(), gradients.data(),
                  spans, 2, norm.data(), &adamw);
@@ -901,7 +901,7 @@ struct TorchSgd {
 };
 
 // An arena with three tensors, and numbers between them that belong to none.
-const ParameterSpan kSpans[] = {{2, 7, 1.f, 0.1f}, {9, 20, 0.25f, 0.f}, {31, 5, 3.f, 0.5f}};
+const ParameterSpan kSpans[] = {{2, 7, 1.f, 0.1f, 1.f}, {9, 20, 0.25f, 0.f, 4.f}, {31, 5, 3.f, 0.5f, 0.25f}};
 constexpr size_t kArena = 40;
 
 struct Arena {
@@ -940,8 +940,10 @@ void check_optimizer(Step step) {
       now.learning_rate = step.learning_rate / (1 + i);  // a schedule
       const auto gradients = random.array<double>(kArena, -1.0 / (1 + i), 1.0 / (1 + i));
       double squares = 0, norm = -1;
-      for (double g : gradients) squares += g * g;
-      global_norm(cpu<double>, &norm, gradients.data(), kArena, nullptr);
+      for (const ParameterSpan& span : kSpans)
+        for (size_t p = span.offset; p < span.offset + span.size; p++)
+          squares += span.norm_weight * gradients[p] * gradients[p];
+      global_norm(cpu<double>, &norm, gradients.data(), kArena, kSpans, 3, nullptr);
       CHECK(norm == doctest::Approx(std::sqrt(squares)).epsilon(1e-14));
       arena.update(gradients.data(), &norm, now);
       const double factor = clip == 0 ? 1 : std::min(1.0, double(clip) / std::sqrt(squares));
@@ -991,7 +993,9 @@ TEST_CASE("global norm: long arrays, none, and what is not finite") {
   auto gradients = Random().array<float>(200001);
   const auto norm = [&] {
     float out = -1;
-    global_norm(cpu<float>, &out, gradients.data(), gradients.size(), nullptr);
+    ParameterSpan all;
+    all.size = gradients.size();
+    global_norm(cpu<float>, &out, gradients.data(), gradients.size(), &all, 1, nullptr);
     return out;
   };
   long double squares = 0;

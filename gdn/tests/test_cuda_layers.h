@@ -596,9 +596,20 @@ TEST_CASE("cuda: norm of the gradients, rounding of weights") {
     Floats norm(dev, size_t(1));
     Acts weights(dev, n);
     Scratch scratch(dev, gdn::global_norm_scratch_bytes(dev, n));
-    run_twice([&] { gdn::global_norm(dev, norm, dev_x, n, scratch); }, norm);
-    gdn::global_norm(cpu, norm_ref.data(), x.data(), n, nullptr);
-    check_close("norm", norm, norm_ref, 1e-6);
+    // one tensor, and six with weights of their own, of which some lie within one piece of a block
+    std::vector<ParameterSpan> one(1), six;
+    one[0].size = n;
+    for (size_t i = 0; i < 6; i++) {
+      const size_t begin = n * i * i / 36 / 8 * 8, end = i == 5 ? n : n * (i + 1) * (i + 1) / 36 / 8 * 8;
+      six.push_back({begin, end - begin, 1, 0, float(random.uniform(0.01, 20))});
+    }
+    for (const auto& spans : {one, six}) {
+      const DeviceCopy<ParameterSpan> dev_spans(dev, spans);
+      const int count = int(spans.size());
+      run_twice([&] { gdn::global_norm(dev, norm, dev_x, n, dev_spans, count, scratch); }, norm);
+      gdn::global_norm(cpu, norm_ref.data(), x.data(), n, spans.data(), count, nullptr);
+      check_close("norm", norm, norm_ref, 1e-6);
+    }
     run_twice([&] { gdn::round_weights(dev, weights, dev_x, n); }, weights);
     check_close("weights", weights, rounded, 0);
   }
@@ -612,7 +623,7 @@ struct Arena {
   explicit Arena(Random& random) {
     for (size_t n : {size_t(1), size_t(6), size_t(6), size_t(8), size_t(30000), size_t(3), size_t(4096),
                      size_t(4093), size_t(1024), size_t(70001), size_t(5)}) {
-      spans.push_back({size, n, float(random.uniform(0.1, 2)), float(spans.size() % 2 ? 0.1 : 0)});
+      spans.push_back({size, n, float(random.uniform(0.1, 2)), float(spans.size() % 2 ? 0.1 : 0), 1});
       size += (n + 7) / 8 * 8;
     }
   }
@@ -752,7 +763,8 @@ TEST_CASE("cuda: a gradient that is not finite changes nothing") {
     const Numbers gradients(9, bad);
     const Floats dev_gradients(dev, gradients);
     Scratch scratch(dev, gdn::global_norm_scratch_bytes(dev, 9));
-    gdn::global_norm(dev, t.norm, dev_gradients, 9, scratch);
+    const DeviceCopy<ParameterSpan> span(dev, {ParameterSpan{0, 9}});
+    gdn::global_norm(dev, t.norm, dev_gradients, 9, span, 1, scratch);
     gdn::adamw_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2, t.dev_gradients,
                       t.dev_spans, t.count, t.norm, adamw);
     gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.dev_spans, t.count,

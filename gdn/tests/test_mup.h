@@ -267,6 +267,19 @@ TEST_CASE("mup: independent decay is the same at every width, coupled decay foll
       }
 }
 
+TEST_CASE("mup: the scaled norm weighs a tensor as SGD's learning rate does, and is the plain one at the base") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const TensorClass cls : kTensorClasses) {
+        const Mup m = model(Parametrization::mup, family, width);
+        CHECK(clip_weight(m, cls, ClipNorm::plain) == 1);
+        CHECK(clip_weight(m, cls, ClipNorm::scaled) == learning_rate_scale(m, OptimizerKind::sgd, cls));
+        CHECK(clip_weight(model(Parametrization::sp, family, width), cls, ClipNorm::scaled) == 1);
+        CHECK(clip_weight(model(Parametrization::mup, family, kBaseWidth), cls, ClipNorm::scaled) == 1);
+      }
+}
+
 TEST_CASE("mup: a perturbation moves its own entry by its exponent, and no other") {
   using namespace mup_tests;
   const Mup intact = model(Parametrization::mup, Family::fixed_heads, 1024);  // r = 4
@@ -313,6 +326,8 @@ TEST_CASE("mup: names and parsing") {
     CHECK(parse_decay_mode(name(mode)) == mode);
   CHECK(error_of([] { parse_vector_rule("gain"); }) == "gains and taps 'gain': expected vector or hidden");
   CHECK(error_of([] { parse_decay_mode(""); }) == "decay mode '': expected coupled or independent");
+  for (const ClipNorm norm : {ClipNorm::plain, ClipNorm::scaled}) CHECK(parse_clip_norm(name(norm)) == norm);
+  CHECK(error_of([] { parse_clip_norm("mup"); }) == "norm to clip 'mup': expected plain or scaled");
   for (const Parametrization p : kParametrizations) CHECK(parse_parametrization(name(p)) == p);
   for (const OptimizerKind optimizer : kOptimizerKinds) CHECK(parse_optimizer(name(optimizer)) == optimizer);
   CHECK(error_of([] { parse_parametrization("muP"); }) == "parametrization 'muP': expected sp, mup0 or mup");

@@ -17,6 +17,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -105,6 +106,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-gates both", "both"},
                         Case{"-wd_mode none", "none"},
                         Case{"-lr_of convs=2", "convs=2"},
+                        Case{"-clip_norm mup", "mup"},
                         Case{"-eps -1", "-eps '-1'"},
                         Case{"-coord_check -resume", "-coord_check"},
                         Case{"-coord_check -mask_docs", "-mask_docs"},
@@ -151,7 +153,7 @@ TEST_CASE("program: -h lists every option with its default") {
         "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
         "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
-        "-lr_of ",   "-gates "}) {
+        "-lr_of ",   "-gates ",      "-clip_norm "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -241,6 +243,30 @@ TEST_CASE("program: -lr_of multiplies the learning rates of the classes it names
   // independent decay knows -lr alone, whatever the class has: without a gradient's step (eps) all is decay
   CHECK(weights("-wd_mode independent -eps 1 -clip 1e-30 -lr 0.02 -min_lr 0.01 -lr_of " + all) ==
         weights("-wd_mode independent -eps 1 -clip 1e-30 -lr 0.02 -min_lr 0.01"));
+}
+
+TEST_CASE("program: -clip_norm chooses the norm, by default after the optimizer; both are one at the base width") {
+  Folder folder;
+  const auto first_norm = [&](const std::string& options) {
+    const Outcome o = run(folder, kTiny + std::string("-n 1 -v 0 -s 0 -save 0 ") + options + " -o out");
+    CAPTURE(o.err);
+    REQUIRE(o.code == 0);
+    std::istringstream log(read_file(folder.path / "out" / "log.csv"));
+    fs::remove_all(folder.path / "out");
+    std::string row, field;
+    std::getline(log, row);
+    std::getline(log, row);
+    std::istringstream fields(row);
+    for (int column = 0; column < 5; column++) std::getline(fields, field, ',');  // step,split,loss,lr,grad_norm
+    return field;
+  };
+  const std::string plain = first_norm("-opt sgd -clip_norm plain"), scaled = first_norm("-opt sgd");
+  CHECK(std::stod(plain) > 0);
+  CHECK(scaled == first_norm("-opt sgd -clip_norm scaled"));
+  CHECK(scaled != plain);
+  CHECK(plain == first_norm("-opt adamw"));
+  CHECK(scaled == first_norm("-opt adamw -clip_norm scaled"));
+  CHECK(first_norm("-w0 32 -opt sgd -clip_norm scaled") == first_norm("-w0 32 -opt sgd -clip_norm plain"));
 }
 
 TEST_CASE("program: a resumed run has the bits of one never stopped (CPU)") { check_resume("cpu"); }
