@@ -243,6 +243,11 @@ inline double readout_scale(const Mup& m) {
 // Measured with mup and SGD (H = 6, L = 2, d = 256, 512, 1024, slope of log rms against log d): at initial
 // values da -0.5 to -0.7, db -0.45 to -0.6, as for independent signs; after 50 steps da -0.3 in the first
 // layer and -0.9 in the second, db -0.35 and -0.65. That is too short and too small a training to settle it.
+// -gates aligned is the other rule, with W_a and W_b Theta(1/d) as [TP5] has it for a number of outputs that does
+// not grow. Measured side by side (SGD, books, 250 steps, plain norm; dev/results/2026-11-27_h100): at d = 1024 and
+// lr 0.4 it is ahead by 0.045 for two seeds, in another run of the same behind by 0.095, and with half the bound
+// 0.066 ahead at 0.4 and 0.036 behind at 0.8. Runs that differ in a rounding alone differ by as much: the two
+// rules cannot be told apart by the loss of so short a training, and that of [GDN] stays.
 //
 // What no learning rate of a gate mends: da and db reach the residual stream too, as W_a^T da and W_b^T db,
 // of coordinates Theta(d^-1/2) Theta(d^-1/2) = Theta(1/d) for fixed heads, as large as all else there. So
@@ -337,14 +342,20 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
 // Clipping multiplies the gradient by min(1, clip / norm). Should the norm be that of all parameters alike? d^2
 // hidden entries Theta(1/d) and H d gate entries Theta(dv^1/2 / d) have norm Theta(1), the V d entries of the
 // embedding, Theta(1/d), and all other tensors have d^-1/2. So one threshold means the same at every width
-// once d is so large that the embedding's part has vanished; but V is large, and at the base that part rules
-// (measured at initial values: 1.9 of a norm of 2.43 at d = 256, and 1.78 in all at d = 1024). A wide model
-// would be clipped less. What has a limit of its own for every tensor is the fall of the loss in a step of
-// small SGD,
+// once d is so large that the embedding's part has vanished; but V is large, and at the base that part is not
+// small (measured at initial values, L = 8, 2048 tokens of books: hidden 7.6, embedding 6.0 of 9.7 at d = 256, 6.7
+// and 2.6 of 7.2 at d = 1024). Wide models are clipped less. What has a limit of its own for every tensor is the
+// fall of the loss in a small step of SGD,
 //
 //   -dL / lr = sum over tensors of learning_rate_scale |g|^2
 //
-// the scaled norm's square: at the base it is the plain norm's.
+// the square of the scaled norm; at the base it is that of the plain one.
+//
+// Measured (SGD, mup, 33M tokens of books, fixed heads; dev/results/2026-11-27_h100): it is what lets SGD's
+// learning rate transfer. Clipped at 1, SGD diverges at d = 256 between 0.8 and 1.6, without clipping between 0.1
+// and 0.3: the bound decides where. With the plain norm 0.8 diverges at d = 512 and mostly at 1024; with the
+// scaled one all widths stand 0.8 (eight of eight runs) and diverge at 1.6, and the best learning rates at d = 256
+// and 1024 are 0.44 and 0.51. AdamW, which divides the gradient's size away, was measured with the plain norm.
 inline double clip_weight(const Mup& m, TensorClass cls, ClipNorm norm) {
   return norm == ClipNorm::plain ? 1 : learning_rate_scale(m, OptimizerKind::sgd, cls);
 }

@@ -20,17 +20,18 @@
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
-// On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh).
+// On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh), and up to dk = 128 the gradients
+// too (delta_rule_gradients_wgmma.cuh).
 //
-// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-26_h100), in ms; in brackets the percent of
-// the floor. The backward runs prepare_kernel again:
+// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-27_h100; dk = 192: 2026-11-26_h100), in ms; in
+// brackets the percent of the floor. The backward runs prepare_kernel again:
 //    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64   0.061 (42)    0.068 (81)    0.070 (78)   0.129 (39)    0.124     0.248
-//   32  1024   6   6   64  128   0.067 (50)    0.142 (71)    0.135 (74)   0.220 (53)    0.202     0.413
-//   32  1024   6   6  128  256   0.077 (65)    0.255 (86)    0.253 (86)   0.509 (59)    0.328     0.840
-//    8  4096  16  32  128  128   0.305 (59)    0.676 (93)    0.677 (93)   1.815 (44)    0.982     2.728
+//   32  1024   6   6   32   64   0.062 (41)    0.069 (79)    0.070 (78)   0.116 (43)    0.126     0.236
+//   32  1024   6   6   64  128   0.066 (51)    0.143 (71)    0.132 (76)   0.141 (83)    0.203     0.331
+//   32  1024   6   6  128  256   0.079 (64)    0.257 (85)    0.254 (86)   0.330 (91)    0.329     0.653
+//    8  4096  16  32  128  128   0.320 (56)    0.683 (92)    0.681 (92)   0.884 (91)    0.980     1.841
 //   32  1024   6   6  192  384   0.104 (65)    0.466 (79)    0.467 (79)   1.198 (46)    0.568     1.772
-//    8  1024   6   6  256  512   0.046 (45)    0.207 (67)    0.213 (65)   0.429 (51)    0.253     0.688
+//    8  1024   6   6  256  512   0.046 (46)    0.207 (67)    0.214 (65)   0.428 (51)    0.252     0.685
 //
 // What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
@@ -305,11 +306,7 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
                       const act* qkv, const MixerShape& shape, float s, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates_at(scratch, shape)};
   const int dk = shape.head_dim_k;
-#ifndef GRADIENTS_MMA
-#define GRADIENTS_MMA 0
-#endif
-  // 1: the mma.sync kernel everywhere; 64: up to dk = 64
-  if (has_warpgroup_products() && takes_warpgroup_gradients(shape) && GRADIENTS_MMA != 1 && dk > GRADIENTS_MMA) {
+  if (has_warpgroup_products() && takes_warpgroup_gradients(shape)) {
     const auto launch = [&](auto tiles, auto grouped) {
       launch_warpgroup_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
                                                                                    shape, sizes(shape), s);
