@@ -383,9 +383,14 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
   return config;
 }
 
+// A training's checkpoint says whether documents were masked, and where the vocabulary was.
 template <class Device>
-void generate_and_print(Device& dev, const Options& o) {
+void generate_and_print(Device& dev, const Options& o, OptionTable& table) {
   const Checkpoint checkpoint = open_any_checkpoint(o.load);
+  if (checkpoint.has_training_state)
+    for (const auto& [name, value] : read_counters(checkpoint).options)
+      if (name == "mask_docs" || (name == "vocab" && std::filesystem::exists(value)))
+        table.restore(name, value);
   Parameters<Device> parameters(dev, read_config(checkpoint));
   load_parameters(parameters, checkpoint);
   const TextCodec codec(parameters.config.vocab, o.vocabulary);
@@ -423,7 +428,7 @@ void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
 
 template <class Device>
 void run_on(Device& dev, Options& o, OptionTable& table) {
-  if (o.generate) return generate_and_print(dev, o);
+  if (o.generate) return generate_and_print(dev, o, table);
   if (o.coord_check) return check_coordinates(dev, o, table);
   if (o.output.empty()) o.output = run_folder(o.resume);
   std::unique_ptr<Checkpoint> resumed;

@@ -54,11 +54,26 @@ struct ExpectedSlopes {
   SlopeRange rms, change;
 };
 
+// Gates whose rule is that of aligned sums (mup.h, open question 2), with a number of heads that does not grow:
+// a and b start at d^-1/2, as logits do, and a step of SGD moves them by Theta(1) where the signs are aligned
+// indeed, by d^-1/2 where they are not yet.
+inline bool of_gates(const std::string& activation) {
+  for (const char* name :
+       {"a", "b", "alpha", "beta", "update:a_proj", "update:b_proj", "update:A_log", "update:dt_bias"})
+    if (activation == name) return true;
+  return false;
+}
+
 inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, int step,
-                                      bool fixed_head_size) {
+                                      bool fixed_head_size, GateRule gates, OptimizerKind optimizer) {
   const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
   const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
   if (is_gradient) return {};
+  if (gates == GateRule::aligned && !fixed_head_size && of_gates(activation)) {
+    const SlopeRange falls = {-0.5, 0}, stays = {0, 0}, moved = optimizer == OptimizerKind::sgd ? falls : stays;
+    if (is_update) return {moved, {}};
+    return {activation == "a" || activation == "b" ? falls : stays, moved};
+  }
   if (is_update) return {{0, 0}, {}};  // (ii) of mup.h
   // k has coordinates dk^-1/2, and so have the writes k u^T
   if (activation == "S") return {{-half_dk, -half_dk}, {-half_dk, -half_dk}};
@@ -370,7 +385,8 @@ inline void write_coord_rows(const std::string& path, const std::vector<CoordRow
                             (config.fixed_head_size ? "heads" : "head_dim") + "," +
                             std::to_string(config.width) + "," + std::to_string(seed) + ",";
   for (const CoordRow& row : rows) {
-    const ExpectedSlopes e = expected_slopes(row.activation, row.layer, row.step, config.fixed_head_size);
+    const ExpectedSlopes e = expected_slopes(row.activation, row.layer, row.step, config.fixed_head_size,
+                                             config.gates, optimizer);
     csv += start + std::to_string(row.step) + "," + (row.layer < 0 ? "" : std::to_string(row.layer)) + "," +
            row.activation + "," + number(row.rms) + "," + number(row.change) + "," + number(e.rms.low) + "," +
            number(e.rms.high) + "," + number(e.change.low) + "," + number(e.change.high) + "\n";

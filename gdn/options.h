@@ -99,8 +99,8 @@ class OptionTable {
           "what the backward computes again to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
     flag("mask_docs", o.mask_docs,
-         "of shards: state and convolution see nothing before a document's start (token 50256); also with "
-         "-gen");
+         "of shards: state and convolution see nothing before a document's start (token 50256); -gen does as the training "
+         "did");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
     text("opt", "adamw|sgd", o.optimizer, "optimizer: AdamW, or SGD with Nesterov momentum");
@@ -150,7 +150,8 @@ class OptionTable {
     whole("gen", "N", o.generate, 1, int64_t(1) << 40, "generate N tokens from -load and stop", "none");
     text("prompt", "TEXT", o.prompt, "text to continue (GPT-2 tokens without -vocab: token ids)");
     text("vocab", "FILE", o.vocabulary,
-         "GPT-2's vocabulary, to have text in and out (scripts/tokenize_text.py writes it)", "none");
+         "GPT-2's vocabulary, to have text in and out (scripts/tokenize_text.py writes it)",
+         "with -gen the training's, else none");
     real("temperature", "X", o.temperature, 0, 100, "logits are divided by it, 0: the most probable token");
     whole("top_k", "N", o.top_k, 0, 1 << 24, "draw among the N most probable tokens, 0: all");
     real("top_p", "X", o.top_p, 0, 1, "draw among the most probable tokens that together have probability X");

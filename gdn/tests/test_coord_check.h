@@ -29,6 +29,7 @@ struct Setup {
   int last_step = 1;
   bool judge_gates = true;
   bool tied = false;  // false: embedding and unembedding are classes of their own
+  GateRule gates = GateRule::independent;
 };
 
 inline ModelConfig config_of(const Setup& s, int width) {
@@ -37,6 +38,7 @@ inline ModelConfig config_of(const Setup& s, int width) {
   c.mlp_size = width;  // not rounded, so that it grows as the width does
   c.tied = s.tied;
   c.perturbation = s.perturbation;
+  c.gates = s.gates;
   return c;
 }
 
@@ -46,11 +48,8 @@ inline int seeds_of(const Setup& s) {
   return s.optimizer == OptimizerKind::adamw ? 2 : s.judge_gates ? 48 : 12;
 }
 
-inline bool of_gates(const std::string& activation, bool is_change) {
-  for (const char* name : {"update:a_proj", "update:b_proj", "update:A_log", "update:dt_bias"})
-    if (activation == name) return true;
-  return is_change &&
-         (activation == "a" || activation == "b" || activation == "alpha" || activation == "beta");
+inline bool moves_a_gate(const std::string& activation, bool is_change) {
+  return of_gates(activation) && (is_change || activation.rfind("update:", 0) == 0);
 }
 
 // A size's name, layer, step, and whether it is that of the change since step 0.
@@ -96,9 +95,10 @@ inline std::string violations(const Setup& s) {
   std::string text;
   for (const auto& [size, slope] : slopes(s)) {
     const auto& [activation, layer, step, is_change] = size;
-    const ExpectedSlopes e = expected_slopes(activation, layer, step, s.fixed_head_size);
+    const ExpectedSlopes e =
+        expected_slopes(activation, layer, step, s.fixed_head_size, s.gates, s.optimizer);
     const SlopeRange range = is_change ? e.change : e.rms;
-    if (std::isnan(range.low) || (!s.judge_gates && of_gates(activation, is_change))) continue;
+    if (std::isnan(range.low) || (!s.judge_gates && moves_a_gate(activation, is_change))) continue;
     if (slope >= range.low - kTolerance && slope <= range.high + kTolerance) continue;
     char line[160];
     std::snprintf(line, sizeof line, "%s%s at step %d: slope %.2f, wanted %g to %g\n", activation.c_str(),
@@ -124,6 +124,24 @@ TEST_CASE("coordinate check: mup passes, sp fails") {
       }
       s.parametrization = Parametrization::sp;
       s.judge_gates = false;
+      CHECK(violations(s) != "");
+    }
+}
+
+TEST_CASE("coordinate check: gates as aligned sums pass, and half a power below they fail") {
+  for (const bool fixed_head_size : {false, true})
+    for (const OptimizerKind optimizer : kOptimizerKinds) {
+      CAPTURE(fixed_head_size);
+      CAPTURE(std::string(name(optimizer)));
+      Setup s;
+      s.fixed_head_size = fixed_head_size;
+      s.optimizer = optimizer;
+      s.gates = GateRule::aligned;
+      CHECK(violations(s) == "");
+      s.perturbation.learning_rate[int(TensorClass::gate)] = -0.5;
+      CHECK(violations(s) != "");
+      s.perturbation = {};
+      s.perturbation.init[int(TensorClass::gate)] = -0.5;
       CHECK(violations(s) != "");
     }
 }

@@ -310,7 +310,18 @@ TEST_CASE("program: masked documents are resumed masked, and need shards") {
   const auto last = [&](const char* name) { return arrays(folder.path / name / "step_00000004"); };
   CHECK(last("whole") == last("parts"));
   CHECK(last("whole") != last("unmasked"));
-  CHECK(run(folder, "-d cpu -load whole -gen 5 -mask_docs -prompt '50256 3 50256 4'").code == 0);
+  // generation does as the training did: what stands before a document's start is forgotten, or it is not
+  const auto continued = [&](const std::string& options, const std::string& prompt) {
+    const Outcome o = run(folder, "-d cpu -gen 20 -temperature 3 " + options + " -prompt '" + prompt + "'");
+    CAPTURE(o.err);
+    REQUIRE(o.code == 0);
+    REQUIRE(o.out.rfind(prompt, 0) == 0);
+    return o.out.substr(prompt.size());
+  };
+  CHECK(continued("-load whole", "7 5 50256 4") == continued("-load whole", "9 9 50256 4"));
+  CHECK(continued("-load unmasked", "7 5 50256 4") != continued("-load unmasked", "9 9 50256 4"));
+  CHECK(continued("-load unmasked -mask_docs", "7 5 50256 4") ==
+        continued("-load unmasked -mask_docs", "9 9 50256 4"));
   const Outcome bytes = run(folder, kTiny + std::string("-n 1 -mask_docs"));
   CHECK(bytes.code == 1);
   CHECK(bytes.err.rfind("train_gdn: -mask_docs: needs token shards", 0) == 0);
