@@ -41,7 +41,8 @@ constexpr int kTensorClassCount = 8;
 
 // Alternatives that the derivation leaves to measurement (sections 4 and 5, open questions 1, 2 and 3).
 enum class VectorRule { vector, hidden };      // gains and conv taps: like vectors, or like hidden weights
-enum class GateRule { independent, aligned };   // under mup, the sums at a gate: of independent or aligned signs
+// Of W_a and W_b under mup: by fan-in, or like output weights, there with gradients of independent or aligned signs.
+enum class GateRule { independent, output, aligned };
 enum class DecayMode { coupled, independent };  // decay per step: its rate times lr, or the same at every width
 enum class ClipNorm { plain, scaled };          // the norm that is clipped: section 5, at the end
 
@@ -142,8 +143,8 @@ constexpr double kBaseStd = 0.02;  // of every Linear and of the embedding, at t
 
 inline const char* name(TensorClass cls);
 
-inline bool gates_are_aligned(const Mup& m) {
-  return m.parametrization == Parametrization::mup && m.gates == GateRule::aligned;
+inline bool gates_are_outputs(const Mup& m) {
+  return m.parametrization == Parametrization::mup && m.gates != GateRule::independent;
 }
 
 inline double init_std(const Mup& m, TensorClass cls) {
@@ -155,7 +156,7 @@ inline double init_std(const Mup& m, TensorClass cls) {
     case TensorClass::gate: {
       const auto [r, r_H, r_k, r_v] = ratios(m);
       double variance = m.parametrization == Parametrization::sp ? 1 : 1 / r;
-      if (cls == TensorClass::gate && gates_are_aligned(m)) variance *= r_H / r;
+      if (cls == TensorClass::gate && gates_are_outputs(m)) variance *= r_H / r;
       return kBaseStd * std::sqrt(variance) * power_of_ratio(m, m.perturbation.init[int(cls)]);
     }
     default:
@@ -243,8 +244,7 @@ inline double readout_scale(const Mup& m) {
 // Measured with mup and SGD (H = 6, L = 2, d = 256, 512, 1024, slope of log rms against log d): at initial
 // values da -0.5 to -0.7, db -0.45 to -0.6, as for independent signs; after 50 steps da -0.3 in the first
 // layer and -0.9 in the second, db -0.35 and -0.65. That is too short and too small a training to settle it.
-// -gates aligned is the other rule, with W_a and W_b Theta(1/d) as [TP5] has it for a number of outputs that does
-// not grow. Measured side by side (SGD, books, 250 steps, plain norm; dev/results/2026-11-27_h100): at d = 1024 and
+// -gates aligned is the other rule, with W_a and W_b as the output weights below. Measured side by side (SGD, books, 250 steps, plain norm; dev/results/2026-11-27_h100): at d = 1024 and
 // lr 0.4 it is ahead by 0.045 for two seeds, in another run of the same behind by 0.095, and with half the bound
 // 0.066 ahead at 0.4 and 0.036 behind at 0.8. Runs that differ in a rounding alone differ by as much: the two
 // rules cannot be told apart by the loss of so short a training, and that of [GDN] stays.
@@ -258,6 +258,16 @@ inline double readout_scale(const Mup& m) {
 // five times as much, so that b's change has slope 0.13 +- 0.04, and a's 0.09 +- 0.04; after two steps 0.19
 // +- 0.02 and 0.12 +- 0.03. In the second layer, and everywhere with AdamW, these slopes stay within 0.09 of
 // 0 up to the eighth step.
+//
+// What mends it is another initial size. W_a and W_b have H outputs; where H does not grow they are matrices that
+// [TP5] calls output weights, and gives entries Theta(1/d) (as a std, or as 1 and a multiplier like m_out):
+//   std ~ d^-1 for fixed heads, d^-1/2 where H ~ d      in general fan-in^-1/2 (H/d)^1/2
+// Then a and b start at d^-1/2, which costs nothing: dt_bias and beta = sigmoid(0) give the gates their initial
+// values, and their own update, whose learning rate is the same, makes a and b Theta(1). W_a^T da falls to
+// Theta(d^-3/2): of an update of the residual stream a part Theta(d^-1/2) lies along the rows of W_a, and moves a
+// by as much. This is -gates output. Measured as above (dev/results/2026-11-27_cpu), 252 slopes each: with SGD 19 are outside their
+// ranges by fan-in and 0 as output weights, with AdamW 1 and 0. Whether it trains better is not measured yet, so
+// that the default is the rule of [GDN].
 //
 // mup0 takes W_a and W_b for hidden weights, da, db = Theta(1/d), and A_log and dt_bias for a vector of H
 // coordinates, whose gradient in [TP5] is Theta(1/H). For fixed heads these are two different estimates of
@@ -273,7 +283,7 @@ struct Growth {
 inline Growth growth(const Mup& m, TensorClass cls) {
   const auto [r, r_H, r_k, r_v] = ratios(m);
   const double gate_gradient = m.parametrization != Parametrization::mup ? 0  // mup0 has two, below
-                               : gates_are_aligned(m)                    ? r_v / r
+                               : m.gates == GateRule::aligned            ? r_v / r
                                                                          : std::sqrt(r_v) / r;
   const bool is_vector =
       cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
@@ -407,7 +417,10 @@ inline const char* name(TensorClass cls) {
 
 inline const char* name(VectorRule rule) { return rule == VectorRule::vector ? "vector" : "hidden"; }
 
-inline const char* name(GateRule rule) { return rule == GateRule::independent ? "independent" : "aligned"; }
+inline const char* name(GateRule rule) {
+  constexpr const char* names[] = {"independent", "output", "aligned"};
+  return names[int(rule)];
+}
 
 inline const char* name(ClipNorm norm) { return norm == ClipNorm::plain ? "plain" : "scaled"; }
 
@@ -432,9 +445,9 @@ inline VectorRule parse_vector_rule(const std::string& text) {
 }
 
 inline GateRule parse_gate_rule(const std::string& text) {
-  for (const GateRule rule : {GateRule::independent, GateRule::aligned})
+  for (const GateRule rule : {GateRule::independent, GateRule::output, GateRule::aligned})
     if (text == name(rule)) return rule;
-  throw std::runtime_error("gates '" + text + "': expected independent or aligned");
+  throw std::runtime_error("gates '" + text + "': expected independent, output or aligned");
 }
 
 inline DecayMode parse_decay_mode(const std::string& text) {

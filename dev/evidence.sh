@@ -9,7 +9,8 @@
 #   fixed      mup x AdamW with heads of 64, whose number grows
 #   seeds      a second seed at the best learning rate of each width and its neighbours (of adamw and sgd)
 #   questions  the open questions of mup.h: 1 gains and taps, 3 decay, 4 eps at d = 256 and 1024 around the best learning
-#              rate; 2 gradients at the gates of models trained with SGD, d = 256, 512, 1024
+#              rate; 2 gates like output weights, there too, and gradients at the gates of models trained with SGD,
+#              d = 256, 512, 1024
 #   tuned      d = 2048 at the best learning rate of d = 256 (mup, AdamW), at half of it, and at twice
 #   plots      figures and tables of what is there (no GPU)
 # Settings: MINUTES=9.2 of wall time in a call, PER_GPU=2 runs at once on a GPU, CUDA_VISIBLE_DEVICES (default: all GPUs),
@@ -123,6 +124,8 @@ questions() {
   gate_gradients
   sweep question1_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-gains hidden"
   sweep question1_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "-gains hidden"
+  sweep question2_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "-gates output"
+  sweep question2_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-gates output"
   sweep question3 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-wd_mode independent"
   sweep question4 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-eps 1e-15"
 }
@@ -170,7 +173,7 @@ coord() {
 
 plots() {
   local name
-  for name in adamw sgd fixed question1_adamw question1_sgd question3 question4; do
+  for name in adamw sgd fixed question1_adamw question1_sgd question2_sgd question2_adamw question3 question4; do
     [ -e "$OUT/$name.csv" ] || continue
     "$PYTHON" scripts/plot_transfer.py "$OUT/$name.csv" --base "$BASE" -o "$OUT/$name" --table "$OUT/$name.md" |
       tee -a "$OUT/log.txt" || problems=$((problems + 1))

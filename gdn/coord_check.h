@@ -54,9 +54,10 @@ struct ExpectedSlopes {
   SlopeRange rms, change;
 };
 
-// Gates whose rule is that of aligned sums (mup.h, open question 2), with a number of heads that does not grow:
-// a and b start at d^-1/2, as logits do, and a step of SGD moves them by Theta(1) where the signs are aligned
-// indeed, by d^-1/2 where they are not yet.
+// Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b start at
+// d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their input. With the
+// learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are aligned indeed, by d^-1/2
+// where they are not yet.
 inline bool of_gates(const std::string& activation) {
   for (const char* name :
        {"a", "b", "alpha", "beta", "update:a_proj", "update:b_proj", "update:A_log", "update:dt_bias"})
@@ -69,10 +70,10 @@ inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, 
   const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
   const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
   if (is_gradient) return {};
-  if (gates == GateRule::aligned && !fixed_head_size && of_gates(activation)) {
-    const SlopeRange falls = {-0.5, 0}, stays = {0, 0}, moved = optimizer == OptimizerKind::sgd ? falls : stays;
-    if (is_update) return {moved, {}};
-    return {activation == "a" || activation == "b" ? falls : stays, moved};
+  if (gates != GateRule::independent && !fixed_head_size && of_gates(activation)) {
+    const SlopeRange falls = {-0.5, 0}, stays = {0, 0};
+    if (is_update) return {gates == GateRule::aligned && optimizer == OptimizerKind::sgd ? falls : stays, {}};
+    return {activation == "a" || activation == "b" ? falls : stays, falls};
   }
   if (is_update) return {{0, 0}, {}};  // (ii) of mup.h
   // k has coordinates dk^-1/2, and so have the writes k u^T

@@ -89,8 +89,9 @@ class OptionTable {
     text("param", "mup|mup0|sp", o.parametrization, "parametrization (mup.h)");
     text("gains", "vector|hidden", o.gains,
          "norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, open question 1)");
-    text("gates", "independent|aligned", o.gates,
-         "under mup the gradients at the gates are sums of terms with independent or aligned signs (mup.h, open question 2)");
+    text("gates", "independent|output|aligned", o.gates,
+         "under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent or of "
+         "aligned signs (mup.h, open question 2)");
     section("training");
     whole("T", "N", o.seq_len, 1, 1 << 24, "tokens in a sequence", "1024, on the CPU 128");
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",

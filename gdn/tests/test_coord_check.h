@@ -128,22 +128,24 @@ TEST_CASE("coordinate check: mup passes, sp fails") {
     }
 }
 
-TEST_CASE("coordinate check: gates as aligned sums pass, and half a power below they fail") {
-  for (const bool fixed_head_size : {false, true})
-    for (const OptimizerKind optimizer : kOptimizerKinds) {
-      CAPTURE(fixed_head_size);
-      CAPTURE(std::string(name(optimizer)));
-      Setup s;
-      s.fixed_head_size = fixed_head_size;
-      s.optimizer = optimizer;
-      s.gates = GateRule::aligned;
-      CHECK(violations(s) == "");
-      s.perturbation.learning_rate[int(TensorClass::gate)] = -0.5;
-      CHECK(violations(s) != "");
-      s.perturbation = {};
-      s.perturbation.init[int(TensorClass::gate)] = -0.5;
-      CHECK(violations(s) != "");
-    }
+TEST_CASE("coordinate check: gates as output weights pass, and half a power below they fail") {
+  for (const GateRule gates : {GateRule::output, GateRule::aligned})
+    for (const bool fixed_head_size : {false, true})
+      for (const OptimizerKind optimizer : kOptimizerKinds) {
+        CAPTURE(std::string(name(gates)));
+        CAPTURE(fixed_head_size);
+        CAPTURE(std::string(name(optimizer)));
+        Setup s;
+        s.fixed_head_size = fixed_head_size;
+        s.optimizer = optimizer;
+        s.gates = gates;
+        CHECK(violations(s) == "");
+        s.perturbation.learning_rate[int(TensorClass::gate)] = -0.5;
+        CHECK(violations(s) != "");
+        s.perturbation = {};
+        s.perturbation.init[int(TensorClass::gate)] = -0.5;
+        CHECK(violations(s) != "");
+      }
 }
 
 TEST_CASE("coordinate check: breaking any one exponent fails it") {

@@ -253,6 +253,36 @@ TEST_CASE("mup: gains and taps as hidden weights") {
   CHECK(conv_init_range(base) == 0.5);
 }
 
+TEST_CASE("mup: gates as output weights, with gradients of independent and of aligned signs") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const Parametrization p : kParametrizations)
+        for (const GateRule rule : {GateRule::output, GateRule::aligned}) {
+          CAPTURE(std::string(name(p)));
+          CAPTURE(width);
+          CAPTURE(std::string(name(rule)));
+          const Mup plain = model(p, family, width);
+          Mup m = plain;
+          m.gates = rule;
+          const double r = width / kBaseWidth;
+          const bool differs = p == Parametrization::mup && family == Family::fixed_heads;
+          const bool aligned = differs && rule == GateRule::aligned;
+          CHECK(init_std(m, TensorClass::gate) ==
+                doctest::Approx(init_std(plain, TensorClass::gate) * (differs ? std::pow(r, -0.5) : 1)));
+          for (const OptimizerKind optimizer : kOptimizerKinds)
+            for (const TensorClass cls : kTensorClasses) {
+              const bool of_gate = cls == TensorClass::gate || cls == TensorClass::gate_scalar;
+              const double exponent = optimizer == OptimizerKind::sgd && of_gate && aligned ? -0.5 : 0;
+              CHECK(learning_rate_scale(m, optimizer, cls) ==
+                    doctest::Approx(learning_rate_scale(plain, optimizer, cls) * std::pow(r, exponent)));
+            }
+        }
+  for (const GateRule rule : {GateRule::independent, GateRule::output, GateRule::aligned})
+    CHECK(parse_gate_rule(name(rule)) == rule);
+  CHECK(error_of([] { parse_gate_rule("both"); }) == "gates 'both': expected independent, output or aligned");
+}
+
 TEST_CASE("mup: independent decay is the same at every width, coupled decay follows the learning rate") {
   using namespace mup_tests;
   for (const double width : kWidths)
