@@ -499,6 +499,15 @@ inline ClassFactors parse_class_factors(const std::string& text) {
   return factors;
 }
 
+// Initial values that are drawn around 0 can be scaled in the same sense. Gains (1) and time scales cannot: throws
+// one line where such a factor is not 1.
+inline void check_init_factors(const ClassFactors& factors) {
+  for (const TensorClass cls : {TensorClass::gate_scalar, TensorClass::gain, TensorClass::output_gain})
+    if (factors[int(cls)] != 1)
+      throw std::runtime_error("factor of the initial values of " + std::string(name(cls)) +
+                               ": expected none, they do not lie around 0");
+}
+
 inline std::string mup_table(const Mup& m, OptimizerKind optimizer) {
   char line[160];
   const ModelShape &a = m.shape, &b = m.base;

@@ -148,7 +148,7 @@ class Run {
   // Weights from the seed or, with -load, from a checkpoint.
   void start_fresh() {
     if (o_.load.empty())
-      parameters_.initialize(o_.seed);
+      parameters_.initialize(o_.seed, parse_class_factors(o_.init_factors));
     else
       load_parameters(parameters_, open_any_checkpoint(o_.load));
   }
@@ -419,7 +419,12 @@ void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
   if (!o.load.empty()) loaded = std::make_unique<Checkpoint>(open_any_checkpoint(o.load));
   const ModelConfig config = choose_config(o, table, loader.source().vocab_size(), loaded.get());
   std::function<void(Parameters<Device>&)> start;
-  if (loaded) start = [&](Parameters<Device>& parameters) { load_parameters(parameters, *loaded); };
+  if (loaded)
+    start = [&](Parameters<Device>& parameters) { load_parameters(parameters, *loaded); };
+  else
+    start = [&](Parameters<Device>& parameters) {
+      parameters.initialize(o.seed, parse_class_factors(o.init_factors));
+    };
   const std::vector<CoordRow> rows =
       coordinate_check(dev, config, optimizer_config(o), o.learning_rate, o.seed, tokens, targets,
                        o.global_batch, o.seq_len, kCoordSteps[std::size(kCoordSteps) - 1], start);
@@ -475,6 +480,7 @@ int run(int argc, char** argv) {
   parse_decay_mode(o.decay_mode);
   if (!o.clip_norm.empty()) parse_clip_norm(o.clip_norm);
   parse_class_factors(o.class_factors);
+  check_init_factors(parse_class_factors(o.init_factors));
   if (o.resume && !o.load.empty()) throw std::runtime_error("-resume and -load exclude each other");
   if (o.coord_check && (o.resume || o.generate || o.mask_docs))
     throw std::runtime_error(

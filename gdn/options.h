@@ -31,7 +31,7 @@ struct Options {
   int64_t steps = 0;                      // by device
   std::string optimizer = "adamw";
   double learning_rate = -1, weight_decay = -1;  // by optimizer
-  std::string decay_mode = "coupled", class_factors;
+  std::string decay_mode = "coupled", class_factors, init_factors;
   std::string clip_norm;  // by optimizer
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
@@ -92,6 +92,9 @@ class OptionTable {
     text("gates", "independent|output|aligned", o.gates,
          "under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent or of "
          "aligned signs (mup.h, open question 2)");
+    text("init_of", "CLASS=X,...", o.init_factors,
+         "factors of the initial values of classes of tensors, at every width: embedding, unembedding, hidden, gate, conv",
+         "1 each");
     section("training");
     whole("T", "N", o.seq_len, 1, 1 << 24, "tokens in a sequence", "1024, on the CPU 128");
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",

@@ -141,18 +141,20 @@ class Parameters {
   real* gradients(size_t offset = 0) const { return gradients_.get() + offset; }
   void zero_gradients() { gradients_.zero(); }
 
-  // Initial values from the seed.
-  void initialize(uint64_t seed) {
+  // Initial values from the seed, times a factor for each class (check_init_factors).
+  void initialize(uint64_t seed, const ClassFactors& factors = ones()) {
+    check_init_factors(factors);
     const Mup mup = config.mup();
     std::vector<real> values;
     for (const Tensor& t : table.tensors) {
       const uint64_t key = stream_key(seed, t.name);
+      const double factor = factors[int(t.cls)];
       if (drawn_from_a_normal(t.cls)) {
-        random_normals(dev, master(t.offset), t.size, key, init_std(mup, t.cls));
+        random_normals(dev, master(t.offset), t.size, key, factor * init_std(mup, t.cls));
         continue;
       }
       values.resize(t.size);
-      for (size_t i = 0; i < t.size; i++) values[i] = initial_value(t, mup, key, i);
+      for (size_t i = 0; i < t.size; i++) values[i] = real(factor) * real(initial_value(t, mup, key, i));
       dev.upload(master(t.offset), values.data(), t.size * sizeof(real));
     }
     round();

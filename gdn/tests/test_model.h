@@ -356,12 +356,26 @@ void check_initial_values(const ModelConfig& config) {
   Device dev;
   Parameters<Device> p(dev, config);
   p.initialize(14);
+  Parameters<Device> scaled(dev, config);
+  ClassFactors factors = ones();  // powers of 2: the same bits, shifted
+  factors[int(TensorClass::embedding)] = 2, factors[int(TensorClass::unembedding)] = 0.5;
+  factors[int(TensorClass::hidden)] = 4, factors[int(TensorClass::gate)] = 0.25;
+  factors[int(TensorClass::conv)] = 8;
+  scaled.initialize(14, factors);
+  for (const TensorClass cls : {TensorClass::gain, TensorClass::output_gain, TensorClass::gate_scalar}) {
+    ClassFactors refused = ones();
+    refused[int(cls)] = 2;
+    CHECK_THROWS_AS(scaled.initialize(14, refused), std::runtime_error);
+  }
   for (const Tensor& t : p.table.tensors) {
     CAPTURE(t.name);
     std::vector<typename Device::real> one_by_one, values(t.size);
     for (size_t i = 0; i < t.size; i++)
       one_by_one.push_back(initial_value(t, p.config.mup(), stream_key(14, t.name), i));
     dev.download(values.data(), p.master(t.offset), t.size * sizeof(values[0]));
+    CHECK(values == one_by_one);
+    for (auto& x : one_by_one) x *= typename Device::real(factors[int(t.cls)]);
+    dev.download(values.data(), scaled.master(t.offset), t.size * sizeof(values[0]));
     CHECK(values == one_by_one);
   }
 }

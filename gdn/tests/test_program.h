@@ -107,6 +107,8 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-wd_mode none", "none"},
                         Case{"-lr_of convs=2", "convs=2"},
                         Case{"-clip_norm mup", "mup"},
+                        Case{"-init_of taps=2", "taps=2"},
+                        Case{"-init_of gain=2", "gain"},
                         Case{"-eps -1", "-eps '-1'"},
                         Case{"-coord_check -resume", "-coord_check"},
                         Case{"-coord_check -mask_docs", "-mask_docs"},
@@ -153,7 +155,7 @@ TEST_CASE("program: -h lists every option with its default") {
         "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
         "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
-        "-lr_of ",   "-gates ",      "-clip_norm "}) {
+        "-lr_of ",   "-gates ",      "-clip_norm ", "-init_of "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
