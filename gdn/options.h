@@ -155,7 +155,7 @@ class OptionTable {
     text("prompt", "TEXT", o.prompt, "text to continue (GPT-2 tokens without -vocab: token ids)");
     text("vocab", "FILE", o.vocabulary,
          "GPT-2's vocabulary, to have text in and out (scripts/tokenize_text.py writes it)",
-         "with -gen the training's, else none");
+         "with -gen the training's where it still is, else none: token ids");
     real("temperature", "X", o.temperature, 0, 100, "logits are divided by it, 0: the most probable token");
     whole("top_k", "N", o.top_k, 0, 1 << 24, "draw among the N most probable tokens, 0: all");
     real("top_p", "X", o.top_p, 0, 1, "draw among the most probable tokens that together have probability X");

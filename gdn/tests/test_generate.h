@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <set>
@@ -372,10 +373,13 @@ TEST_CASE(
   CHECK(greedy == text("-vocab vocab.txt -top_p 0 -temperature 2"));
   // The same tokens by their numbers: what -vocab shows is the text of these.
   const Vocabulary vocabulary((folder.path / "vocab.txt").string());
-  std::istringstream numbers(text("-temperature 0"));
+  CHECK(greedy == text("-temperature 0"));  // the training's vocabulary
+  std::istringstream numbers(text("-temperature 0 -vocab ''"));
   std::vector<int32_t> ids;
   for (int32_t id; numbers >> id;) ids.push_back(id);
   CHECK(greedy == decoded(vocabulary, ids) + "\n");
+  std::filesystem::rename(folder.path / "vocab.txt", folder.path / "moved.txt");
+  CHECK(text("-temperature 0") == text("-temperature 0 -vocab ''"));  // which is no longer there
   for (const auto& bad :
        std::vector<std::pair<std::string, std::string>>{{"-vocab nowhere.txt", "nowhere.txt"},
                                                         {"-vocab s.bin", "s.bin: line 1"},
@@ -383,7 +387,7 @@ TEST_CASE(
                                                         {"-temperature -1", "-temperature '-1'"},
                                                         {"-top_p 1.5", "-top_p '1.5'"},
                                                         {"-top_k -1", "-top_k '-1'"},
-                                                        {"-prompt '50257'", "-prompt '50257'"}}) {
+                                                        {"-vocab '' -prompt '50257'", "-prompt '50257'"}}) {
     CAPTURE(bad.first);
     const auto outcome = run(folder, "-d cpu -load out -gen 5 " + bad.first);
     CHECK(outcome.code == 1);
