@@ -125,8 +125,8 @@ class OptionTable {
     real("mom", "X", o.momentum, 0, 1, "SGD's Nesterov momentum");
     real("clip", "X", o.clip, 0, 1e9, "largest norm of the gradient, 0: no clipping");
     text("clip_norm", "plain|scaled", o.clip_norm,
-         "the norm that -clip bounds: of all gradients alike, or of each tensor's scaled to mean the same at every width "
-         "(mup.h, section 5)",
+         "the norm that -clip bounds and the log shows: of all gradients alike, or of each tensor's scaled to mean the same "
+         "at every width (mup.h, section 5)",
          "adamw plain, sgd scaled");
     whole("seed", "N", o.seed, 0, std::numeric_limits<int64_t>::max(),
           "seed of initial values, data order and samples");
