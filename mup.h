@@ -41,10 +41,12 @@ constexpr int kTensorClassCount = 8;
 
 // Alternatives that the derivation leaves to measurement (sections 4 and 5, open questions 1, 2 and 3).
 enum class VectorRule { vector, hidden };      // gains and conv taps: like vectors, or like hidden weights
-// Of W_a and W_b under mup: by fan-in, or like output weights, there with gradients of independent or aligned signs.
-enum class GateRule { independent, output, aligned };
 enum class DecayMode { coupled, independent };  // decay per step: its rate times lr, or the same at every width
-enum class ClipNorm { plain, scaled };          // the norm that is clipped: section 5, at the end
+// W_a and W_b under mup: by fan-in, or like output weights, there with gradients of independent or aligned
+// signs.
+enum class GateRule { independent, output, aligned };
+// The norm that is clipped: of all gradients alike, or as at the end of section 5.
+enum class ClipNorm { plain, scaled };
 
 // ---- 1. What grows ----------------------------------------------------------------------------------------
 //
@@ -244,10 +246,11 @@ inline double readout_scale(const Mup& m) {
 // Measured with mup and SGD (H = 6, L = 2, d = 256, 512, 1024, slope of log rms against log d): at initial
 // values da -0.5 to -0.7, db -0.45 to -0.6, as for independent signs; after 50 steps da -0.3 in the first
 // layer and -0.9 in the second, db -0.35 and -0.65. That is too short and too small a training to settle it.
-// -gates aligned is the other rule, with W_a and W_b as the output weights below. Measured side by side (SGD, books, 250 steps, plain norm; dev/results/2026-11-27_h100): at d = 1024 and
-// lr 0.4 it is ahead by 0.045 for two seeds, in another run of the same behind by 0.095, and with half the bound
-// 0.066 ahead at 0.4 and 0.036 behind at 0.8. Runs that differ in a rounding alone differ by as much: the two
-// rules cannot be told apart by the loss of so short a training, and that of [GDN] stays.
+// -gates aligned is the other rule, with W_a and W_b as the output weights below. Measured side by side (SGD,
+// books, 250 steps, plain norm; dev/results/2026-11-27_h100): at d = 1024 and lr 0.4 it is behind by 0.095,
+// and with half the bound 0.066 ahead at 0.4 and 0.036 behind at 0.8. Runs that differ in a rounding alone
+// differ by as much: the two rules cannot be told apart by the loss of so short a training, and that of [GDN]
+// stays.
 //
 // What no learning rate of a gate mends: da and db reach the residual stream too, as W_a^T da and W_b^T db,
 // of coordinates Theta(d^-1/2) Theta(d^-1/2) = Theta(1/d) for fixed heads, as large as all else there. So
@@ -259,15 +262,16 @@ inline double readout_scale(const Mup& m) {
 // +- 0.02 and 0.12 +- 0.03. In the second layer, and everywhere with AdamW, these slopes stay within 0.09 of
 // 0 up to the eighth step.
 //
-// What mends it is another initial size. W_a and W_b have H outputs; where H does not grow they are matrices that
-// [TP5] calls output weights, and gives entries Theta(1/d) (as a std, or as 1 and a multiplier like m_out):
+// What mends it is another initial size. W_a and W_b have H outputs; where H does not grow they are matrices
+// that [TP5] calls output weights, and gives entries Theta(1/d) (as a std, or as 1 and a multiplier like
+// m_out):
 //   std ~ d^-1 for fixed heads, d^-1/2 where H ~ d      in general fan-in^-1/2 (H/d)^1/2
-// Then a and b start at d^-1/2, which costs nothing: dt_bias and beta = sigmoid(0) give the gates their initial
-// values, and their own update, whose learning rate is the same, makes a and b Theta(1). W_a^T da falls to
-// Theta(d^-3/2): of an update of the residual stream a part Theta(d^-1/2) lies along the rows of W_a, and moves a
-// by as much. This is -gates output. Measured as above (dev/results/2026-11-27_cpu), 252 slopes each: with SGD 19 are outside their
-// ranges by fan-in and 0 as output weights, with AdamW 1 and 0. Whether it trains better is not measured yet, so
-// that the default is the rule of [GDN].
+// Then a and b start at d^-1/2, which costs nothing: dt_bias and beta = sigmoid(0) give the gates their
+// initial values, and their own update, whose learning rate is the same, makes a and b Theta(1). W_a^T da
+// falls to Theta(d^-3/2): of an update of the residual stream a part Theta(d^-1/2) lies along the rows of W_a,
+// and moves a by as much. This is -gates output. Measured as above (dev/results/2026-11-27_cpu), 252 slopes
+// each: with SGD 19 are outside their ranges by fan-in and 0 as output weights, with AdamW 1 and 0. Whether it
+// trains better is not measured yet, so that the default is the rule of [GDN].
 //
 // mup0 takes W_a and W_b for hidden weights, da, db = Theta(1/d), and A_log and dt_bias for a vector of H
 // coordinates, whose gradient in [TP5] is Theta(1/H). For fixed heads these are two different estimates of
@@ -339,7 +343,6 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // decay by the AdamW scale below. The estimates above do not choose between the two.
 //
 // Open question 4: Adam's eps. e = lr needs gradients well above eps, a constant, but g falls with d.
-//
 inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorClass cls) {
   if (m.parametrization == Parametrization::sp) return 1;
   const Growth c = growth(m, cls);
@@ -353,19 +356,20 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
 // hidden entries Theta(1/d) and H d gate entries Theta(dv^1/2 / d) have norm Theta(1), the V d entries of the
 // embedding, Theta(1/d), and all other tensors have d^-1/2. So one threshold means the same at every width
 // once d is so large that the embedding's part has vanished; but V is large, and at the base that part is not
-// small (measured at initial values, L = 8, 2048 tokens of books: hidden 7.6, embedding 6.0 of 9.7 at d = 256, 6.7
-// and 2.6 of 7.2 at d = 1024). Wide models are clipped less. What has a limit of its own for every tensor is the
-// fall of the loss in a small step of SGD,
+// small (measured at initial values, L = 8, 2048 tokens of books: hidden 7.6, embedding 6.0 of 9.7 at d = 256,
+// 6.7 and 2.6 of 7.2 at d = 1024). Wide models are clipped less. What is Theta(1) for every tensor by itself
+// is the fall of the loss in a small step of SGD,
 //
 //   -dL / lr = sum over tensors of learning_rate_scale |g|^2
 //
 // the square of the scaled norm; at the base it is that of the plain one.
 //
 // Measured (SGD, mup, 33M tokens of books, fixed heads; dev/results/2026-11-27_h100): it is what lets SGD's
-// learning rate transfer. Clipped at 1, SGD diverges at d = 256 between 0.8 and 1.6, without clipping between 0.1
-// and 0.3: the bound decides where. With the plain norm 0.8 diverges at d = 512 and mostly at 1024; with the
-// scaled one all widths stand 0.8 (eight of eight runs) and diverge at 1.6, and the best learning rates at d = 256
-// and 1024 are 0.44 and 0.51. AdamW, which divides the gradient's size away, was measured with the plain norm.
+// learning rate transfer. Clipped at 1, SGD diverges at d = 256 between 0.8 and 1.6, without clipping between
+// 0.1 and 0.3: the bound decides where. With the plain norm d = 256 stands 0.8 and d = 1024 does not (one seed);
+// with the scaled one all widths stand 0.8 (eight of eight runs) and diverge at 1.6, and the best learning
+// rates at d = 256 and 1024 are 0.44 and 0.51. AdamW, which divides the gradient's size away, was measured
+// with the plain norm.
 inline double clip_weight(const Mup& m, TensorClass cls, ClipNorm norm) {
   return norm == ClipNorm::plain ? 1 : learning_rate_scale(m, OptimizerKind::sgd, cls);
 }

@@ -295,7 +295,7 @@ void bench_optimizer(Cuda& dev, Table& table, const Options& o) {
   const Bytes scratch(dev, gdn::global_norm_scratch_bytes(dev, n), "a benchmark");
   const int count = int(spans.size());
   table.memory("global_norm", 4.0 * n,
-               [&](int i) { 
+               [&](int i) {
                  gdn::global_norm(dev, norm[0], gradients[i], n, dev_spans.get(), count, scratch.get());
                });
   gdn::AdamwStep adamw;

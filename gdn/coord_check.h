@@ -54,10 +54,7 @@ struct ExpectedSlopes {
   SlopeRange rms, change;
 };
 
-// Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b start at
-// d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their input. With the
-// learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are aligned indeed, by d^-1/2
-// where they are not yet.
+// A head's gates, what they are computed from, and the updates of their tensors.
 inline bool of_gates(const std::string& activation) {
   for (const char* name :
        {"a", "b", "alpha", "beta", "update:a_proj", "update:b_proj", "update:A_log", "update:dt_bias"})
@@ -70,6 +67,10 @@ inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, 
   const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
   const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
   if (is_gradient) return {};
+  // Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b start
+  // at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their input.
+  // With the learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are aligned
+  // indeed, by d^-1/2 where they are not yet.
   if (gates != GateRule::independent && !fixed_head_size && of_gates(activation)) {
     const SlopeRange falls = {-0.5, 0}, stays = {0, 0};
     if (is_update) return {gates == GateRule::aligned && optimizer == OptimizerKind::sgd ? falls : stays, {}};

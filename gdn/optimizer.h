@@ -16,8 +16,8 @@ struct OptimizerConfig {
   float weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
         epsilon = 1e-8f;   // AdamW; SGD uses weight_decay too
   float momentum = 0.98f;  // SGD, Nesterov
-  float clip = 1.0f;       // of the global gradient norm; 0: off
-  ClipNorm clip_norm = ClipNorm::plain;
+  float clip = 1.0f;       // largest norm of the gradient; 0: off
+  ClipNorm clip_norm = ClipNorm::plain;  // which norm
   DecayMode decay_mode = DecayMode::coupled;
   ClassFactors learning_rate_factors = ones();
 };

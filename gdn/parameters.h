@@ -163,8 +163,8 @@ class Parameters {
   // The rounded weights from the master weights.
   void round() { round_weights(dev, weights(), master(), table.size); }
 
-  // The optimizer's view: each tensor's learning rate, decay and share of the norm under the parametrization. The factors
-  // multiply the learning rates, and decay where it is coupled to them.
+  // The optimizer's view: each tensor's learning rate, decay and weight in the norm under the parametrization.
+  // The factors multiply the learning rates, and decay where it is coupled to them.
   std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay,
                                    DecayMode mode = DecayMode::coupled,
                                    const ClassFactors& factors = ones(),

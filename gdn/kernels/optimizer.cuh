@@ -1,5 +1,5 @@
-// The optimizer: norm of all gradients, AdamW, SGD with Nesterov momentum, and the rounding of master
-// weights.
+// The optimizer: norm of all gradients, each tensor's with its weight (ParameterSpan, gdn/shapes.h), AdamW, SGD
+// with Nesterov momentum, and the rounding of master weights.
 #pragma once
 
 #include <algorithm>

@@ -225,15 +225,20 @@ inline void check_resume(const std::string& device) {
     }
 }
 
+// What a short training without validations and samples leaves in `file` of its folder.
+std::string file_of_a_run(const Folder& folder, const std::string& options, const std::string& file) {
+  const Outcome o = run(folder, kTiny + std::string("-v 0 -s 0 -save 0 ") + options + " -o out");
+  CAPTURE(o.err);
+  REQUIRE(o.code == 0);
+  const std::string bytes = read_file(folder.path / "out" / file);
+  fs::remove_all(folder.path / "out");
+  return bytes;
+}
+
 TEST_CASE("program: -lr_of multiplies the learning rates of the classes it names") {
   Folder folder;
   const auto weights = [&](const std::string& options) {
-    const Outcome o = run(folder, kTiny + std::string("-n 3 -v 0 -s 0 -save 0 ") + options + " -o out");
-    CAPTURE(o.err);
-    REQUIRE(o.code == 0);
-    const std::string bytes = read_file(folder.path / "out" / "step_00000003" / "model.safetensors");
-    fs::remove_all(folder.path / "out");
-    return bytes;
+    return file_of_a_run(folder, "-n 3 " + options, "step_00000003/model.safetensors");
   };
   const std::string all = "embedding=0.5,hidden=0.5,gate=0.5,gate_scalar=0.5,conv=0.5,gain=0.5,output_gain=0.5";
   for (const std::string& mode : {std::string("-wd_mode coupled "), std::string("-wd 0 ")}) {
@@ -250,11 +255,7 @@ TEST_CASE("program: -lr_of multiplies the learning rates of the classes it names
 TEST_CASE("program: -clip_norm chooses the norm, by default after the optimizer; both are one at the base width") {
   Folder folder;
   const auto first_norm = [&](const std::string& options) {
-    const Outcome o = run(folder, kTiny + std::string("-n 1 -v 0 -s 0 -save 0 ") + options + " -o out");
-    CAPTURE(o.err);
-    REQUIRE(o.code == 0);
-    std::istringstream log(read_file(folder.path / "out" / "log.csv"));
-    fs::remove_all(folder.path / "out");
+    std::istringstream log(file_of_a_run(folder, "-n 1 " + options, "log.csv"));
     std::string row, field;
     std::getline(log, row);
     std::getline(log, row);
