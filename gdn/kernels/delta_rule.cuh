@@ -316,7 +316,8 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
       launch(tiles, std::false_type());
     };
     if (dk <= 64) return with_group(std::integral_constant<int, 1>());
-    return with_group(std::integral_constant<int, 2>());
+    if (dk <= 128) return with_group(std::integral_constant<int, 2>());
+    return launch(std::integral_constant<int, 4>(), std::false_type());
   }
   const auto fits = [&](int PW) { return gradient_buffers(shape, PW, shared_bytes_limit()).stages > 0; };
   if (dk <= 32) return launch_gradients<32>(device, dqkv, dg, dbeta, in, shape, s);

@@ -1,6 +1,6 @@
 // The gated delta rule, last kernel of the backward on Hopper (sm_90a): the same equations, units, operands
 // and results as gradients_kernel (delta_rule_gradients.cuh), which runs everywhere else, on warpgroup
-// products and bulk tensor copies. For dk <= 128 and dv a multiple of 64.
+// products and bulk tensor copies. For dv a multiple of 64 and, where value heads share key heads, dk <= 128.
 //
 // A block has two warpgroups that compute and one warp that copies. One thread of the latter sends for tiles
 // of [64, 64], in the layout that products read (delta_rule_passes_wgmma.cuh: 128-byte swizzle), as far ahead
@@ -11,6 +11,11 @@
 // Both warpgroups have all 64 tokens and half of dk's columns; besides, the first has dO E^T, q k^T and dqk,
 // the second X E^T, k k^T and dkk. Operands that need their units (do, X, E) are A operands, which pass
 // through registers anyway; E of other tokens, S0 and dS are B operands as they arrive.
+//
+// Beyond 128 columns of dk the accumulators do not fit, and a second pass over do, E and X takes the rest of
+// dk (with its share of dO E^T and X E^T again, which tensor cores have time for). dqk and dkk are the first
+// one's; the sums that become dg go on. S0 and dS, which nobody reads again, are the first to leave the L2
+// cache, so that it still has do, E and X.
 //
 // q and k arrive while the last steps of an item before run and are converted when they are first needed, at
 // the item's first epilogue; after its last, dq and dk lie in their place and a bulk copy writes them out.
@@ -57,13 +62,19 @@ __device__ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// What is read once leaves the L2 cache first.
+__device__ inline uint64_t read_once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 // A tile of the tensor (columns, rows, matrix) to shared memory.
 __device__ inline void copy_tile_of_3(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
-                                      uint64_t* barrier) {
+                                      uint64_t* barrier, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-      "%4}], [%5];" ::"r"(shared_address(to)),
-      "l"(tensor), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
+      "l"(tensor), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
 // A tile of the tensor (columns, head, token, sequence): 64 columns of 64 tokens.
@@ -171,12 +182,26 @@ struct WarpgroupSums {
   float states[8], largest[8];
 };
 
-// kTiles: of 64 columns of dk. kGrouped: value heads share key heads.
+// The sums' range, a power of two that brings the largest entry of dO E^T and X E^T to 8, and what takes the
+// results out of it and of the products' unit 2^c.
+struct SumUnits {
+  float range, result;
+  __device__ SumUnits(const WarpgroupSums& small, int c) {
+    const int bits = int(__reduce_max_sync(~0u, __float_as_uint(small.largest[threadIdx.x % 8])));
+    const int exponent = bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
+    range = power_of_two(exponent);
+    result = small_power_of_two(-c - exponent);
+  }
+};
+
+// kTiles: of 64 columns of dk, at most two in a pass. kGrouped: value heads share key heads.
 template <int kTiles, bool kGrouped>
 struct GradientLayout {
-  static constexpr int kStages = kTiles == 2 ? (kGrouped ? 2 : 3) : (kGrouped ? 3 : 4);
-  static constexpr int kStageBytes = (3 + 2 * kTiles) * kTileBytes;
-  static constexpr int kColumns = 32 * kTiles, kColumnTiles = kColumns / 8;  // of a warpgroup
+  static_assert(kTiles <= 2 || (kTiles == 4 && !kGrouped), "running sums of two passes do not fit");
+  static constexpr int kPassTiles = kTiles < 2 ? 1 : 2, kPasses = kTiles / kPassTiles;
+  static constexpr int kStages = kPassTiles == 2 ? (kGrouped || kPasses == 2 ? 2 : 3) : (kGrouped ? 3 : 4);
+  static constexpr int kStageBytes = (3 + 2 * kPassTiles) * kTileBytes;
+  static constexpr int kColumnTiles = 4 * kPassTiles;  // of a warpgroup in a pass
   static constexpr int kKeys = kStages * kStageBytes, kSquares = kKeys + 2 * kTiles * kTileBytes;
   // Sums over the group's heads, dq and dk: of a thread's accumulator tiles all but one.
   static constexpr int kRunning = kSquares + 2 * kTileBytes;
@@ -208,9 +233,11 @@ __device__ inline void copy_items(unsigned char* shared, GradientBarriers& barri
                                   GradientSegment* segments, const GradientTensors& tensors,
                                   const GateInputs& in, const Sizes& size, int items) {
   using Layout = GradientLayout<kTiles, kGrouped>;
+  constexpr int kPassTiles = Layout::kPassTiles;
   const int group = size.value_heads_per_key, exponent_bytes = size.dv / 16 * int(sizeof(int));
   const int keys_after =
       min(Layout::kStages * 64, size.dv) - 64;  // the step after which q and k are sent for
+  const uint64_t read_once = read_once_policy();
   int stage = 0, parity = 1, segment = 0, keys_parity = 1;
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const GradientItem at(item, size);
@@ -225,30 +252,34 @@ __device__ inline void copy_items(unsigned char* shared, GradientBarriers& barri
       bulk_copy(to.gates, in.gates + int64_t(number) * kGates, sizeof(to.gates), full);
       bulk_copy(to.exponents, in.exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
       bulk_copy(to.d_exponents, in.d_exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
-      for (int e = 0; e < size.dv; e += 64) {
-        unsigned char* tile = shared + stage * Layout::kStageBytes;
-        full = &barriers.full[stage];
-        barrier_wait(&barriers.empty[stage], parity);
-        barrier_expect(full, Layout::kStageBytes);
-        copy_tile_of_4(tile, &tensors.d_o, e, value_head, token, at.sequence, full);
-        copy_tile_of_4(tile + kTileBytes, &tensors.errors, e, value_head, token, at.sequence, full);
-        copy_tile_of_4(tile + 2 * kTileBytes, &tensors.x, e, value_head, token, at.sequence, full);
+      for (int pass = 0; pass < Layout::kPasses; pass++)
+        for (int e = 0; e < size.dv; e += 64) {
+          unsigned char* tile = shared + stage * Layout::kStageBytes;
+          full = &barriers.full[stage];
+          barrier_wait(&barriers.empty[stage], parity);
+          barrier_expect(full, Layout::kStageBytes);
+          copy_tile_of_4(tile, &tensors.d_o, e, value_head, token, at.sequence, full);
+          copy_tile_of_4(tile + kTileBytes, &tensors.errors, e, value_head, token, at.sequence, full);
+          copy_tile_of_4(tile + 2 * kTileBytes, &tensors.x, e, value_head, token, at.sequence, full);
 #pragma unroll
-        for (int t = 0; t < kTiles; t++) {
-          copy_tile_of_3(tile + (3 + t) * kTileBytes, &tensors.states, 64 * t, e, number, full);
-          copy_tile_of_3(tile + (3 + kTiles + t) * kTileBytes, &tensors.d_states, 64 * t, e, number, full);
-        }
-        if (++stage == Layout::kStages) stage = 0, parity ^= 1;
-        if (head == 0 && e == keys_after) {
-          barrier_wait(&barriers.keys_empty, keys_parity);
-          keys_parity ^= 1;
-          barrier_expect(&barriers.keys_full, 2 * kTiles * kTileBytes);
+          for (int t = 0; t < kPassTiles; t++) {
+            unsigned char *state = tile + (3 + t) * kTileBytes, *d_state = state + kPassTiles * kTileBytes;
+            const int column = 64 * (pass * kPassTiles + t);
+            copy_tile_of_3(state, &tensors.states, column, e, number, full, read_once);
+            copy_tile_of_3(d_state, &tensors.d_states, column, e, number, full, read_once);
+          }
+          if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+          if (head == 0 && pass == 0 && e == keys_after) {
+            barrier_wait(&barriers.keys_empty, keys_parity);
+            keys_parity ^= 1;
+            barrier_expect(&barriers.keys_full, 2 * kTiles * kTileBytes);
 #pragma unroll
-          for (int t = 0; t < 2 * kTiles; t++)
-            copy_tile_of_4(shared + Layout::kKeys + t * kTileBytes, &tensors.keys, t % kTiles * 64,
-                           at.key_head + t / kTiles * size.heads_k, token, at.sequence, &barriers.keys_full);
+            for (int t = 0; t < 2 * kTiles; t++)
+              copy_tile_of_4(shared + Layout::kKeys + t * kTileBytes, &tensors.keys, t % kTiles * 64,
+                             at.key_head + t / kTiles * size.heads_k, token, at.sequence,
+                             &barriers.keys_full);
+          }
         }
-      }
     }
   }
 }
@@ -294,7 +325,7 @@ __device__ inline float dot_of_vectors(const uint4& x, const uint4& y) {
 }
 
 // One step's products and this thread's share of <S0, dS>. The units' powers of two, of the column group of
-// this lane: d_o_unit, x_unit.
+// this lane: d_o_unit, x_unit. kTiles: of the pass.
 template <int kTiles>
 __device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& states_dot,
                                 const unsigned char* stage, const LaneRow& lane_row, int warpgroup,
@@ -358,12 +389,28 @@ __device__ inline void keys_to_fp16(unsigned char* keys) {
   publish_to_products();
 }
 
+// A warpgroup's columns of q and k, and of dq and dk in their place, in a pass: a tile, or half of one.
+template <int kTiles, int kPassTiles>
+struct OwnColumns {
+  unsigned char *q, *k;  // tiles
+  int first_16;          // 16 columns in there
+  __device__ OwnColumns(unsigned char* keys, int pass, int warpgroup)
+      : q(keys + (kPassTiles == 2 ? 2 * pass + warpgroup : 0) * kTileBytes),
+        k(q + kTiles * kTileBytes),
+        first_16(kPassTiles == 2 ? 0 : 2 * warpgroup) {}
+  __device__ uint64_t descriptor(const unsigned char* tile) const {
+    return tile_descriptor(tile) + first_16 * kColumns16;
+  }
+};
+
 // As the function of that name for the mma.sync kernel: range dq into d_oS, range dk into XS, and their dots.
-template <int kColumnTiles>
-__device__ inline void gradients_through_states(WarpgroupGradients<kColumnTiles>& sums, WarpgroupSums& small,
-                                                const unsigned char* q, const unsigned char* k,
-                                                const LaneRow& lane_row, int first_16, const float* gates,
-                                                float s, float range, int strip, int warpgroup) {
+// `more`: the dots are added to an earlier pass's.
+template <int kTiles, int kPassTiles>
+__device__ inline void gradients_through_states(WarpgroupGradients<4 * kPassTiles>& sums,
+                                                WarpgroupSums& small,
+                                                const OwnColumns<kTiles, kPassTiles>& own,
+                                                const LaneRow& lane_row, const float* gates, float s,
+                                                float range, int strip, int warpgroup, bool more) {
   const int lane = threadIdx.x % 32, row = 16 * strip + lane / 4;
   float d_o_factor[2], x_factor[2], e_factor[2], reads[2] = {}, writes[2] = {};
 #pragma unroll
@@ -375,10 +422,10 @@ __device__ inline void gradients_through_states(WarpgroupGradients<kColumnTiles>
     e_factor[e] = beta * (range * gates[kToEnd * kChunk + row + 8 * e]);
   }
 #pragma unroll
-  for (int t = 0; t < kColumnTiles / 2; t++) {  // 16 columns
+  for (int t = 0; t < 2 * kPassTiles; t++) {  // 16 columns
     uint32_t q_words[4], k_words[4];
-    ldmatrix(q_words, shared_address(q) + lane_row(first_16 + t));
-    ldmatrix(k_words, shared_address(k) + lane_row(first_16 + t));
+    ldmatrix(q_words, shared_address(own.q) + lane_row(own.first_16 + t));
+    ldmatrix(k_words, shared_address(own.k) + lane_row(own.first_16 + t));
 #pragma unroll
     for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -402,8 +449,9 @@ __device__ inline void gradients_through_states(WarpgroupGradients<kColumnTiles>
     reads[e] = sum_of_quad(reads[e]);
     writes[e] = sum_of_quad(writes[e]);
     if (lane % 4 == 0) {
-      small.reads[warpgroup][row + 8 * e] = reads[e];
-      small.writes[warpgroup][row + 8 * e] = writes[e];
+      float &read = small.reads[warpgroup][row + 8 * e], &write = small.writes[warpgroup][row + 8 * e];
+      read = more ? read + reads[e] : reads[e];
+      write = more ? write + writes[e] : writes[e];
     }
   }
 }
@@ -477,10 +525,14 @@ __device__ inline void gradients_within_chunk(unsigned char* square, WarpgroupSu
 }
 
 // Starts dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K, a warpgroup's columns
-template <int kColumnTiles>
-__device__ inline void start_products_within_chunk(WarpgroupGradients<kColumnTiles>& sums, uint64_t dqk,
-                                                   uint64_t q, uint64_t k) {
-  const uint64_t dkk = dqk + kNextTile;
+template <int kTiles, int kPassTiles>
+__device__ inline void start_products_within_chunk(WarpgroupGradients<4 * kPassTiles>& sums,
+                                                   const unsigned char* squares,
+                                                   const OwnColumns<kTiles, kPassTiles>& own) {
+  const uint64_t dqk = tile_descriptor(squares), dkk = dqk + kNextTile;
+  const uint64_t q = own.descriptor(own.q), k = own.descriptor(own.k);
+  pin(sums.d_oS), pin(sums.XS);
+  products_begin();
 #pragma unroll
   for (int p = 0; p < 4; p++) {  // 16 tokens to sum over
     wgmma_columns_shared<kByK>(sums.d_oS, dqk + p * kColumns16, k + p * kRows16);
@@ -488,6 +540,7 @@ __device__ inline void start_products_within_chunk(WarpgroupGradients<kColumnTil
     wgmma_columns_shared<kByK>(sums.XS, dkk + p * kColumns16, k + p * kRows16);
     wgmma_columns_shared<kByN>(sums.XS, dkk + p * kRows16, k + p * kRows16);
   }
+  products_issued();
 }
 
 // dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i) + sum_{j < t} writes_j. One warp, two
@@ -547,7 +600,7 @@ __device__ inline void accumulate(unsigned char* running, float (&kept)[4],
   }
 }
 
-// Writes a warpgroup's columns as bf16 to a tile, from its first_16-th 16 columns on.
+// Writes a warpgroup's columns as bf16 to their tile, from its first_16-th 16 columns on.
 template <int kColumnTiles>
 __device__ inline void stage_columns(unsigned char* tile, const LaneRow& lane_row, int first_16,
                                      const float (&x)[kColumnTiles][4]) {
@@ -602,11 +655,9 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
 
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), warpgroup = warp / 4, strip = warp % 4;
-    const int lane = threadIdx.x % 32, group = size.value_heads_per_key, groups = size.dv / 16;
+    const int lane = threadIdx.x % 32, groups = size.dv / 16;
+    const int group = kGrouped ? size.value_heads_per_key : 1;
     const LaneRow lane_row(strip);
-    // This warpgroup's columns of q and k: a tile, or the half of one.
-    const int own_tile = kTiles == 2 ? warpgroup : 0, own_16 = kTiles == 2 ? 0 : 2 * warpgroup;
-    unsigned char *own_q = keys + own_tile * kTileBytes, *own_k = own_q + kTiles * kTileBytes;
     int stage = 0, parity = 0, segment_count = 0, keys_parity = 0;
     for (int item = blockIdx.x; item < items; item += gridDim.x) {
       const GradientItem at(item, size);
@@ -619,81 +670,87 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         const int both = lane < groups ? a + segment.d_exponents[lane] : 1 << 20;
         const int c = __reduce_min_sync(~0u, both);
         const float d_o_unit = small_power_of_two(c - a), x_unit = small_power_of_two(c - both);
-        WarpgroupGradients<Layout::kColumnTiles> sums;
-        float states = 0.f;
-        for (int e = 0; e < groups; e += 4) {
-          barrier_wait(&barriers.full[stage], parity);
-          add_step<kTiles>(sums, states, tiles + stage * Layout::kStageBytes, lane_row, warpgroup, e,
-                           d_o_unit, x_unit);
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&barriers.empty[stage]);
-          if (++stage == Layout::kStages) stage = 0, parity ^= 1;
-        }
-        {
-          float largest = 0.f;
-#pragma unroll
-          for (int t = 0; t < 8; t++) largest = largest_of(sums.square[t], largest);
-          const uint32_t bits =
-              __reduce_max_sync(~0u, __float_as_uint((warpgroup == 0 ? 2 * s : 4.f) * largest));
-          if (lane == 0) small.largest[warp] = __uint_as_float(bits);
-        }
-        if (head == 0) {
-          barrier_wait(&barriers.keys_full, keys_parity);
-          keys_parity ^= 1;
-          keys_to_fp16<kTiles>(keys);
-        }
-        compute_threads_sync();
-
-        float products[8][4];  // q k^T or k k^T
-        {
-          const uint64_t k = tile_descriptor(keys + kTiles * kTileBytes);
-          const uint64_t rows = warpgroup == 0 ? tile_descriptor(keys) : k;
-          pin(products);
-          products_begin();
-#pragma unroll
-          for (int i = 0; i < 4 * kTiles; i++)
-            wgmma_64_shared<kByK, kByK>(products, rows + columns_16(i), k + columns_16(i), i > 0);
-          products_issued();
-        }
-        const int bits = int(__reduce_max_sync(~0u, __float_as_uint(small.largest[lane % 8])));
-        const int range_exponent = bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
-        const float range = power_of_two(range_exponent);
-        const float unit = power_of_two(-c), result_unit = small_power_of_two(-c - range_exponent);
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) states += __shfl_xor_sync(~0u, states, step);
-        if (lane == 0) small.states[warp] = states;
-        gradients_through_states(sums, small, own_q, own_k, lane_row, own_16, segment.gates, s, range, strip,
-                                 warpgroup);
-        products_done<0>();
-        pin(products);
         const int value_head = at.key_head * group + head;
         const int64_t head_row = size.first_row(at.sequence, at.chunk) * size.heads_v + value_head;
-        gradients_within_chunk(squares + warpgroup * kTileBytes, small, dbeta + head_row, size.heads_v, n,
-                               sums, products, lane_row, segment.gates, s, range, unit, strip, warpgroup);
-        publish_to_products();
-        compute_threads_sync();
+        float states = 0.f;
+        for (int pass = 0; pass < Layout::kPasses; pass++) {
+          const bool last_pass = pass == Layout::kPasses - 1;
+          const OwnColumns<kTiles, Layout::kPassTiles> own(keys, pass, warpgroup);
+          WarpgroupGradients<Layout::kColumnTiles> sums;
+          for (int e = 0; e < groups; e += 4) {
+            barrier_wait(&barriers.full[stage], parity);
+            add_step<Layout::kPassTiles>(sums, states, tiles + stage * Layout::kStageBytes, lane_row,
+                                         warpgroup, e, d_o_unit, x_unit);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers.empty[stage]);
+            if (++stage == Layout::kStages) stage = 0, parity ^= 1;
+          }
+          if (pass == 0) {
+            float largest = 0.f;
+#pragma unroll
+            for (int t = 0; t < 8; t++) largest = largest_of(sums.square[t], largest);
+            const uint32_t bits =
+                __reduce_max_sync(~0u, __float_as_uint((warpgroup == 0 ? 2 * s : 4.f) * largest));
+            if (lane == 0) small.largest[warp] = __uint_as_float(bits);
+            if (head == 0) {
+              barrier_wait(&barriers.keys_full, keys_parity);
+              keys_parity ^= 1;
+              keys_to_fp16<kTiles>(keys);
+            }
+            compute_threads_sync();
+          }
+          if (last_pass) {
+            float sum = states;
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+            if (lane == 0) small.states[warp] = sum;
+          }
+          const SumUnits units(small, c);
+          if (pass == 0) {
+            float products[8][4];  // q k^T or k k^T
+            const uint64_t k = tile_descriptor(keys + kTiles * kTileBytes);
+            const uint64_t rows = warpgroup == 0 ? tile_descriptor(keys) : k;
+            pin(products);
+            products_begin();
+#pragma unroll
+            for (int i = 0; i < 4 * kTiles; i++)
+              wgmma_64_shared<kByK, kByK>(products, rows + columns_16(i), k + columns_16(i), i > 0);
+            products_issued();
+            gradients_through_states(sums, small, own, lane_row, segment.gates, s, units.range, strip,
+                                     warpgroup, false);
+            products_done<0>();
+            pin(products);
+            gradients_within_chunk(squares + warpgroup * kTileBytes, small, dbeta + head_row, size.heads_v, n,
+                                   sums, products, lane_row, segment.gates, s, units.range, power_of_two(-c),
+                                   strip, warpgroup);
+            publish_to_products();
+          } else {
+            gradients_through_states(sums, small, own, lane_row, segment.gates, s, units.range, strip,
+                                     warpgroup, true);
+          }
+          compute_threads_sync();
 
-        const uint64_t own = kTiles == 2 ? 0 : 4 * warpgroup;
-        pin(sums.d_oS), pin(sums.XS);
-        products_begin();
-        start_products_within_chunk(sums, tile_descriptor(squares), tile_descriptor(own_q) + own,
-                                    tile_descriptor(own_k) + own);
-        products_issued();
-        if (warp == 0)
-          finish_dg(dg + head_row, size.heads_v, n, small, segment.gates[kFromStart * kChunk + kChunk - 1],
-                    range, result_unit);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&barriers.segment_empty[segment_count % 2]);
-        products_done<0>();
-        pin(sums.d_oS), pin(sums.XS);
-        scale_tiles(sums.d_oS, result_unit);
-        scale_tiles(sums.XS, result_unit);
-        if (kGrouped) accumulate(running, kept, sums, head == 0, head == group - 1);
+          start_products_within_chunk(sums, squares, own);
+          if (last_pass) {
+            if (warp == 0)
+              finish_dg(dg + head_row, size.heads_v, n, small,
+                        segment.gates[kFromStart * kChunk + kChunk - 1], units.range, units.result);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers.segment_empty[segment_count % 2]);
+          }
+          products_done<0>();
+          pin(sums.d_oS), pin(sums.XS);
+          scale_tiles(sums.d_oS, units.result);
+          scale_tiles(sums.XS, units.result);
+          if (kGrouped) accumulate(running, kept, sums, head == 0, head == group - 1);
+          if (head == group - 1) {
+            compute_threads_sync();  // all are done with these columns of q and k
+            stage_columns(own.q, lane_row, own.first_16, sums.d_oS);
+            stage_columns(own.k, lane_row, own.first_16, sums.XS);
+            publish_to_products();
+          }
+        }
         if (head == group - 1) {
-          compute_threads_sync();  // all are done with q and k
-          stage_columns(own_q, lane_row, own_16, sums.d_oS);
-          stage_columns(own_k, lane_row, own_16, sums.XS);
-          publish_to_products();
           compute_threads_sync();
           if (threadIdx.x == 0) {
 #pragma unroll
@@ -751,7 +808,8 @@ CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int6
 
 // Whether gradients_warpgroup_kernel takes these sizes.
 inline bool takes_warpgroup_gradients(const MixerShape& shape) {
-  return shape.head_dim_k <= 128 && shape.head_dim_v % 64 == 0;
+  const int widest = shape.heads_v > shape.heads_k ? 128 : 256;
+  return shape.head_dim_k <= widest && shape.head_dim_v % 64 == 0;
 }
 
 template <int kTiles, bool kGrouped>

@@ -267,6 +267,7 @@ TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
       make_shape(3, 63, 2, 2, 16, 16),    make_shape(2, 65, 1, 3, 48, 80),
       make_shape(1, 130, 1, 2, 128, 128), make_shape(2, 5, 2, 4, 32, 48),
       make_shape(3, 1, 1, 1, 64, 64),     make_shape(1, 70, 1, 2, 256, 32),
+      make_shape(1, 130, 2, 2, 176, 64),  make_shape(1, 130, 1, 2, 192, 64),
   };
   int seed = 1;
   for (const MixerShape& shape : shapes) {
@@ -286,7 +287,8 @@ TEST_CASE("cuda delta rule: long sequences") {
 }
 
 // More chunks than multiprocessors: blocks that take several in turn reuse everything they have.
-const MixerShape kManyChunks[] = {make_shape(3, 900, 8, 16, 80, 64), make_shape(3, 900, 8, 8, 48, 320)};
+const MixerShape kManyChunks[] = {make_shape(3, 900, 8, 16, 80, 64), make_shape(3, 900, 8, 8, 48, 320),
+                                  make_shape(3, 900, 5, 5, 144, 128)};
 
 TEST_CASE("cuda delta rule: many chunks") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: many chunks")) return;
@@ -304,7 +306,8 @@ TEST_CASE("cuda delta rule: against the readable one") {
       gdn::readable::gated_delta_rule_saved_bytes, gdn::readable::gated_delta_rule_scratch_bytes,
       gdn::readable::gated_delta_rule_forward, gdn::readable::gated_delta_rule_backward};
   int seed = 200;
-  for (const MixerShape& shape : {make_shape(1, 16384, 1, 2, 64, 128), make_shape(2, 1000, 3, 3, 128, 256)})
+  for (const MixerShape& shape : {make_shape(1, 16384, 1, 2, 64, 128), make_shape(2, 1000, 3, 3, 128, 256),
+                                  make_shape(2, 1000, 5, 5, 192, 384), make_shape(1, 500, 2, 2, 256, 512)})
     for (Regime regime : {kInitial, kStrongDecay, kWeakDecayBetaToTwo}) {
       const Inputs in = make_inputs(shape, regime, seed++);
       const auto results = [&](const DeltaRule& rule) {
@@ -325,7 +328,8 @@ TEST_CASE("cuda delta rule: against the readable one") {
 TEST_CASE("cuda delta rule: the same bits in two runs") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: the same bits in two runs")) return;
   Cuda device;
-  for (const MixerShape& shape : {make_shape(2, 200, 1, 2, 64, 128), kManyChunks[0], kManyChunks[1]}) {
+  for (const MixerShape& shape :
+       {make_shape(2, 200, 1, 2, 64, 128), kManyChunks[0], kManyChunks[1], kManyChunks[2]}) {
     const Inputs in = make_inputs(shape, kInitial, 1);
     const GpuResults a = run_on_gpu(device, shape, in), b = run_on_gpu(device, shape, in);
     CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);
