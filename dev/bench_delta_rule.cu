@@ -197,6 +197,7 @@ int main(int argc, char** argv) {
     bench(device, make_shape(32, 1024, 6, 6, 64, 128), runs);
     bench(device, make_shape(32, 1024, 6, 6, 128, 256), runs);
     bench(device, make_shape(8, 4096, 16, 32, 128, 128), runs);
+    bench(device, make_shape(32, 1024, 6, 6, 192, 384), runs);
     bench(device, make_shape(8, 1024, 6, 6, 256, 512), runs);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());

@@ -13,7 +13,7 @@
 #              d = 256, 512, 1024
 #   tuned      d = 2048 at the best learning rate of d = 256 (mup, AdamW), at half of it, and at twice
 #   plots      figures and tables of what is there (no GPU)
-# Settings: MINUTES=9.2 of wall time in a call, PER_GPU=2 runs at once on a GPU, CUDA_VISIBLE_DEVICES (default: all GPUs),
+# Settings: MINUTES=9.2 of wall time in a call, PER_GPU=1 runs at once on a GPU, CUDA_VISIBLE_DEVICES (default: all GPUs),
 # PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
 set -uo pipefail
 [ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0" >&2; exit 1; }
@@ -26,7 +26,7 @@ for split in train val; do
     exit 1
   }
 done
-PYTHON=${PYTHON:-python3} PER_GPU=${PER_GPU:-2} STEPS=${STEPS:-1000} SEED=${SEED:-43}
+PYTHON=${PYTHON:-python3} PER_GPU=${PER_GPU:-1} STEPS=${STEPS:-1000} SEED=${SEED:-43}
 read -r -a WIDTHS <<<"${WIDTHS:-256 512 1024}"
 BASE=${WIDTHS[0]} WIDE=${WIDTHS[-1]}
 END=$(awk -v minutes="${MINUTES:-9.2}" -v now="$EPOCHREALTIME" 'BEGIN { printf "%.3f", now + 60 * minutes }')

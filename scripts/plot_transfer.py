@@ -4,8 +4,9 @@
     python3 scripts/plot_transfer.py results/books.csv --out results/transfer --table results/transfer.md
 
 Reads CSVs of sweep.py; one panel per optimizer, parametrization and kind of heads. From a parabola through
-the three lowest points of loss against log2(lr), losses averaged over seeds (where a seed has only some of the
-learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
+the three lowest points of loss against log2(lr) (the lowest and those beside it where the three are not
+neighbours), losses averaged over seeds (where a seed has only some of the learning rates, after the mean
+difference between seeds is taken out, so that it bends no curve):
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
 A learning rate at which a seed diverged is not a point of the parabola; it is marked at the top of the plot.
@@ -22,7 +23,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import Error, Parser, import_pyplot, number, read_csv, run_main, save_figure, width_colors
+from common import (
+    Error,
+    Parser,
+    import_pyplot,
+    number,
+    read_csv,
+    run_main,
+    save_figure,
+    width_colors,
+    without_folders,
+)
 
 COLUMNS = ["param", "optimizer", "width", "lr", "seed", "val_loss", "status", "options"]
 ORDER = ["adamw", "sgd", "sp", "mup0", "mup"]
@@ -81,7 +92,11 @@ class Minimum:
 
 
 def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
-    """The best learning rate, from the three lowest points; `note` says what speaks against it."""
+    """The best learning rate, from the three lowest points; `note` says what speaks against it.
+
+    Where these are not neighbours, a point between them is high by noise, or one beyond is low: then the lowest
+    point and the nearest on its sides decide.
+    """
     lowest = sorted(losses, key=losses.__getitem__)[:3]
     best, lrs = lowest[0], sorted(losses)
     notes = []
@@ -92,9 +107,11 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
     if len(lowest) < 3:
         notes.append(f"only {len(lowest)} points")
         return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
-    (x1, y1), (x2, y2), (x3, y3) = sorted((math.log2(lr), losses[lr]) for lr in lowest)
-    if {x1, x2, x3} != {math.log2(lr) for lr in lrs if x1 <= math.log2(lr) <= x3}:
+    if set(lowest) != {lr for lr in lrs if min(lowest) <= lr <= max(lowest)}:
         notes.append("three lowest points are not neighbours")
+        first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
+        lowest = lrs[first : first + 3]
+    (x1, y1), (x2, y2), (x3, y3) = sorted((math.log2(lr), losses[lr]) for lr in lowest)
     slope12, slope23 = (y2 - y1) / (x2 - x1), (y3 - y2) / (x3 - x2)
     a = (slope23 - slope12) / (x3 - x1)
     if a <= 0:
@@ -178,9 +195,10 @@ def read_panels(paths: list[Path]) -> dict[tuple[str, str, str], dict[int, Curve
             width, lr, seed = (number(path, row, c) for c in ("width", "lr", "seed"))
             if width <= 0 or lr <= 0:
                 raise Error(f"{path}: width {row['width']}, lr {row['lr']}: expected positive numbers")
-            if options.setdefault(panel, row["options"]) != row["options"]:
+            of_row = without_folders(row["options"])
+            if options.setdefault(panel, of_row) != of_row:
                 raise Error(
-                    f"{path}: {row['optimizer']} {row['param']} runs with '{row['options']}' and with "
+                    f"{path}: {row['optimizer']} {row['param']} runs with '{of_row}' and with "
                     f"'{options[panel]}' do not belong in one plot"
                 )
             if (panel, width, lr, seed) in seen:

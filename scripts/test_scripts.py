@@ -191,6 +191,16 @@ class Sweep(InFolder):
         self.assertEqual(len(list(logs.glob("*/log.csv"))), 5)
         self.assertEqual(list(logs.glob("*/step_*")) + list(logs.glob("*.part")), [])
 
+    def test_rows_are_known_wherever_the_data_lies(self) -> None:
+        grid = ("--widths", "256", "--lrs", "0.004")
+        self.assertEqual(self.sweep(*grid, extra=("-i", "here/a_*.bin,b.bin", "-j", "v.bin")).returncode, 0)
+        self.assertIn("-i a_*.bin,b.bin", rows_of(self.csv)[0]["options"])
+        elsewhere = ("-i", "/there/a_*.bin,/else/b.bin", "-j", "w/v.bin")
+        self.assertEqual(self.sweep(*grid, extra=elsewhere).returncode, 0)
+        self.assertEqual(len(self.calls()), 1)
+        self.assertIn("-i here/a_*.bin,b.bin", self.calls()[0])
+        self.assert_one_line_error(self.sweep(*grid, extra=("-i", "c.bin", "-j", "v.bin")), "choose another -o")
+
     def test_finished_rows_are_skipped_and_failed_ones_repeated_on_request(self) -> None:
         self.sweep("--widths", "256", "--lrs", "0.004,0.05")
         self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008")
@@ -489,9 +499,13 @@ class Minima(unittest.TestCase):
         self.assertFalse(straight.bracketed)
 
     def test_points_that_are_not_neighbours(self) -> None:
-        self.assertIn(
-            "not neighbours", find_minimum({1.0: 1.0, 2.0: 0.9, 4.0: 1.5, 8.0: 1.1, 16.0: 2.0}).note
-        )
+        losses = {1.0: 1.2, 2.0: 0.9, 4.0: 1.2, 8.0: 1.1, 16.0: 2.0}  # 4 is high, or 8 low
+        m = find_minimum(losses)
+        self.assertIn("not neighbours", m.note)
+        self.assertAlmostEqual(m.x0, 1)
+        losses[1.0] = 0.8  # now the lowest is at the edge
+        self.assertIn("lower edge", find_minimum(losses).note)
+        self.assertAlmostEqual(find_minimum({1.0: 1.5, 2.0: 0.8, 4.0: 1.5, 8.0: 1.1, 16.0: 0.7}).x0, 4)
 
     def test_shift_and_regret(self) -> None:
         xs = range(-11, -4)

@@ -20,18 +20,19 @@
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
-// On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh), and up to dk = 128 the gradients
-// too (delta_rule_gradients_wgmma.cuh).
+// On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh), and so do the gradients where dk is
+// at most 128 or value heads have key heads of their own (delta_rule_gradients_wgmma.cuh).
 //
-// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-27_h100; dk = 192: 2026-11-26_h100), in ms; in
-// brackets the percent of the floor. The backward runs prepare_kernel again:
+// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-27_h100; dk = 192: 2026-11-26_h100, its
+// gradients not timed alone since they run on warpgroup products), in ms; in brackets the percent of the floor.
+// The backward runs prepare_kernel again:
 //    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64   0.062 (41)    0.069 (79)    0.070 (78)   0.116 (43)    0.126     0.236
-//   32  1024   6   6   64  128   0.066 (51)    0.143 (71)    0.132 (76)   0.141 (83)    0.203     0.331
-//   32  1024   6   6  128  256   0.079 (64)    0.257 (85)    0.254 (86)   0.330 (91)    0.329     0.653
-//    8  4096  16  32  128  128   0.320 (56)    0.683 (92)    0.681 (92)   0.884 (91)    0.980     1.841
-//   32  1024   6   6  192  384   0.104 (65)    0.466 (79)    0.467 (79)   1.198 (46)    0.568     1.772
-//    8  1024   6   6  256  512   0.046 (46)    0.207 (67)    0.214 (65)   0.428 (51)    0.252     0.685
+//   32  1024   6   6   32   64   0.062 (41)    0.070 (78)    0.071 (77)   0.115 (44)    0.126     0.233
+//   32  1024   6   6   64  128   0.066 (51)    0.142 (71)    0.134 (75)   0.141 (83)    0.202     0.329
+//   32  1024   6   6  128  256   0.077 (65)    0.255 (86)    0.252 (87)   0.328 (92)    0.327     0.651
+//    8  4096  16  32  128  128   0.308 (58)    0.677 (93)    0.676 (93)   0.886 (91)    0.980     1.831
+//   32  1024   6   6  192  384   0.104 (65)    0.466 (79)    0.467 (79)                 0.568
+//    8  1024   6   6  256  512   0.047 (45)    0.209 (66)    0.216 (64)   0.270 (81)    0.253     0.525
 //
 // What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to

@@ -553,8 +553,8 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10 GB:
 // 0.302 ms at the copy rate; 71 GFLOP. Reached on an H100: 0.509 ms, 59%: issue slots 43%, a quarter of the
-// instructions in what follows the last step of an item. There delta_rule_gradients_wgmma.cuh takes its place but for
-// dk > 128 and for a dv that is no multiple of 64.
+// instructions in what follows the last step of an item. There delta_rule_gradients_wgmma.cuh takes its place but
+// where dv is no multiple of 64, or value heads share key heads of more than 128 columns.
 template <int PW>
 __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int items,

@@ -617,8 +617,9 @@ __device__ inline void stage_columns(unsigned char* tile, const LaneRow& lane_ro
 // What gradients_kernel computes and writes. Blocks take items gridDim.x apart.
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: as gradients_kernel's, 0.302 ms at the copy rate. Reached on an
-// H100: 0.330 ms, 91%; of 16/32 heads of 128 91% as well, at (64, 128) 83%, at (32, 64), where an item is a
-// single step and its epilogue, 43% (dev/bench_delta_rule, dev/results/2026-11-27_h100).
+// H100: 0.328 ms, 92%; of 16/32 heads of 128 91%, at (64, 128) 83%, at (32, 64), where an item is a single step
+// and its epilogue, 44%. At (256, 512), where do, E and X are read twice, 81% (76% where S0 and dS stay in the
+// L2 cache like all else; dev/bench_delta_rule, dev/results/2026-11-27_h100).
 template <int kTiles, bool kGrouped>
 __global__ void __launch_bounds__(kGradientThreads, 1)
     gradients_warpgroup_kernel(const __grid_constant__ GradientTensors tensors, float* dg, float* dbeta,
