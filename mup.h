@@ -82,6 +82,7 @@ struct Mup {
   ModelShape shape, base;
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
+  double logit_factor = 1;  // of the logits, at every width
   Perturbation perturbation = {};
 };
 
@@ -177,9 +178,15 @@ inline double conv_init_range(const Mup& m) {
 // token align, in training by (ii) and with tied weights from the start (h contains the embedding of the
 // token just read): a sum of d aligned terms, Theta(d). So (iii) asks for m_out ~ 1/d. For rows that h does
 // not align with, logits start at Theta(d^-1/2), which (iii) allows.
+//
+// What m_out is at the base no estimate says. logit_factor is to be tuned there like the learning rate; being
+// the same at every width it changes no exponent, and transfers ([TP5], table 2: alpha_output). It multiplies
+// all gradients, too: where it is larger, SGD's best learning rate is smaller. With embeddings as small as
+// kBaseStd a factor above 1 makes up for logits that start near 0 (measured on a small model under SGD, whose
+// losses fall with the width only then: dev/results/2026-11-27_cpu).
 inline double logit_scale(const Mup& m) {
-  if (m.parametrization == Parametrization::sp) return 1;
-  return 1 / ratios(m).r * power_of_ratio(m, m.perturbation.logit_scale);
+  if (m.parametrization == Parametrization::sp) return m.logit_factor;
+  return m.logit_factor / ratios(m).r * power_of_ratio(m, m.perturbation.logit_scale);
 }
 
 // The gated delta rule, one head (S is [dk,dv], q and k have length 1, v is Theta(1)):

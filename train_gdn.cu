@@ -366,7 +366,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
   if (checkpoint) {
     const ModelConfig saved = read_config(*checkpoint);
     bool given = false;
-    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates"})
+    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates", "logit_factor"})
       given = given || table.given(name);
     if (!given) {
       if (vocab && vocab != saved.vocab)
@@ -379,6 +379,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
                                    vocab, parse_parametrization(o.parametrization));
   config.vectors = parse_vector_rule(o.gains);
   config.gates = parse_gate_rule(o.gates);
+  config.logit_factor = o.logit_factor;
   if (checkpoint) require_same_shape(config, read_config(*checkpoint), checkpoint->path);
   return config;
 }

@@ -47,7 +47,8 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"fixed_head_size", c.fixed_head_size},
                                                  {"parametrization", name(c.parametrization)},
                                                  {"gains", name(c.vectors)},
-                                                 {"gates", name(c.gates)}}}};
+                                                 {"gates", name(c.gates)},
+                                                 {"logit_factor", c.logit_factor}}}};
 }
 
 // Throws one line naming the first key of a flash-linear-attention configuration that asks for what this
@@ -119,6 +120,7 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
     c.parametrization = parse_parametrization(ours->string("parametrization"));
     if (ours->find("gains")) c.vectors = parse_vector_rule(ours->string("gains"));  // older ones: vector
     if (ours->find("gates")) c.gates = parse_gate_rule(ours->string("gates"));      // older ones: independent
+    if (ours->find("logit_factor")) c.logit_factor = ours->number("logit_factor");  // older ones: 1
   } else {
     c.vocab = stored_vocab;
     c.base_width = c.width;
@@ -151,6 +153,9 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   if (wanted.gates != saved.gates)
     throw std::runtime_error(path + ": has -gates " + name(saved.gates) + ", the options ask for " +
                              name(wanted.gates));
+  if (wanted.logit_factor != saved.logit_factor)
+    throw std::runtime_error(path + ": has -logit_factor " + json_text(saved.logit_factor) +
+                             ", the options ask for " + json_text(wanted.logit_factor));
   if (wanted.parametrization != saved.parametrization)
     throw std::runtime_error(path + ": has parametrization " + name(saved.parametrization) + ", the options ask for " +
                              name(wanted.parametrization));

@@ -24,6 +24,7 @@ struct ModelConfig {
   Parametrization parametrization = Parametrization::mup;
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
+  double logit_factor = 1;  // of the logits, at every width (mup.h)
   Perturbation perturbation = {};
 
   MixerShape mixer_shape(int batch, int tokens) const {
@@ -34,7 +35,7 @@ struct ModelConfig {
     return {parametrization, shape,
             fixed_head_size ? base_with_fixed_head_size(shape, base_width)
                             : base_with_fixed_heads(shape, base_width),
-            vectors, gates, perturbation};
+            vectors, gates, logit_factor, perturbation};
   }
   float beta_max() const { return neg_eigval ? 2.0f : 1.0f; }
 };

@@ -32,6 +32,7 @@ struct Options {
   std::string optimizer = "adamw";
   double learning_rate = -1, weight_decay = -1;  // by optimizer
   std::string decay_mode = "coupled", class_factors, init_factors;
+  double logit_factor = 1;
   std::string clip_norm;  // by optimizer
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
@@ -95,6 +96,7 @@ class OptionTable {
     text("init_of", "CLASS=X,...", o.init_factors,
          "factors of the initial values of classes of tensors, at every width: embedding, unembedding, hidden, gate, conv",
          "1 each");
+    real("logit_factor", "X", o.logit_factor, 1e-6, 1e6, "factor of the logits, at every width (mup.h, section 3)");
     section("training");
     whole("T", "N", o.seq_len, 1, 1 << 24, "tokens in a sequence", "1024, on the CPU 128");
     whole("b", "N", o.micro_batch, 1, 1 << 20, "sequences in a micro-batch (memory)",

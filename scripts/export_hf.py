@@ -9,10 +9,10 @@ GatedDeltaNetForCausalLM has none of muP's multipliers, so they go into the weig
              rmsnorm(s o, eps) = rmsnorm(dk^-1/2 o, eps / r^2). So norm_eps is divided by r^2, for the other norms the
              residual stream by r: embedding, o_proj and down_proj.
   logits     1/r W_emb h: the embedding divided by r does both, and stays tied. Where the readout scale is fla's (muP of
-             fixed head size, mup0), lm_head = 1/r W_emb, untied.
+             fixed head size, mup0), or with -logit_factor f, lm_head = f/r W_emb, untied.
 --untied writes lm_head of a tied model too: flash-linear-attention 0.5.2 does not load a tied one under transformers 5
 ("'list' object has no attribute 'keys'").
-Exact where r is a power of 2; else the scaled weights are rounded to their type once more. Rows of padding are left out:
+Exact where r and f are powers of 2; else the scaled weights are rounded to their type once more. Rows of padding are left out:
 vocab_size is the number of tokens.
 
 ./train_gdn -load takes a checkpoint itself rather than its export: of a muP export with r other than 1 it refuses
@@ -141,6 +141,7 @@ def export(checkpoint: Path, out: Path, source: Path | None, untied: bool) -> No
         ours = config.pop("train_gdn")
         vocab, parametrization = ours["vocab"], ours["parametrization"]
         ratio = 1.0 if parametrization == "sp" else config["hidden_size"] / ours["base_width"]
+        logit_scale = ours.get("logit_factor", 1) / ratio
     except (ValueError, KeyError, TypeError) as e:
         raise Error(f"{checkpoint / 'config.json'}: not a configuration of train_gdn ({e!r})") from None
     stream = ratio if parametrization == "mup" and not ours["fixed_head_size"] else 1.0  # divides the residual stream
@@ -148,8 +149,8 @@ def export(checkpoint: Path, out: Path, source: Path | None, untied: bool) -> No
     if EMBEDDING not in tensors.entries:
         raise Error(f"{checkpoint / 'model.safetensors'}: tensor '{EMBEDDING}' is missing")
     exported = {name: tensors.rows(name, vocab if name in (EMBEDDING, HEAD) else None) for name in tensors.entries}
-    if untied or (ratio != 1 and (HEAD in exported or stream == 1)):
-        exported[HEAD] = scaled(exported.get(HEAD, exported[EMBEDDING]), 1 / ratio)
+    if untied or (HEAD in exported and logit_scale != 1) or logit_scale != 1 / stream:
+        exported[HEAD] = scaled(exported.get(HEAD, exported[EMBEDDING]), logit_scale)
     if stream != 1:
         for name in exported:
             if name == EMBEDDING or name.endswith((".o_proj.weight", ".down_proj.weight")):

@@ -1160,6 +1160,7 @@ class Export(InFolder):
             ("mup0", ("-param", "mup0"), (), 1e-6, False),
             ("sp", ("-param", "sp"), (), 1e-6, True),
             ("untied", (), ("embeddings", "o_proj", "down_proj"), 2.5e-7, False),
+            ("factor", ("-logit_factor", 8), ("embeddings", "o_proj", "down_proj"), 2.5e-7, False),
         ):
             run, out = self.folder / name, self.folder / f"{name}_out"
             self.train(*self.MODEL, "-n", 2, *options, "-o", run)
@@ -1173,6 +1174,8 @@ class Export(InFolder):
             before["lm_head.weight"] = before["model.embeddings.weight"]
             for tensor, (dtype, shape, data) in after.items():
                 factor = 0.5 if tensor == "lm_head.weight" or any(part in tensor for part in halved) else 1
+                if (name, tensor) == ("factor", "lm_head.weight"):
+                    factor = 4
                 count = math.prod(shape)
                 want = [factor * x for x in struct.unpack(f"<{count}f", before[tensor][2])]
                 self.assertEqual((dtype, list(struct.unpack(f"<{count}f", data))), ("F32", want), tensor)

@@ -172,7 +172,7 @@ def qwen_mixer(h, w: Parameters, at: str, c: Config):
 
 
 def output_matrix(w: Parameters, c: Config):
-    return w["model.embeddings.weight" if c.tied else "lm_head.weight"] / c.ratio
+    return w["model.embeddings.weight" if c.tied else "lm_head.weight"] * c.logit_scale
 
 
 @functools.lru_cache(1)

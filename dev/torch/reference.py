@@ -51,11 +51,16 @@ class Config:
     parametrization: str = "mup"
     gains: str = "vector"  # train_gdn -gains, which the optimizer alone knows
     gates: str = "independent"  # -gates, which initial values and SGD alone know
+    logit_factor: float = 1.0
 
     @property
     def ratio(self) -> float:
         """What hidden and gate weights and the logits divide by."""
         return 1.0 if self.parametrization == "sp" else self.width / self.base_width
+
+    @property
+    def logit_scale(self) -> float:
+        return self.logit_factor / self.ratio
 
     @property
     def readout_scale(self) -> float:
@@ -293,7 +298,7 @@ def loss(w: Parameters, c: Config, tokens, delta_rule=gated_delta_rule_chunked):
         x = x + mixer(rmsnorm(x, w[at + "attn_norm.weight"]), w, at + "attn.", c, delta_rule)
         x = x + mlp(rmsnorm(x, w[at + "mlp_norm.weight"]), w, at + "mlp.")
     head = w["model.embeddings.weight" if c.tied else "lm_head.weight"]
-    logits = F.linear(rmsnorm(x, w["model.norm.weight"]) / c.ratio, head)  # [B,T,V]
+    logits = F.linear(rmsnorm(x, w["model.norm.weight"]) * c.logit_scale, head)  # [B,T,V]
     return F.cross_entropy(wide(logits.flatten(0, 1)[:, :c.vocab]), tokens[:, 1:].flatten())
 
 

@@ -297,6 +297,22 @@ TEST_CASE("mup: independent decay is the same at every width, coupled decay foll
       }
 }
 
+TEST_CASE("mup: the factor of the logits is one at every width, and changes nothing else") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const Parametrization p : kParametrizations) {
+        const Mup plain = model(p, family, width);
+        Mup m = plain;
+        m.logit_factor = 4;
+        CHECK(logit_scale(m) == 4 * logit_scale(plain));
+        CHECK(readout_scale(m) == readout_scale(plain));
+        for (const TensorClass cls : kTensorClasses)
+          for (const OptimizerKind optimizer : kOptimizerKinds)
+            CHECK(learning_rate_scale(m, optimizer, cls) == learning_rate_scale(plain, optimizer, cls));
+      }
+}
+
 TEST_CASE("mup: the scaled norm weighs a tensor as SGD's learning rate does, and is the plain one at the base") {
   using namespace mup_tests;
   for (const Family family : kFamilies)

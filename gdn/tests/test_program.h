@@ -109,6 +109,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-clip_norm mup", "mup"},
                         Case{"-init_of taps=2", "taps=2"},
                         Case{"-init_of gain=2", "gain"},
+                        Case{"-logit_factor 0", "-logit_factor '0'"},
                         Case{"-eps -1", "-eps '-1'"},
                         Case{"-coord_check -resume", "-coord_check"},
                         Case{"-coord_check -mask_docs", "-mask_docs"},
@@ -155,7 +156,8 @@ TEST_CASE("program: -h lists every option with its default") {
         "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
         "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
-        "-lr_of ",   "-gates ",      "-clip_norm ", "-init_of "}) {
+        "-lr_of ",   "-gates ",      "-clip_norm ", "-init_of ",
+        "-logit_factor "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -250,6 +252,29 @@ TEST_CASE("program: -lr_of multiplies the learning rates of the classes it names
   // independent decay knows -lr alone, whatever the class has: without a gradient's step (eps) all is decay
   CHECK(weights("-wd_mode independent -eps 1 -clip 1e-30 -lr 0.02 -min_lr 0.01 -lr_of " + all) ==
         weights("-wd_mode independent -eps 1 -clip 1e-30 -lr 0.02 -min_lr 0.01"));
+}
+
+TEST_CASE("program: a checkpoint keeps -logit_factor, and refuses another") {
+  Folder folder;
+  REQUIRE(run(folder, kTiny + std::string("-n 2 -save 0 -logit_factor 4 -o saved")).code == 0);
+  const auto first_row = [&](const std::string& load) {  // of a training from there that stands still
+    const std::string log = file_of_a_run(folder, "-n 1 -lr 0 -min_lr 0 -load " + load, "log.csv");
+    return log.substr(0, log.find("e+00"));  // up to the learning rate: step, split, loss
+  };
+  const std::string kept = first_row("saved -logit_factor 4");
+  const fs::path saved = folder.path / "saved" / "step_00000002", copy = folder.path / "copy";
+  fs::create_directory(copy);
+  fs::copy_file(saved / "model.safetensors", copy / "model.safetensors");
+  std::string config = read_file(saved / "config.json");
+  write_file(copy / "config.json", config);
+  CHECK(first_row("copy -logit_factor 4") == kept);
+  const std::string key = "\"logit_factor\": 4";
+  REQUIRE(config.find(key) != std::string::npos);
+  write_file(copy / "config.json", config.replace(config.find(key), key.size(), "\"logit_factor\": 1"));
+  CHECK(first_row("copy") != kept);
+  const Outcome other = run(folder, kTiny + std::string("-n 1 -load saved -logit_factor 2"));
+  CHECK(other.code == 1);
+  CHECK(other.err.find("has -logit_factor 4.0, the options ask for 2.0") != std::string::npos);
 }
 
 TEST_CASE("program: -clip_norm chooses the norm, by default after the optimizer; both are one at the base width") {
