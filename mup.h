@@ -40,7 +40,7 @@ enum class TensorClass {
 constexpr int kTensorClassCount = 8;
 
 // Alternatives that the derivation leaves to measurement (sections 4 and 5, open questions 1, 2 and 3).
-enum class VectorRule { vector, hidden };      // gains and conv taps: like vectors, or like hidden weights
+enum class VectorRule { vector, hidden };       // gains and conv taps: like vectors, or like hidden weights
 enum class DecayMode { coupled, independent };  // decay per step: its rate times lr, or the same at every width
 // W_a and W_b under mup: by fan-in, or like output weights, there with gradients of independent or aligned
 // signs.
@@ -182,8 +182,9 @@ inline double conv_init_range(const Mup& m) {
 // What m_out is at the base no estimate says. logit_factor is to be tuned there like the learning rate; being
 // the same at every width it changes no exponent, and transfers ([TP5], table 2: alpha_output). It multiplies
 // all gradients, too: where it is larger, SGD's best learning rate is smaller. With embeddings as small as
-// kBaseStd a factor above 1 makes up for logits that start near 0 (measured on a small model under SGD, whose
-// losses fall with the width only then: dev/results/2026-11-27_cpu).
+// kBaseStd a factor above 1 makes up for logits that start near 0. Measured on a small model under SGD
+// (dev/results/2026-11-27_cpu): a factor of 4 lowers the loss by 0.15 and more, and together with hidden
+// weights of twice the std the loss falls with the width.
 inline double logit_scale(const Mup& m) {
   if (m.parametrization == Parametrization::sp) return m.logit_factor;
   return m.logit_factor / ratios(m).r * power_of_ratio(m, m.perturbation.logit_scale);
@@ -275,12 +276,12 @@ inline double readout_scale(const Mup& m) {
 //   std ~ d^-1 for fixed heads, d^-1/2 where H ~ d      in general fan-in^-1/2 (H/d)^1/2
 // Then a and b start at d^-1/2, which costs nothing: dt_bias and beta = sigmoid(0) give the gates their
 // initial values, and their own update, whose learning rate is the same, makes a and b Theta(1). W_a^T da
-// falls to Theta(d^-3/2): of an update of the residual stream a part Theta(d^-1/2) lies along the rows of W_a,
-// and moves a by as much. This is -gates output. Measured as above (dev/results/2026-11-27_cpu), 252 slopes
-// each: with SGD 19 are outside their ranges by fan-in and 0 as output weights, with AdamW 1 and 0. In training
-// it makes no difference yet: d = 1024 after 1,000 steps of SGD at lr 0.2, 0.4, 0.8 has the losses 5.25, 5.25,
-// 5.26, by fan-in 5.31, 5.17, 5.20, with 0.06 to 0.12 between seeds (dev/results/2026-11-27_h100). So the default
-// is the rule of [GDN].
+// falls to Theta(d^-3/2): of an update of the residual stream a part Theta(d^-1/2) lies along the rows of
+// W_a, and moves a by as much. This is -gates output. Measured as above (dev/results/2026-11-27_cpu), 252
+// slopes each: with SGD 19 are outside their ranges by fan-in and 0 as output weights, with AdamW 1 and 0. In
+// training it makes no difference yet: d = 1024 after 1,000 steps of SGD at lr 0.2, 0.4, 0.8 has the losses
+// 5.25, 5.25, 5.26, by fan-in 5.31, 5.17, 5.20, with 0.06 to 0.12 between seeds
+// (dev/results/2026-11-27_h100). So the default is the rule of [GDN].
 //
 // mup0 takes W_a and W_b for hidden weights, da, db = Theta(1/d), and A_log and dt_bias for a vector of H
 // coordinates, whose gradient in [TP5] is Theta(1/H). For fixed heads these are two different estimates of
@@ -338,10 +339,10 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 //   gain                 0     0     -1       -1            0     +1        +1          +1
 //   output gain          0     0     -1       -1            0     +1        +1          +1/2
 //
-// Measured (AdamW, 33M tokens of books, d = 256, 512 and 1024, fixed heads; dev/results/2026-11-27_h100): under
-// mup (two seeds) 4e-3 is the best of a grid of factors of two at d = 256 and 512, and 0.003 from the best at
-// 1024. Under sp (one seed) it costs 0.022 and 0.044, where half of it is best. For heads of one size mup is
-// flat to 0.018 from 2e-3 to 8e-3 at every width. Two seeds of one run differ by 0.03.
+// Measured (AdamW, 33M tokens of books, d = 256, 512 and 1024, fixed heads; dev/results/2026-11-27_h100):
+// under mup (two seeds) 4e-3 is the best of a grid of factors of two at d = 256 and 512, and 0.003 from the
+// best at 1024. Under sp (one seed) it costs 0.022 and 0.044, where half of it is best. For heads of one size
+// mup is flat to 0.018 from 2e-3 to 8e-3 at every width. Two seeds of one run differ by 0.03.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
 // every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of [GDN]
@@ -352,9 +353,9 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // weights forget over 1 / (lr decay) ~ d steps. The independent form keeps lr decay constant in d: divide the
 // decay by the AdamW scale below. The estimates above do not choose between the two.
 //
-// Open question 4: Adam's eps. e = lr needs gradients well above eps, a constant, but g falls with d. Measured at
-// d = 1024 and lr 2e-3, 4e-3 (dev/results/2026-11-27_h100): eps = 1e-15 gives 4.12 and 4.10, 1e-8 with two seeds
-// 4.10 and 4.11. At widths like these 1e-8 is small enough.
+// Open question 4: Adam's eps. e = lr needs gradients well above eps, a constant, but g falls with d. Measured
+// at d = 1024 and lr 2e-3, 4e-3 (dev/results/2026-11-27_h100): eps = 1e-15 gives 4.12 and 4.10, 1e-8 with two
+// seeds 4.10 and 4.11. At widths like these 1e-8 is small enough.
 inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorClass cls) {
   if (m.parametrization == Parametrization::sp) return 1;
   const Growth c = growth(m, cls);
@@ -364,9 +365,9 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
   return scale * power_of_ratio(m, m.perturbation.learning_rate[int(cls)]);
 }
 
-// Clipping multiplies the gradient by min(1, clip / norm). Should the norm be that of all parameters alike? d^2
-// hidden entries Theta(1/d) and H d gate entries Theta(dv^1/2 / d) have norm Theta(1), the V d entries of the
-// embedding, Theta(1/d), and all other tensors have d^-1/2. So one threshold means the same at every width
+// Clipping multiplies the gradient by min(1, clip / norm). Should the norm be that of all parameters alike?
+// d^2 hidden entries Theta(1/d) and H d gate entries Theta(dv^1/2 / d) have norm Theta(1), the V d entries of
+// the embedding, Theta(1/d), and all other tensors have d^-1/2. So one threshold means the same at every width
 // once d is so large that the embedding's part has vanished; but V is large, and at the base that part is not
 // small (measured at initial values, L = 8, 2048 tokens of books: hidden 7.6, embedding 6.0 of 9.7 at d = 256,
 // 6.7 and 2.6 of 7.2 at d = 1024). Wide models are clipped less. What is Theta(1) for every tensor by itself
@@ -378,10 +379,10 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
 //
 // Measured (SGD, mup, 33M tokens of books, fixed heads; dev/results/2026-11-27_h100): it is what lets SGD's
 // learning rate transfer. Clipped at 1, SGD diverges at d = 256 between 0.8 and 1.6, without clipping between
-// 0.1 and 0.3: the bound decides where. With the plain norm d = 256 stands 0.8 and d = 1024 does not (one seed);
-// with the scaled one all widths stand 0.8 (eight of eight runs) and diverge at 1.6, and the best learning
-// rates at d = 256 and 1024 are 0.44 and 0.51. AdamW, which divides the gradient's size away, was measured
-// with the plain norm.
+// 0.1 and 0.3: the bound decides where. With the plain norm d = 256 stands 0.8 and d = 1024 does not (one
+// seed); with the scaled one all widths stand 0.8 (eight of eight runs) and diverge at 1.6, and the best
+// learning rates at d = 256 and 1024 are 0.44 and 0.51. AdamW, which divides the gradient's size away, was
+// measured with the plain norm.
 inline double clip_weight(const Mup& m, TensorClass cls, ClipNorm norm) {
   return norm == ClipNorm::plain ? 1 : learning_rate_scale(m, OptimizerKind::sgd, cls);
 }

@@ -366,7 +366,8 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
   if (checkpoint) {
     const ModelConfig saved = read_config(*checkpoint);
     bool given = false;
-    for (const char* name : {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates", "logit_factor"})
+    for (const char* name :
+         {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates", "logit_factor"})
       given = given || table.given(name);
     if (!given) {
       if (vocab && vocab != saved.vocab)

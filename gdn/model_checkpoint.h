@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -134,7 +135,11 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
 inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& saved, const std::string& path) {
   const auto same = [&](const char* what, double a, double b) {
     if (a == b) return;
-    const auto text = [](double x) { return std::to_string(int64_t(x)); };
+    const auto text = [](double x) {
+      char digits[32];
+      std::snprintf(digits, sizeof digits, "%.15g", x);
+      return std::string(digits);
+    };
     throw std::runtime_error(path + ": has " + what + " " + text(b) + ", the options ask for " + text(a));
   };
   same("width", wanted.width, saved.width);
@@ -147,15 +152,13 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   same("MLP size", wanted.mlp_size, saved.mlp_size);
   same("vocabulary", wanted.vocab, saved.vocab);
   same("fixed head size (0 or 1)", wanted.fixed_head_size, saved.fixed_head_size);
+  same("-logit_factor", wanted.logit_factor, saved.logit_factor);
   if (wanted.vectors != saved.vectors)
     throw std::runtime_error(path + ": has -gains " + name(saved.vectors) + ", the options ask for " +
                              name(wanted.vectors));
   if (wanted.gates != saved.gates)
     throw std::runtime_error(path + ": has -gates " + name(saved.gates) + ", the options ask for " +
                              name(wanted.gates));
-  if (wanted.logit_factor != saved.logit_factor)
-    throw std::runtime_error(path + ": has -logit_factor " + json_text(saved.logit_factor) +
-                             ", the options ask for " + json_text(wanted.logit_factor));
   if (wanted.parametrization != saved.parametrization)
     throw std::runtime_error(path + ": has parametrization " + name(saved.parametrization) + ", the options ask for " +
                              name(wanted.parametrization));

@@ -32,12 +32,13 @@ struct Options {
   std::string optimizer = "adamw";
   double learning_rate = -1, weight_decay = -1;  // by optimizer
   std::string decay_mode = "coupled", class_factors, init_factors;
-  double logit_factor = 1;
   std::string clip_norm;  // by optimizer
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
-  std::string parametrization = "mup", gains = "vector", gates = "independent", device = "auto";
+  std::string parametrization = "mup", gains = "vector", gates = "independent";
+  double logit_factor = 1;
+  std::string device = "auto";
   uint64_t seed = 42;
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device

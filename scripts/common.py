@@ -7,13 +7,12 @@ import csv
 import ctypes
 import importlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Callable, Container, Iterable, Mapping, Sequence
 
@@ -37,15 +36,6 @@ def run_main(main: Callable[[list[str]], int]) -> None:
         sys.exit(1)
     except (Error, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {e}")
-
-
-def without_folders(options: str) -> str:
-    """Options of train_gdn with the data's names alone: the same files make the same run, wherever they lie."""
-
-    def names(match: re.Match[str]) -> str:
-        return match[1] + ",".join(PurePath(part).name for part in match[2].split(","))
-
-    return re.sub(r"(?<!\S)(-[ij] )(\S+)", names, options)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -23,17 +23,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import (
-    Error,
-    Parser,
-    import_pyplot,
-    number,
-    read_csv,
-    run_main,
-    save_figure,
-    width_colors,
-    without_folders,
-)
+from common import Error, Parser, import_pyplot, number, read_csv, run_main, save_figure, width_colors
 
 COLUMNS = ["param", "optimizer", "width", "lr", "seed", "val_loss", "status", "options"]
 ORDER = ["adamw", "sgd", "sp", "mup0", "mup"]
@@ -195,10 +185,9 @@ def read_panels(paths: list[Path]) -> dict[tuple[str, str, str], dict[int, Curve
             width, lr, seed = (number(path, row, c) for c in ("width", "lr", "seed"))
             if width <= 0 or lr <= 0:
                 raise Error(f"{path}: width {row['width']}, lr {row['lr']}: expected positive numbers")
-            of_row = without_folders(row["options"])
-            if options.setdefault(panel, of_row) != of_row:
+            if options.setdefault(panel, row["options"]) != row["options"]:
                 raise Error(
-                    f"{path}: {row['optimizer']} {row['param']} runs with '{of_row}' and with "
+                    f"{path}: {row['optimizer']} {row['param']} runs with '{row['options']}' and with "
                     f"'{options[panel]}' do not belong in one plot"
                 )
             if (panel, width, lr, seed) in seen:

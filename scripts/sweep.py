@@ -37,7 +37,6 @@ from common import (
     read_csv,
     run_main,
     split,
-    without_folders,
     write_csv,
 )
 
@@ -147,8 +146,8 @@ def settings(a: argparse.Namespace, optimizer: str) -> dict[str, str]:
 def options_text(a: argparse.Namespace, optimizer: str) -> str:
     """What a row's column options says: all that changes the loss and is not a column of its own."""
     values = {"min_lr": "lr/20", **settings(a, optimizer)}
-    return without_folders(
-        " ".join(f"-{name} {value}" for name, value in sorted(values.items()) if name not in NO_EFFECT_ON_LOSS)
+    return " ".join(
+        f"-{name} {value}" for name, value in sorted(values.items()) if name not in NO_EFFECT_ON_LOSS
     )
 
 
@@ -175,7 +174,7 @@ def read_rows(a: argparse.Namespace, path: Path) -> dict[tuple, dict[str, str]]:
     rows = {}
     for row in read_csv(path, COLUMNS) if path.exists() else []:
         expected = options_text(a, row["optimizer"])
-        if without_folders(row["options"]) != expected:
+        if row["options"] != expected:
             raise Error(f"{path}: holds runs with '{row['options']}', now '{expected}'; choose another -o")
         try:
             rows[row_key(row)] = row

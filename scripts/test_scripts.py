@@ -191,16 +191,6 @@ class Sweep(InFolder):
         self.assertEqual(len(list(logs.glob("*/log.csv"))), 5)
         self.assertEqual(list(logs.glob("*/step_*")) + list(logs.glob("*.part")), [])
 
-    def test_rows_are_known_wherever_the_data_lies(self) -> None:
-        grid = ("--widths", "256", "--lrs", "0.004")
-        self.assertEqual(self.sweep(*grid, extra=("-i", "here/a_*.bin,b.bin", "-j", "v.bin")).returncode, 0)
-        self.assertIn("-i a_*.bin,b.bin", rows_of(self.csv)[0]["options"])
-        elsewhere = ("-i", "/there/a_*.bin,/else/b.bin", "-j", "w/v.bin")
-        self.assertEqual(self.sweep(*grid, extra=elsewhere).returncode, 0)
-        self.assertEqual(len(self.calls()), 1)
-        self.assertIn("-i here/a_*.bin,b.bin", self.calls()[0])
-        self.assert_one_line_error(self.sweep(*grid, extra=("-i", "c.bin", "-j", "v.bin")), "choose another -o")
-
     def test_finished_rows_are_skipped_and_failed_ones_repeated_on_request(self) -> None:
         self.sweep("--widths", "256", "--lrs", "0.004,0.05")
         self.sweep("--widths", "256", "--lrs", "0.004,0.05,0.008")

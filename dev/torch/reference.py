@@ -51,15 +51,16 @@ class Config:
     parametrization: str = "mup"
     gains: str = "vector"  # train_gdn -gains, which the optimizer alone knows
     gates: str = "independent"  # -gates, which initial values and SGD alone know
-    logit_factor: float = 1.0
+    logit_factor: float = 1.0  # -logit_factor
 
     @property
     def ratio(self) -> float:
-        """What hidden and gate weights and the logits divide by."""
+        """What hidden and gate weights divide by, and, but for logit_factor, the logits."""
         return 1.0 if self.parametrization == "sp" else self.width / self.base_width
 
     @property
     def logit_scale(self) -> float:
+        """m_out."""
         return self.logit_factor / self.ratio
 
     @property
