@@ -151,6 +151,7 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               shape.tokens, shape.heads_k, shape.heads_v, shape.head_dim_k, shape.head_dim_v,
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
+  const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
@@ -163,16 +164,19 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
                               g.get(), beta.get(), shape, s, scratch.get());
   });
   time("prepare_kernel", prepare,
-       [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, scratch.get()); });
+       [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });
   time("forward_pass_kernel", forward_pass,
-       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, scratch.get()); });
+       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared); });
   time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
-       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, scratch.get()); });
+       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared); });
   time("backward_pass_kernel", backward_pass,
-       [&] { delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, scratch.get()); });
+       [&] {
+         delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared,
+                                   scratch.get());
+       });
   time("gradients_kernel", gradients, [&] {
     delta_rule::gradients(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), kept, qkv.get(), shape, s,
-                          scratch.get());
+                          prepared.gates, scratch.get());
   });
 }
 

@@ -144,26 +144,33 @@ inline size_t matrices_bytes(const MixerShape& shape) {
 inline size_t gates_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * kGates * sizeof(float));
 }
-inline size_t saved_bytes(const MixerShape& shape) {
+inline size_t pass_bytes(const MixerShape& shape) {
   return states_bytes(shape) + values_bytes(shape) + exponents_bytes(shape);
 }
+inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
+inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
 
+// What a pass leaves: the forward's in `saved`, the backward's, laid out alike, in scratch.
 inline Saved saved_at(void* saved, const MixerShape& shape) {
   if (!saved) return {};
   char* errors = static_cast<char*>(saved) + states_bytes(shape);
   return {static_cast<__half*>(saved), reinterpret_cast<__half*>(errors),
           reinterpret_cast<int*>(errors + values_bytes(shape))};
 }
-
-// Scratch: matrices, gates, and in the backward the adjoints, laid out as what is saved.
-inline __half* matrices_at(void* scratch) { return static_cast<__half*>(scratch); }
-inline float* gates_at(void* scratch, const MixerShape& shape) {
-  return reinterpret_cast<float*>(static_cast<char*>(scratch) + matrices_bytes(shape));
-}
 inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
-  const Saved at =
-      saved_at(static_cast<char*>(scratch) + matrices_bytes(shape) + gates_bytes(shape), shape);
+  const Saved at = saved_at(scratch, shape);
   return {at.states, at.errors, at.exponents};
+}
+
+// What prepare_kernel leaves for both passes: behind the forward's states in `saved`, in scratch where nothing
+// is saved.
+struct Prepared {
+  __half* matrices;
+  float* gates;
+};
+inline Prepared prepared_at(void* saved, void* scratch, const MixerShape& shape) {
+  char* at = saved ? static_cast<char*>(saved) + pass_bytes(shape) : static_cast<char*>(scratch);
+  return {reinterpret_cast<__half*>(at), reinterpret_cast<float*>(at + matrices_bytes(shape))};
 }
 
 // Calls launch with the smallest compiled size that holds dk.
@@ -190,12 +197,12 @@ inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK) {
 }
 
 inline void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
-                    float s, void* scratch) {
+                    float s, const Prepared& to) {
   const int bytes = prepare_shared_bytes(shape.head_dim_k);
   allow_shared_bytes(prepare_kernel, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
   prepare_kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(
-      matrices_at(scratch), gates_at(scratch, shape), qkv, g, beta, sizes(shape), s);
+      to.matrices, to.gates, qkv, g, beta, sizes(shape), s);
   launched("prepare_kernel");
 }
 
@@ -218,9 +225,9 @@ void with_warpgroups(const Cuda& device, const MixerShape& shape, const Launch& 
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
-                         float s, void* scratch) {
-  const __half* matrices = matrices_at(scratch);
-  const float* gates = gates_at(scratch, shape);
+                         float s, const Prepared& prepared) {
+  const __half* matrices = prepared.matrices;
+  const float* gates = prepared.gates;
   if (has_warpgroup_products()) {
     with_warpgroups(device, shape, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
@@ -243,10 +250,10 @@ inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qk
 }
 
 inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
-                          float s, void* scratch) {
+                          float s, const Prepared& prepared, void* scratch) {
   const Adjoints adjoints = adjoints_at(scratch, shape);
-  const __half* matrices = matrices_at(scratch);
-  const float* gates = gates_at(scratch, shape);
+  const __half* matrices = prepared.matrices;
+  const float* gates = prepared.gates;
   if (has_warpgroup_products()) {
     with_warpgroups(device, shape, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
@@ -304,8 +311,8 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
 
 // Passes over dk as wide as shared memory allows.
 inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
-                      const act* qkv, const MixerShape& shape, float s, void* scratch) {
-  const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates_at(scratch, shape)};
+                      const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
+  const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
   const int dk = shape.head_dim_k;
   if (has_warpgroup_products() && takes_warpgroup_gradients(shape)) {
     const auto launch = [&](auto tiles, auto grouped) {
@@ -331,14 +338,13 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
 }  // namespace delta_rule
 
 // What the forward keeps for the backward: the states at the chunks' starts [B,Hv,chunks,dv,dk] and E
-// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16].
+// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates.
 inline size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape& shape) {
   return delta_rule::saved_bytes(shape);
 }
 
 inline size_t gated_delta_rule_scratch_bytes(Cuda&, const MixerShape& shape) {
-  return delta_rule::matrices_bytes(shape) + delta_rule::gates_bytes(shape) +
-         delta_rule::saved_bytes(shape);
+  return std::max(delta_rule::pass_bytes(shape), delta_rule::prepared_bytes(shape));
 }
 
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
@@ -347,21 +353,22 @@ inline void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const ac
   Range<Cuda> range(device, __func__);
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
-  delta_rule::prepare(device, qkv, g, beta, shape, s, scratch);
-  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, scratch);
+  const delta_rule::Prepared prepared = delta_rule::prepared_at(saved, scratch, shape);
+  delta_rule::prepare(device, qkv, g, beta, shape, s, prepared);
+  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared);
 }
 
 // dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
 inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
-                                      const void* saved, const act* qkv, const float* g, const float* beta,
+                                      const void* saved, const act* qkv, const float* /*g*/, const float* /*beta*/,
                                       const MixerShape& shape, float s, void* scratch) {
   Range<Cuda> range(device, __func__);
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
-  delta_rule::prepare(device, qkv, g, beta, shape, s, scratch);
-  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, scratch);
-  delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, scratch);
+  const delta_rule::Prepared prepared = delta_rule::prepared_at(const_cast<void*>(saved), nullptr, shape);
+  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, scratch);
+  delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, prepared.gates, scratch);
 }
 
 // Token by token from and into state [B,Hv,dk,dv] fp32.

@@ -639,7 +639,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     }
     for (int i = 0; i < 2; i++) {
       barrier_init(&barriers.segment_full[i], 1);
-      barrier_init(&barriers.segment_empty[i], kComputeThreads / 32);
+      barrier_init(&barriers.segment_empty[i], kComputeThreads);
     }
     barrier_init(&barriers.keys_full, 1);
     barrier_init(&barriers.keys_empty, 1);
@@ -736,8 +736,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             if (warp == 0)
               finish_dg(dg + head_row, size.heads_v, n, small,
                         segment.gates[kFromStart * kChunk + kChunk - 1], units.range, units.result);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers.segment_empty[segment_count % 2]);
+            barrier_arrive(&barriers.segment_empty[segment_count % 2]);
           }
           products_done<0>();
           pin(sums.d_oS), pin(sums.XS);
