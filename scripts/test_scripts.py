@@ -497,6 +497,12 @@ class Minima(unittest.TestCase):
         self.assertIn("lower edge", find_minimum(losses).note)
         self.assertAlmostEqual(find_minimum({1.0: 1.5, 2.0: 0.8, 4.0: 1.5, 8.0: 1.1, 16.0: 0.7}).x0, 4)
 
+    def test_lowest_points_on_one_side(self) -> None:
+        losses = {1.0: 2.0, 2.0: 0.50, 4.0: 0.51, 8.0: 0.54}  # through the last three the minimum is at 2^0.83
+        m = find_minimum(losses)
+        self.assertIn("on one side", m.note)
+        self.assertAlmostEqual(m.x0, 1.4934, 4)  # 1 + (1.50 - 0.01) / (2 (1.50 + 0.01))
+
     def test_shift_and_regret(self) -> None:
         xs = range(-11, -4)
         base, wide = parabola(-8.0, 0.04, 4.0, xs), parabola(-8.5, 0.08, 3.0, xs)
