@@ -179,12 +179,15 @@ inline double conv_init_range(const Mup& m) {
 // token just read): a sum of d aligned terms, Theta(d). So (iii) asks for m_out ~ 1/d. For rows that h does
 // not align with, logits start at Theta(d^-1/2), which (iii) allows.
 //
-// What m_out is at the base no estimate says. logit_factor is to be tuned there like the learning rate; being
-// the same at every width it changes no exponent, and transfers ([TP5], table 2: alpha_output). It multiplies
-// all gradients, too: where it is larger, SGD's best learning rate is smaller. With embeddings as small as
-// kBaseStd a factor above 1 makes up for logits that start near 0. Measured on a small model under SGD
-// (dev/results/2026-11-27_cpu): a factor of 4 lowers the loss by 0.15 and more, and together with hidden
-// weights of twice the std the loss falls with the width.
+// What m_out is at the base no estimate says. logit_factor is to be tuned there like the learning rate;
+// being the same at every width it changes no exponent, and transfers ([TP5], table 2: alpha_output). It
+// multiplies all gradients, too: where it is larger, SGD's best learning rate is smaller. With embeddings as
+// small as kBaseStd a factor above 1 makes up for logits that start near 0. Measured (AdamW, books, 1,000
+// steps, lr 4e-3; dev/results/2026-11-27_h100_second): 1, 2, 4, 8, 16 give 4.26, 4.16, 4.12, 4.14, 4.17 at d
+// = 256, and 1 and 4 give 4.19 and 4.00 at 512, 4.11 and 3.90 at 1024. Two seeds differ by 0.005 with 4, by
+// 0.03 with 1: the noise that hides a regret of 0.01 is mostly of weak logits. Under SGD on a small model
+// (2026-11-27_cpu) 4 lowers the loss by 0.15 and more, and together with hidden weights of twice the std the
+// loss falls with the width.
 inline double logit_scale(const Mup& m) {
   if (m.parametrization == Parametrization::sp) return m.logit_factor;
   return m.logit_factor / ratios(m).r * power_of_ratio(m, m.perturbation.logit_scale);
@@ -339,10 +342,13 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 //   gain                 0     0     -1       -1            0     +1        +1          +1
 //   output gain          0     0     -1       -1            0     +1        +1          +1/2
 //
-// Measured (AdamW, 33M tokens of books, d = 256, 512 and 1024, fixed heads; dev/results/2026-11-27_h100):
-// under mup (two seeds) 4e-3 is the best of a grid of factors of two at d = 256 and 512, and 0.003 from the
-// best at 1024. Under sp (one seed) it costs 0.022 and 0.044, where half of it is best. For heads of one size
-// mup is flat to 0.018 from 2e-3 to 8e-3 at every width. Two seeds of one run differ by 0.03.
+// Measured (AdamW, 33M tokens of books, 1,000 steps, fixed heads): with logits of factor 4 (section 3; two
+// seeds, dev/results/2026-11-27_h100_second) the best learning rates at d = 256, 512, 1024 and 2048 are
+// 5.4e-3, 5.1e-3, 4.5e-3 and 4.4e-3, and the one of 256 costs 0.0002, 0.0021 and 0.0028 at the others; on a
+// grid of factors of two 4e-3 is the best at all four. With factor 1 (dev/results/2026-11-27_h100, two seeds
+// 0.03 apart) 4e-3 is the best at 256 and 512, and 0.003 from the best at 1024. Under sp (one seed) it costs
+// 0.022 at 512 and 0.044 at 1024, where half of it is best. For heads of one size mup is flat to 0.018 from
+// 2e-3 to 8e-3 at every width.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
 // every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of [GDN]

@@ -209,6 +209,13 @@ def olmo_loss(w: Parameters, c: Config, tokens):
     return cross_entropy(olmo_logits(w, c, tokens[:, :-1]), c, tokens)
 
 
+def olmo_bf16_loss(w: Parameters, c: Config, tokens):
+    """In float32 under bf16 autocast, as such a model is trained: what the number format costs without train_gdn."""
+    with torch.autocast(tokens.device.type, torch.bfloat16):
+        logits = olmo_logits(w, c, tokens[:, :-1])
+    return cross_entropy(logits, c, tokens)
+
+
 def fla_config(c: Config, **options):
     from fla.models import GatedDeltaNetConfig
 

@@ -23,16 +23,15 @@
 // On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh), and so do the gradients where dk is
 // at most 128 or value heads have key heads of their own (delta_rule_gradients_wgmma.cuh).
 //
-// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-27_h100; dk = 192: 2026-11-26_h100, its
-// gradients not timed alone since they run on warpgroup products), in ms; in brackets the percent of the floor.
-// The backward runs prepare_kernel again:
+// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-27_h100_second), in ms; in brackets the
+// percent of the floor. The forward saves N, P and the gates, with which the backward is two kernels:
 //    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64   0.062 (41)    0.070 (78)    0.071 (77)   0.115 (44)    0.126     0.233
-//   32  1024   6   6   64  128   0.066 (51)    0.142 (71)    0.134 (75)   0.141 (83)    0.202     0.329
-//   32  1024   6   6  128  256   0.077 (65)    0.255 (86)    0.252 (87)   0.328 (92)    0.327     0.651
-//    8  4096  16  32  128  128   0.308 (58)    0.677 (93)    0.676 (93)   0.886 (91)    0.980     1.831
-//   32  1024   6   6  192  384   0.104 (65)    0.466 (79)    0.467 (79)                 0.568
-//    8  1024   6   6  256  512   0.047 (45)    0.209 (66)    0.216 (64)   0.270 (81)    0.253     0.525
+//   32  1024   6   6   32   64   0.063 (40)    0.071 (76)    0.073 (75)   0.115 (44)    0.127     0.177
+//   32  1024   6   6   64  128   0.067 (50)    0.143 (70)    0.133 (76)   0.141 (84)    0.203     0.267
+//   32  1024   6   6  128  256   0.080 (63)    0.259 (84)    0.257 (85)   0.331 (91)    0.330     0.583
+//    8  4096  16  32  128  128   0.310 (58)    0.682 (92)    0.679 (92)   0.913 (88)    0.988     1.535
+//   32  1024   6   6  192  384   0.107 (63)    0.471 (78)    0.472 (78)   0.738 (75)    0.571     1.202
+//    8  1024   6   6  256  512   0.049 (43)    0.215 (64)    0.222 (62)   0.274 (80)    0.258     0.490
 //
 // What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
