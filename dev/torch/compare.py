@@ -56,7 +56,7 @@ def one_step(o, path: str, data: str, folder: str) -> tuple[dict, dict]:
 
 
 def with_gradients(function, w: dict, c: Config, tokens, dtype: torch.dtype):
-    w = {name: x.to(tokens.device, dtype).requires_grad_() for name, x in w.items()}
+    w = {name: x.to(tokens.device, dtype, copy=True).requires_grad_() for name, x in w.items()}
     value = function(w, c, tokens)
     value.backward()
     return value.item(), {name: x.grad.double().cpu() for name, x in w.items()}
