@@ -1,5 +1,5 @@
-// Times the gated delta rule on the GPU: forward, backward, and each of their kernels, with CUDA events, the
-// median of many runs after a warm-up. Random data, gates as a model at initialisation has them.
+// Times the gated delta rule on the GPU: forward, backward, each of their kernels, and the recurrent form that
+// generates, with CUDA events, the median of many runs after a warm-up. Random data, gates as a model at initialisation has them.
 //
 //   dev/bench_delta_rule [runs, 30] [B T Hk Hv dk dv: this shape alone]
 //
@@ -177,6 +177,16 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   time("gradients_kernel", gradients, [&] {
     delta_rule::gradients(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), kept, qkv.get(), shape, s,
                           prepared.gates, scratch.get());
+  });
+
+  // Generation: one token of every sequence, the state in fp32 read and written.
+  MixerShape token = shape;
+  token.tokens = 1;
+  const std::vector<float> zeros(size_t(shape.batch) * shape.heads_v * shape.head_dim_k * shape.head_dim_v);
+  const auto state = upload(device, zeros);
+  const double entries = double(zeros.size());
+  time("recurrent, one token", {8 * entries + (input + value) / shape.tokens, 6 * entries}, [&] {
+    gated_delta_rule_recurrent(device, o.get(), state.get(), qkv.get(), g.get(), beta.get(), token, s);
   });
 }
 

@@ -66,6 +66,8 @@ static __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
+// norm = the square root of the sum of sums [count], in an order that depends on count alone. One block, some 1000
+// numbers: its time is a launch's, and within global_norm's above.
 static __global__ void __launch_bounds__(kNormThreads)
     norm_of_sums_kernel(float* __restrict__ norm, const double* __restrict__ sums, int count) {
   __shared__ double shared[kNormThreads / 32];
@@ -94,6 +96,7 @@ inline void global_norm(Cuda& dev, float* norm, const float* gradients, size_t n
   launched("norm_of_sums");
 }
 
+// One number read, one written where the loss is not finite: a launch's time.
 static __global__ void check_loss_kernel(float* norm, const double* loss) {
   if (!isfinite(*loss)) *norm = NAN;
 }
