@@ -183,11 +183,10 @@ inline double conv_init_range(const Mup& m) {
 // being the same at every width it changes no exponent, and transfers ([TP5], table 2: alpha_output). It
 // multiplies all gradients, too: where it is larger, SGD's best learning rate is smaller. With embeddings as
 // small as kBaseStd a factor above 1 makes up for logits that start near 0. Measured (AdamW, books, 1,000
-// steps, lr 4e-3; dev/results/2026-11-27_h100_second): 1, 2, 4, 8, 16 give 4.26, 4.16, 4.12, 4.14, 4.17 at d
-// = 256, and 1 and 4 give 4.19 and 4.00 at 512, 4.11 and 3.90 at 1024. Two seeds differ by 0.005 with 4, by
-// 0.03 with 1: the noise that hides a regret of 0.01 is mostly of weak logits. Under SGD on a small model
-// (2026-11-27_cpu) 4 lowers the loss by 0.15 and more, and together with hidden weights of twice the std the
-// loss falls with the width.
+// steps, lr 4e-3; dev/results/2026-11-27_h100_second): factors of 1, 2, 4, 8 give 4.26, 4.16, 4.12, 4.14 at
+// d = 256, and 1 and 4 give 4.19 and 4.00 at 512, 4.11 and 3.90 at 1024. Two seeds differ by 0.005 with 4, by
+// 0.03 with 1, which hides a regret of 0.01. Under SGD on a small model (2026-11-27_cpu) 4 lowers the loss by
+// 0.15 and more, and together with hidden weights of twice the std the loss falls with the width.
 inline double logit_scale(const Mup& m) {
   if (m.parametrization == Parametrization::sp) return m.logit_factor;
   return m.logit_factor / ratios(m).r * power_of_ratio(m, m.perturbation.logit_scale);

@@ -1,5 +1,6 @@
-// Times the gated delta rule on the GPU: forward, backward, each of their kernels, and the recurrent form that
-// generates, with CUDA events, the median of many runs after a warm-up. Random data, gates as a model at initialisation has them.
+// Times the gated delta rule on the GPU: forward, backward, each of their kernels, and the recurrent form
+// that generates, with CUDA events, the median of many runs after a warm-up. Random data, gates as a model at
+// initialisation has them.
 //
 //   dev/bench_delta_rule [runs, 30] [B T Hk Hv dk dv: this shape alone]
 //

@@ -4,9 +4,8 @@
     python3 scripts/plot_transfer.py results/books.csv --out results/transfer --table results/transfer.md
 
 Reads CSVs of sweep.py; one panel per optimizer, parametrization and kind of heads. From a parabola through
-the three lowest points of loss against log2(lr) (the lowest and those beside it where the three are not
-neighbours or lie on one side of it), losses averaged over seeds (where a seed has only some of the learning rates, after the mean
-difference between seeds is taken out, so that it bends no curve):
+the lowest point of loss against log2(lr) and its neighbours, losses averaged over seeds (where a seed has only
+some of the learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
 A learning rate at which a seed diverged is not a point of the parabola; it is marked at the top of the plot.
@@ -82,11 +81,11 @@ class Minimum:
 
 
 def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
-    """The best learning rate, from the three lowest points; `note` says what speaks against it.
+    """The best learning rate, from the lowest point and its neighbours; `note` says what speaks against it.
 
-    Where these are not neighbours, a point between them is high by noise, or one beyond is low; where the lowest is
-    not their middle though the grid goes on, their parabola says nothing of its side that is not among them, and its
-    minimum can lie where a higher loss was measured. In both cases the lowest point and its neighbours decide.
+    They are the three lowest points, or `note` says why not: those are not neighbours, where a point between them is high
+    by noise, or one beyond is low; or the lowest is not their middle though the grid goes on, so that their parabola's
+    minimum can lie where a higher loss was measured.
     """
     lowest = sorted(losses, key=losses.__getitem__)[:3]
     best, lrs = lowest[0], sorted(losses)
@@ -98,14 +97,13 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
     if len(lowest) < 3:
         notes.append(f"only {len(lowest)} points")
         return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
+    first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
+    around = lrs[first : first + 3]
     if set(lowest) != {lr for lr in lrs if min(lowest) <= lr <= max(lowest)}:
         notes.append("three lowest points are not neighbours")
-    elif best in (min(lowest), max(lowest)) and best not in (lrs[0], lrs[-1]):
+    elif set(lowest) != set(around):
         notes.append("three lowest points on one side")
-    if notes and notes[-1].startswith("three lowest"):
-        first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
-        lowest = lrs[first : first + 3]
-    (x1, y1), (x2, y2), (x3, y3) = sorted((math.log2(lr), losses[lr]) for lr in lowest)
+    (x1, y1), (x2, y2), (x3, y3) = ((math.log2(lr), losses[lr]) for lr in around)
     slope12, slope23 = (y2 - y1) / (x2 - x1), (y3 - y2) / (x3 - x2)
     a = (slope23 - slope12) / (x3 - x1)
     if a <= 0:

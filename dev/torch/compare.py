@@ -6,8 +6,8 @@
 Runs one step of train_gdn with learning rate 0 from the checkpoint: its log has loss and gradient norm, its first
 moments hold (1 - beta1) times the gradients. The same weights and tokens go through the float64 reference and, where
 these are installed, through OLMo-hybrid's model in transformers (float64, float32, and float32 under bf16 autocast) and
-flash-linear-attention's GatedDeltaNetForCausalLM (float32 under bf16 autocast, on a GPU). All take the master weights, or with --round those
-rounded to bf16 that train_gdn uses on a GPU. Without --data the tokens are random.
+flash-linear-attention's GatedDeltaNetForCausalLM (float32 under bf16 autocast, on a GPU). All take the master weights,
+or with --round those rounded to bf16 that train_gdn uses on a GPU. Without --data the tokens are random.
 """
 
 import argparse

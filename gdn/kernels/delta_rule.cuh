@@ -14,9 +14,9 @@
 // Four kernels, cut where the parallelism changes:
 //   prepare_kernel        N, P, gates          chunks x value heads x sequences     delta_rule_prepare.cuh
 //   forward_pass_kernel   o, S_0, E            sequences x value heads x dv slices  delta_rule_passes.cuh
-//   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse            on Hopper
-//   delta_rule_passes_wgmma.cuh gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences
-//   delta_rule_gradients.cuh
+//   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse          delta_rule_passes.cuh
+//   gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences       delta_rule_gradients.cuh
+//
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //

@@ -66,8 +66,8 @@ static __global__ void __launch_bounds__(kNormThreads)
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// norm = the square root of the sum of sums [count], in an order that depends on count alone. One block, some 1000
-// numbers: its time is a launch's, and within global_norm's above.
+// norm = the square root of the sum of sums [count], in an order that depends on count alone. One block, some
+// 1000 numbers: a launch's time, which is within the one given above.
 static __global__ void __launch_bounds__(kNormThreads)
     norm_of_sums_kernel(float* __restrict__ norm, const double* __restrict__ sums, int count) {
   __shared__ double shared[kNormThreads / 32];
