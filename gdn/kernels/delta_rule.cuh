@@ -71,8 +71,8 @@ __device__ inline float sum_of_parts(float x) {
 // columns of dv of a value head. Eight lanes share a column of the state, each with every eighth row in
 // registers.
 //
-// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.0119 ms at the copy
-// rate. dev/bench_delta_rule times it; no record of it yet.
+// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.017 ms at the copy
+// rate. Reached: 0.035 ms, 48% of floor (H100, dev/results/2026-11-28_h100).
 static __global__ void __launch_bounds__(kRecurrentThreads)
     recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
                      float s) {
