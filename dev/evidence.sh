@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # The evidence for learning-rate transfer, on one GPU or several, in pieces of a few minutes:
 #   dev/evidence.sh DATA OUT STAGE...
-# DATA holds the books shards (books_train_*.bin, books_val_*.bin). OUT keeps the results and is the state: call again
+# DATA holds the books shards (books_train_*.bin, books_val_*.bin); for the stages bytes_*, which need minutes where the others
+# need an hour, their text too (VOCAB: GPT-2's files, see scripts/detokenize.py):
+#   python3 scripts/detokenize.py --vocab VOCAB --separator '\n\n' --tokens 3000000 -o DATA/books_train.txt DATA/books_train_000.bin
+#   python3 scripts/detokenize.py --vocab VOCAB --separator '\n\n' --tokens 250000 -o DATA/books_val.txt DATA/books_val_000.bin
+# OUT keeps the results and is the state: call again
 # with the same OUT, on whatever machine, to go on where the time ran out. Stages:
 #   coord      coordinate check, d = 256 to 2048, both ways of growing, AdamW and SGD, sp and mup; then to 4096
 #   adamw      {sp, mup} x AdamW, d = 256, 512, 1024, six learning rates
@@ -12,6 +16,11 @@
 #              rate; 2 gates like output weights, there too, and gradients at the gates of models trained with SGD,
 #              d = 256, 512, 1024
 #   tuned      d = 2048 at the best learning rate of d = 256 (mup, AdamW), at half of it, and at twice
+#   bytes_sgd  {sp, mup0, mup} x SGD on the text's bytes (L = 4, T = 256, 32 sequences), d = 256, 512, 1024, two seeds, with
+#              SGD's constants of dev/tuning.md and momentum 0.9
+#   bytes_adamw      {sp, mup} x AdamW, the same
+#   bytes_fixed      mup with heads of 64, both optimizers
+#   bytes_questions  the open questions 1 to 4 as above, at d = 256 and 1024, two seeds
 #   plots      figures and tables of what is there (no GPU)
 # Settings: MINUTES=9.2 of wall time in a call, PER_GPU=1 runs at once on a GPU, CUDA_VISIBLE_DEVICES (default: all GPUs),
 # PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
@@ -153,6 +162,43 @@ tuned() {
   sweep tuned "${TUNED_MINUTES:-5}" "--optimizers adamw --params mup --widths ${TUNED_WIDTH:-2048} -j 1 --lrs $lrs" ""
 }
 
+# Of a byte a step costs a tenth of a token of GPT-2's, and a seed changes the loss at all learning rates alike, so that
+# differences of 0.003 are seen.
+BYTES_ADAMW="-logit_factor 4" BYTES_SGD="-mom 0.9 -logit_factor 2 -init_of hidden=2,embedding=4 -lr_of embedding=0.25"
+bytes_sweep() {
+  local SHARDS=(-i "$DATA/books_train.txt" -j "$DATA/books_val.txt") SCHEDULE=("${SCHEDULE[@]}") file
+  for file in "$DATA/books_train.txt" "$DATA/books_val.txt"; do
+    [ -e "$file" ] || { echo "evidence.sh: $file: no such file (the head of this script says how it is made)" >&2; exit 1; }
+  done
+  SCHEDULE+=(-L 4 -T 256 -B 32 "${MORE[@]}")
+  PER_GPU=${BYTES_PER_GPU:-3} sweep "$1" 0.3 "$2 --seeds 42,43" "$3"
+}
+
+all_widths() { (IFS=,; echo "${WIDTHS[*]}"); }
+
+bytes_sgd() {
+  bytes_sweep bytes_sgd "--optimizers sgd --params mup --widths $(all_widths) --lrs 0.2,0.4,0.8,1.6,3.2" "$BYTES_SGD"
+  bytes_sweep bytes_sgd "--optimizers sgd --widths $(all_widths) --lrs 0.2,0.4,0.8,1.6,3.2" "$BYTES_SGD"
+}
+bytes_adamw() {
+  bytes_sweep bytes_adamw "--optimizers adamw --params mup --widths $(all_widths) --lrs 1e-3,2e-3,4e-3,8e-3,1.6e-2" "$BYTES_ADAMW"
+  bytes_sweep bytes_adamw "--optimizers adamw --widths $(all_widths) --lrs 5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2" "$BYTES_ADAMW"
+}
+bytes_fixed() {
+  bytes_sweep bytes_fixed_sgd "--optimizers sgd --params mup --widths $(all_widths) --lrs 0.4,0.8,1.6,3.2 --head_dim 64" "$BYTES_SGD"
+  bytes_sweep bytes_fixed_adamw "--optimizers adamw --params mup --widths $(all_widths) --lrs 1e-3,2e-3,4e-3,8e-3 --head_dim 64" \
+    "$BYTES_ADAMW"
+}
+bytes_questions() {
+  local mup="--params mup --widths $BASE,$WIDE" sgd="--optimizers sgd --lrs 0.4,0.8,1.6" adamw="--optimizers adamw --lrs 2e-3,4e-3,8e-3"
+  bytes_sweep bytes_question1_adamw "$mup $adamw" "$BYTES_ADAMW -gains hidden"
+  bytes_sweep bytes_question1_sgd "$mup $sgd" "$BYTES_SGD -gains hidden"
+  bytes_sweep bytes_question2_output "$mup $sgd" "$BYTES_SGD -gates output"
+  bytes_sweep bytes_question2_aligned "$mup $sgd" "$BYTES_SGD -gates aligned"
+  bytes_sweep bytes_question3 "$mup $adamw" "$BYTES_ADAMW -wd_mode independent"
+  bytes_sweep bytes_question4 "$mup $adamw" "$BYTES_ADAMW -eps 1e-15"
+}
+
 # The last call's seeds are the ones in the tables.
 coord() {
   local both="--optimizers adamw,sgd --params sp,mup" seeds
@@ -173,7 +219,8 @@ coord() {
 
 plots() {
   local name
-  for name in adamw sgd fixed question1_adamw question1_sgd question2_sgd question2_adamw question3 question4; do
+  for name in adamw sgd fixed question1_adamw question1_sgd question2_sgd question2_adamw question3 question4 \
+    bytes_{sgd,adamw,fixed_sgd,fixed_adamw,question1_adamw,question1_sgd,question2_output,question2_aligned,question3,question4}; do
     [ -e "$OUT/$name.csv" ] || continue
     "$PYTHON" scripts/plot_transfer.py "$OUT/$name.csv" --base "$BASE" -o "$OUT/$name" --table "$OUT/$name.md" |
       tee -a "$OUT/log.txt" || problems=$((problems + 1))
@@ -183,9 +230,10 @@ plots() {
 
 for stage in "$@"; do
   case $stage in
-    coord | adamw | sgd | fixed | seeds | questions | tuned | plots) ;;
+    coord | adamw | sgd | fixed | seeds | questions | tuned | bytes_sgd | bytes_adamw | bytes_fixed | bytes_questions | plots) ;;
     *)
-      echo "evidence.sh: stage '$stage': expected coord, adamw, sgd, fixed, seeds, questions, tuned or plots" >&2
+      echo "evidence.sh: stage '$stage': expected coord, adamw, sgd, fixed, seeds, questions, tuned, bytes_sgd, bytes_adamw, bytes_fixed, \
+bytes_questions or plots" >&2
       exit 1
       ;;
   esac

@@ -703,7 +703,7 @@ class Plots(InFolder):
 
     def test_help(self) -> None:
         for script in ("sweep.py", "coord_check.py", "plot_transfer.py", "plot_log.py", "plot_step.py", "follow_log.py", "tokenize_text.py",
-                       "export_hf.py"):  # fmt: skip
+                       "detokenize.py", "export_hf.py"):  # fmt: skip
             done = call(script, "-h")
             self.assertEqual(done.returncode, 0)
             self.assertIn("python3 scripts/" + script, done.stdout)
@@ -1008,6 +1008,48 @@ class Tokenizing(InFolder):
         self.assertEqual(numbers[: len(prompt)], prompt)
         known = [*self.tokens, b"<|endoftext|>"]
         self.assertEqual(text, b"".join(known[n] for n in numbers[1:]).decode(errors="replace") + "\n")
+
+    def test_shards_back_to_text(self) -> None:
+        texts = self.jsonl(40)
+        self.assertEqual(self.tokenize("--val", 0, "--shard_tokens", 300, self.folder / "a.jsonl").returncode, 0)
+        shards = sorted((self.folder / "out").glob("train_*.bin"))
+        self.assertGreater(len(shards), 1)
+        whole = "<|endoftext|>".join(texts)
+        for vocab in (self.vocab, self.folder / "out" / "vocab.txt"):
+            done = call("detokenize.py", "--vocab", vocab, *shards)
+            self.assertEqual((done.returncode, done.stdout), (0, whole), done.stderr)
+        # a part, by tokens, over the end of the first shard
+        tokens = [token for path in shards for token in read_shard(path)]
+        count, file = len(read_shard(shards[0])) + 5, self.folder / "part.txt"
+        words = ("--tokens", count, "--separator", "\\n-\\n", "--vocab", self.vocab, "--out", file)
+        done = call("detokenize.py", *words, *shards)
+        self.assertEqual((done.returncode, done.stdout), (0, ""), done.stderr)
+        known = [*self.tokens, b"\n-\n"]
+        self.assertEqual(file.read_bytes(), b"".join(known[token] for token in tokens[1:count]))
+        # the text gives the shards again
+        (self.folder / "whole.txt").write_text(whole)
+        words = ("--val", 0, "--shard_tokens", 300, self.folder / "whole.txt")
+        self.assertEqual(self.tokenize(*words, out="again").returncode, 0)
+        for path in shards:
+            self.assertEqual((self.folder / "again" / path.name).read_bytes(), path.read_bytes())
+
+    def test_errors_of_shards_back_to_text(self) -> None:
+        def turn(data: bytes, *words: object) -> subprocess.CompletedProcess:
+            (self.folder / "a.bin").write_bytes(data)
+            return call("detokenize.py", "--vocab", self.vocab, self.folder / "a.bin", *words)
+
+        header = struct.pack("<256i", 20240520, 1, 2, *[0] * 253)
+        self.assertEqual(turn(header + struct.pack("<2H", 50256, 65)).stdout, "A")
+        self.assert_one_line_error(turn(header + struct.pack("<H", 65)), "a.bin: has 1 of its 2 tokens")
+        self.assert_one_line_error(turn(header + struct.pack("<2H", 65, 50257)), "a.bin: has token 50257")
+        self.assert_one_line_error(turn(b"text"), "a.bin: not a token shard")
+        self.assert_one_line_error(turn(header, "--tokens", 0), "--tokens 0")
+        self.assert_one_line_error(turn(header, self.folder / "none.bin"), "none.bin: no such file")
+        self.assert_one_line_error(turn(header, self.folder), "is a folder")
+        self.vocab.write_text("train_gdn vocabulary 1\nletters\nnumbers\nspaces\n41\n")
+        self.assert_one_line_error(turn(header), "has 1 tokens, expected the 50256")
+        self.vocab.write_text("train_gdn vocabulary 1\nletters\nnumbers\nspaces\nxyz\n")
+        self.assert_one_line_error(turn(header), "expected a token in hexadecimal")
 
     def test_errors(self) -> None:
         text = self.folder / "a.txt"

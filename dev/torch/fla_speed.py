@@ -130,7 +130,8 @@ def fla_rule(batch: int, tokens: int, heads_k: int, heads_v: int, dk: int, dv: i
 
 def run_fla(part: Part, runs: int, device: str = "cuda") -> dict:
     what, numbers = part
-    return (fla_step if what == "step" else fla_rule)(*numbers, runs, device)
+    with others.fla_configurations(make_config(numbers[0], 1).head_dim_k if what == "step" else numbers[4]):
+        return (fla_step if what == "step" else fla_rule)(*numbers, runs, device)
 
 
 def collect(wanted: list[Part], device: str = "cuda") -> dict:

@@ -114,6 +114,24 @@ def allow_fla_on_hopper() -> str | None:
             "results); the refusal was removed: its gradients may be wrong, its times are a speed reference only")
 
 
+@contextlib.contextmanager
+def fla_configurations(head_dim_k: int):
+    """With dk = 32 on Hopper, only those configurations of fla's chunk_bwd_kernel_dqkwg that have two warps: each of
+    those with four ends the process with an illegal memory access (fla 0.5.2, Triton 3.6)."""
+    from fla.ops.common import chunk_o
+
+    tuner = chunk_o.chunk_bwd_kernel_dqkwg
+    while not hasattr(tuner, "configs"):
+        tuner = tuner.fn
+    every = tuner.configs
+    if head_dim_k == 32 and getattr(chunk_o, "IS_NVIDIA_HOPPER", False):
+        tuner.configs = [c for c in every if c.num_warps == 2]
+    try:
+        yield
+    finally:
+        tuner.configs = every
+
+
 # ---- the mixer: (h, w, at, c) -> y, as reference.mixer ----------------------------------------------------------
 
 

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Token shards (.bin of train_gdn, llm.c and modded-nanogpt, GPT-2's tokens) back to text.
+
+    python3 scripts/detokenize.py --vocab shards/vocab.txt --tokens 1000 shards/val_000000.bin
+    python3 scripts/detokenize.py --vocab gpt2_files --tokens 3000000 --out books.txt books_train_000.bin
+
+To see what is in a shard, or to train on the same text as bytes (./train_gdn -i books.txt). Between documents stands
+--separator; with the default, tokenize_text.py gives back the same tokens where they are GPT-2's own of that text.
+
+--vocab takes what tokenize_text.py's takes (a folder with vocab.bpe and encoder.json, a .tiktoken file), and the
+vocab.txt that it writes. Without it tiktoken fetches GPT-2's files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import array
+import struct
+import sys
+from pathlib import Path
+
+from common import Error, Parser, run_main
+from tokenize_text import END_OF_TEXT, SEPARATOR, read_vocabulary
+
+FIRST_LINE = b"train_gdn vocabulary 1\n"
+CLASSES = 3  # lines of classes of characters that follow it
+
+
+def tokens_of(path: Path | None) -> list[bytes]:
+    """The bytes of each token by its number, the end of a document left out."""
+    if path and path.is_file():
+        with path.open("rb") as file:
+            if file.readline() == FIRST_LINE:
+                lines = file.read().splitlines()[CLASSES:]
+                try:
+                    known = [bytes.fromhex(line.decode()) for line in lines]
+                except ValueError:
+                    raise Error(f"{path}: expected a token in hexadecimal in each line") from None
+                if len(known) != END_OF_TEXT:
+                    raise Error(f"{path}: has {len(known)} tokens, expected the {END_OF_TEXT} of GPT-2")
+                return known
+    ranks = read_vocabulary(path)
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def read_shard(path: Path, limit: int | None) -> array.array:
+    """Its first `limit` tokens, or all."""
+    with path.open("rb") as file:
+        header = file.read(1024)
+        magic, version, count = struct.unpack_from("<3i", header) if len(header) == 1024 else (0, 0, 0)
+        if (magic, version) != (20240520, 1):
+            raise Error(f"{path}: not a token shard (it begins with {magic}, {version}, expected 20240520, 1)")
+        wanted = count if limit is None else min(count, limit)
+        tokens = array.array("H", file.read(2 * wanted))
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    if len(tokens) != wanted:
+        raise Error(f"{path}: has {len(tokens)} of its {count} tokens")
+    return tokens
+
+
+def main(argv: list[str]) -> int:
+    p = Parser(prog="detokenize.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("shard", nargs="+", type=Path, help=".bin files, in this order")
+    p.add_argument("-o", "--out", type=Path, metavar="FILE", help="[standard output]")
+    p.add_argument("--vocab", type=Path, metavar="PATH", help="GPT-2's files or vocab.txt [tiktoken fetches them]")
+    p.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens of all shards [all]")
+    between = rf"between documents; \n is a line's end [{SEPARATOR}]"
+    p.add_argument("--separator", default=SEPARATOR, metavar="TEXT", help=between)
+    a = p.parse_args(argv)
+    if a.tokens is not None and a.tokens < 1:
+        raise Error(f"--tokens {a.tokens}: expected 1 or more")
+    for path in a.shard:
+        if not path.is_file():
+            raise Error(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    table = [*tokens_of(a.vocab), a.separator.replace("\\n", "\n").encode()]
+    out, left, first = sys.stdout.buffer if a.out is None else a.out.open("wb"), a.tokens, True
+    for path in a.shard:
+        tokens = read_shard(path, left)
+        if max(tokens, default=0) > END_OF_TEXT:
+            raise Error(f"{path}: has token {max(tokens)}, expected at most {END_OF_TEXT}")
+        begin = 1 if first and tokens and tokens[0] == END_OF_TEXT else 0  # nothing stands before the first document
+        out.write(b"".join([table[token] for token in tokens[begin:]]))
+        first = first and not tokens
+        left = None if left is None else left - len(tokens)
+    if a.out is not None:
+        out.close()
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
