@@ -15,7 +15,7 @@ struct OptimizerConfig {
   OptimizerKind kind = OptimizerKind::adamw;
   float weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
         epsilon = 1e-8f;   // AdamW; SGD uses weight_decay too
-  float momentum = 0.98f;  // SGD, Nesterov
+  float momentum = 0.9f;   // SGD, Nesterov
   float clip = 1.0f;       // largest norm of the gradient; 0: off
   ClipNorm clip_norm = ClipNorm::plain;  // which norm
   DecayMode decay_mode = DecayMode::coupled;

@@ -33,7 +33,7 @@ struct Options {
   double learning_rate = -1, weight_decay = -1;  // by optimizer
   std::string decay_mode = "coupled", class_factors, init_factors;
   std::string clip_norm;  // by optimizer
-  double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.98, clip = 1;
+  double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.9, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
   std::string parametrization = "mup", gains = "vector", gates = "independent";

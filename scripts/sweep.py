@@ -139,7 +139,7 @@ def settings(a: argparse.Namespace, optimizer: str) -> dict[str, str]:
     heads = {"head_dim": a.head_dim} if a.head_dim else {"heads": "6"}
     if "head_dim" in a.extra or "heads" in a.extra:
         heads = {"head_dim": a.head_dim} if a.head_dim else {}
-    momentum = {"mom": "0.98", "wd": "0"} if optimizer == "sgd" else {}
+    momentum = {"mom": "0.9", "wd": "0"} if optimizer == "sgd" else {}
     return {**PROTOCOL, **heads, **momentum, **QUIET, **a.extra}
 
 

@@ -162,7 +162,7 @@ class Sweep(InFolder):
             "GPU=3",
         ):
             self.assertIn(word, adamw)
-        for word in ("-opt sgd", "-mom 0.98 -wd 0", "-head_dim 64", "-n 1000", "GPU=none"):
+        for word in ("-opt sgd", "-mom 0.9 -wd 0", "-head_dim 64", "-n 1000", "GPU=none"):
             self.assertIn(word, sgd)
         self.assertNotIn("-heads", sgd)
         self.assertNotIn("-mom", adamw)
