@@ -153,12 +153,17 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
   const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
+  const delta_rule::Segments segments = delta_rule::segments_at(device, saved.get(), scratch.get(), shape);
+  const delta_rule::Segments whole = {1, shape.chunks(), nullptr, nullptr};
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
   time("forward", forward, [&] {
     gated_delta_rule_forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, s,
                              scratch.get());
+  });
+  time("  nothing saved", forward, [&] {
+    gated_delta_rule_forward(device, o.get(), nullptr, qkv.get(), g.get(), beta.get(), shape, s, scratch.get());
   });
   time("backward", backward, [&] {
     gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
@@ -167,14 +172,28 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   time("prepare_kernel", prepare,
        [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });
   time("forward_pass_kernel", forward_pass,
-       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared); });
+       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, segments); });
   time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
-       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared); });
-  time("backward_pass_kernel", backward_pass,
-       [&] {
-         delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared,
-                                   scratch.get());
-       });
+       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, segments); });
+  time("backward_pass_kernel", backward_pass, [&] {
+    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, segments, scratch.get());
+  });
+  if (segments.count > 1) {
+    std::printf("  %d segments of %d chunks\n", segments.count, segments.chunks);
+    const Cost states_forward = {input + matrices / 2, chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
+    const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
+    time("forward_states", states_forward,
+         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, segments); });
+    time("backward_states", states_backward,
+         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, segments); });
+    time("join_segments_kernel", {0, 2.0 * shape.batch * shape.heads_v * (segments.count - 2) * dk * dk * dv},
+         [&] { delta_rule::join_segments(device, shape, segments, false); });
+    time("forward pass, not cut", forward_pass,
+         [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, whole); });
+    time("backward pass, not cut", backward_pass, [&] {
+      delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, whole, scratch.get());
+    });
+  }
   time("gradients_kernel", gradients, [&] {
     delta_rule::gradients(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), kept, qkv.get(), shape, s,
                           prepared.gates, scratch.get());
@@ -214,6 +233,9 @@ int main(int argc, char** argv) {
     bench(device, make_shape(8, 4096, 16, 32, 128, 128), runs);
     bench(device, make_shape(32, 1024, 6, 6, 192, 384), runs);
     bench(device, make_shape(8, 1024, 6, 6, 256, 512), runs);
+    bench(device, make_shape(1, 32768, 6, 6, 32, 64), runs);  // few heads, one long sequence
+    bench(device, make_shape(1, 32768, 6, 6, 128, 256), runs);
+    bench(device, make_shape(1, 32768, 8, 16, 128, 128), runs);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

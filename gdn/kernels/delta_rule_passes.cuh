@@ -9,7 +9,7 @@
 // warps share the loads.
 #pragma once
 
-#include "delta_rule_prepare.cuh"
+#include "delta_rule_segments.cuh"
 
 namespace gdn {
 namespace delta_rule {
@@ -47,9 +47,9 @@ __device__ inline PassStage pass_stage(unsigned char* shared, int index, int war
   return stage;
 }
 
-// A block of a pass: warps of one sequence and value head, a slice of dv.
+// A block of a pass: warps of one sequence and value head, a slice of dv, the chunks of one segment.
 struct PassBlock {
-  int b, h, hk, warps, first_column;
+  int b, h, hk, warps, first_column, segment, first_chunk, end_chunk;
 };
 
 // The block starts copying N and P: their 16x16 blocks on and below the diagonal, the only ones there are.
@@ -183,14 +183,71 @@ __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, 
   write_tokens(to, stride, n, staging, ld);
 }
 
-__device__ inline PassBlock pass_block(const Sizes& size) {
+// Of a grid [slices, value heads, sequences x count], count segments of each sequence from `first` on.
+__device__ inline PassBlock pass_block(const Sizes& size, const Segments& segments, int first, int count) {
   PassBlock block;
-  block.b = blockIdx.z;
+  block.b = blockIdx.z / count;
   block.h = blockIdx.y;
   block.hk = size.key_head(block.h);
   block.warps = blockDim.x / 32;
   block.first_column = blockIdx.x * 16 * block.warps;
+  block.segment = first + blockIdx.z % count;
+  block.first_chunk = block.segment * segments.chunks;
+  block.end_chunk = min(block.first_chunk + segments.chunks, size.chunks);
   return block;
+}
+
+// The warp's 16 rows [dk] of fp32 at `from`, which is its row 0, as accumulators; zeros where that is null.
+template <int DK>
+__device__ inline void load_state(float (&state)[DK / 8][4], const float* from, int dk) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const bool valid = from && 8 * t < dk;
+      const float2 x = valid ? *reinterpret_cast<const float2*>(from + (g + 8 * half) * dk + 8 * t + c)
+                             : make_float2(0.f, 0.f);
+      state[t][2 * half] = x.x;
+      state[t][2 * half + 1] = x.y;
+    }
+}
+
+// Factor times the accumulators, to rows [16, dk].
+template <int DK>
+__device__ inline void store_state(float* to, const float (&state)[DK / 8][4], float factor, int dk) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      if (8 * t < dk)
+        *reinterpret_cast<float2*>(to + (g + 8 * half) * dk + 8 * t + c) =
+            make_float2(factor * state[t][2 * half], factor * state[t][2 * half + 1]);
+}
+
+// Rows `row` to row + 15 of the unit matrix as accumulators.
+template <int DK>
+__device__ inline void unit_state(float (&state)[DK / 8][4], int row) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) state[t][e] = 8 * t + c + e % 2 == row + g + 8 * (e / 2) ? 1.f : 0.f;
+}
+
+// Factor times the accumulators, rows `row` to row + 15 of M^T [dk,dk], and M behind it.
+template <int DK>
+__device__ inline void store_transition(float* to, const float (&state)[DK / 8][4], float factor, int row,
+                                        int dk) {
+  store_state<DK>(to + row * dk, state, factor, dk);
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+  float* transposed = to + dk * dk + row;
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+      if (8 * t < dk) transposed[(8 * t + c + e % 2) * dk + g + 8 * (e / 2)] = factor * state[t][e];
 }
 
 // What the backward needs from the forward, fp16: states at the chunks' starts [chunks,dv,dk] and E
@@ -310,24 +367,27 @@ __host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1;
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
-                        Sizes size, float s) {
+                        Sizes size, Segments segments, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size);
+  const PassBlock block = pass_block(size, segments, 0, segments.count);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
   clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, 0, block.warps), block, size, 0, qkv, values, size.channels, matrices,
-                 gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & 1, block.warps), block, size, block.first_chunk,
+                 qkv, values, size.channels, matrices, gates);
 
   float state[DK / 8][4] = {};
+  if (active && block.segment > 0)
+    load_state<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
+                   size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
-  for (int chunk = 0; chunk < size.chunks; chunk++) {
+  for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
     receive_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk + 1 < size.chunks)
+    if (chunk + 1 < block.end_chunk)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
                      values, size.channels, matrices, gates);
     if (!active) continue;
@@ -419,25 +479,28 @@ __device__ inline void output_gradient(float (&left)[4], float (&right)[4], cons
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
-                         const float* gates, Sizes size, float s) {
+                         const float* gates, Sizes size, Segments segments, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size);
+  const PassBlock block = pass_block(size, segments, 0, segments.count);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
   clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, (size.chunks - 1) & 1, block.warps), block, size, size.chunks - 1,
-                 qkv, values, stride, matrices, gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & 1, block.warps), block, size,
+                 block.end_chunk - 1, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
+  if (active && block.segment < segments.count - 1)
+    load_state<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
+                   size.dk);
   int exponent = 0;
-  for (int chunk = size.chunks - 1; chunk >= 0; chunk--) {
+  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
     const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
     receive_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk > 0)
+    if (chunk > block.first_chunk)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
                      values, stride, matrices, gates);
     if (!active) continue;
@@ -481,6 +544,124 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
+}
+
+// ---- segments (delta_rule_segments.cuh)
+
+// The ends of all segments but the last from a state of zero, to the boundary of the next; and of those that
+// are not the first either, transitions: slices from slices_v on are rows of M^T. What the forward pass does
+// to the state, nothing else.
+template <int DK>
+__global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
+    forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
+                         Segments segments, int slices_v) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  PassBlock block = pass_block(size, segments, 0, segments.count - 1);
+  const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8;
+  const bool transition = int(blockIdx.x) >= slices_v;
+  const int row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 16 * block.warps + 16 * warp;
+  if (transition && block.segment == 0) return;
+  if (transition) block.first_column = size.dv;  // v = 0
+  const bool active = row < (transition ? size.dk : size.dv);
+  const act* values = qkv + size.v_column(block.h);
+  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  __syncthreads();
+  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & 1, block.warps), block, size, block.first_chunk,
+                 qkv, values, size.channels, matrices, gates);
+
+  float state[DK / 8][4] = {};
+  if (transition) unit_state<DK>(state, row);
+  int exponent = 0;
+  for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
+    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    receive_chunk<DK>(stage, size);
+    __syncthreads();
+    if (chunk + 1 < block.end_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
+                     values, size.channels, matrices, gates);
+    if (!active) continue;
+    const uint32_t v_columns = walk_columns(stage.values + 16 * warp, ld);
+    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    float E[8][4] = {};
+    read_state<DK, false>(E, E, state, stage.k, stage.q, nullptr, size.dk);
+    errors_of_chunk(E, stage, v_columns, ld, power_of_two(exponent));
+    scale_all_tokens(E, stage.gates + kBeta * kChunk, 1.f);
+    scale_state<DK>(state, stage.gates[kFromStart * kChunk + kChunk - 1]);
+    const uint32_t k_rows = walk_rows(stage.k, DK + 8);
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+      uint32_t a[4];
+      scaled_operand(a, E[2 * p], E[2 * p + 1], stage.gates + kToEnd * kChunk, 16 * p, 1.f);
+      add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
+    }
+  }
+  if (!active) return;
+  if (transition)
+    store_transition<DK>(segments.transition(block.b, block.h, block.segment, size), state,
+                         power_of_two(-exponent), row, size.dk);
+  else
+    store_state<DK>(segments.boundary(block.b, block.h, block.segment + 1, size) + row * size.dk, state,
+                    power_of_two(-exponent), size.dk);
+}
+
+// The gradients of the states at the starts of all segments but the first, with none at their ends, to the
+// boundary of the segment before. What the backward pass does to dS, nothing else.
+template <int DK>
+__global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
+    backward_state_kernel(const act* d_o, const act* qkv, const __half* matrices, const float* gates,
+                          Sizes size, Segments segments, float s) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  const PassBlock block = pass_block(size, segments, 1, segments.count - 1);
+  const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
+  const bool active = column < size.dv;
+  const int64_t stride = int64_t(size.heads_v) * size.dv;
+  const act* values = d_o + block.h * size.dv;
+  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  __syncthreads();
+  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & 1, block.warps), block, size,
+                 block.end_chunk - 1, qkv, values, stride, matrices, gates);
+
+  float state[DK / 8][4] = {};  // dS
+  int exponent = 0;
+  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
+    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    receive_chunk<DK>(stage, size);
+    __syncthreads();
+    if (chunk > block.first_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
+                     values, stride, matrices, gates);
+    if (!active) continue;
+    const uint32_t do_columns = walk_columns(stage.values + 16 * warp, ld);
+    const float* from_start = stage.gates + kFromStart * kChunk;
+    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
+    float X[8][4] = {};
+    read_state<DK, false>(X, X, state, stage.k, stage.q, nullptr, size.dk);
+    scale_all_tokens(X, stage.gates + kToEnd * kChunk, 1.f);
+    scale_state<DK>(state, from_start[kChunk - 1]);
+    const uint32_t q_rows = walk_rows(stage.q, DK + 8), k_rows = walk_rows(stage.k, DK + 8);
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+      uint32_t a[4];
+      float left[4], right[4];
+      ldmatrix_transposed(a, do_columns + 2 * 16 * p * ld);
+      output_gradient(left, right, a, power_of_two(exponent));
+      operand(a, left, right);
+      add_within_chunk_backward(X, a, stage, p);
+      scaled_operand(a, left, right, from_start, 16 * p, s);
+      add_16_rows<DK>(state, a, q_rows + 2 * 16 * p * (DK + 8));
+    }
+    solve_backward(X, stage);
+    scale_all_tokens(X, stage.gates + kBeta * kChunk, 1.f);
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+      uint32_t a[4];
+      scaled_operand(a, X[2 * p], X[2 * p + 1], from_start, 16 * p, -1.f);
+      add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
+    }
+  }
+  if (active)
+    store_state<DK>(segments.boundary(block.b, block.h, block.segment - 1, size) + column * size.dk, state,
+                    power_of_two(-exponent), size.dk);
 }
 
 }  // namespace delta_rule

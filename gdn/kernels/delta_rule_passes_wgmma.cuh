@@ -15,9 +15,9 @@
 // Products over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring
 // columns, which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
 //
-// Floor of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB, 0.212 ms at the copy rate; 52 GFLOP. Reached on
-// an H100: 0.255 and 0.253 ms, 86% of the floor as dev/bench_delta_rule counts it (0.218), where the kernels of
-// delta_rule_passes.cuh take 0.329 and 0.344.
+// Floor of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB, 0.212 ms at the copy rate; 52 GFLOP. Reached
+// on an H100: 0.255 and 0.253 ms, 86% of the floor as dev/bench_delta_rule counts it (0.218), where the
+// kernels of delta_rule_passes.cuh take 0.329 and 0.344.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -322,15 +322,43 @@ __device__ inline void operands(uint32_t (&a)[4][4], const float (&x)[8][4]) {
   for (int p = 0; p < 4; p++) operand(a[p], x[2 * p], x[2 * p + 1]);
 }
 
-template <int kGroups>
-__device__ inline PassBlock warpgroup_block(const Sizes& size) {
-  PassBlock block;
-  block.b = blockIdx.z;
-  block.h = blockIdx.y;
-  block.hk = size.key_head(block.h);
-  block.warps = 4 * kGroups;
-  block.first_column = blockIdx.x * 64 * kGroups;
-  return block;
+// The warp's 16 rows [dk] of fp32 at `from`, which is its row 0, as accumulators over positions; zeros where
+// that is null.
+template <int DK>
+__device__ inline void load_positions(float (&state)[DK / 8][4], const float* from, int dk) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 8 * (lane % 4);
+#pragma unroll
+  for (int t = 0; t < DK / 8; t += 2)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int column = 8 * (t / 4 * 4) + c + 2 * (t % 4);  // of tile t; tile t + 1 has the two after
+      const bool valid = from && column < dk;
+      const float4 x = valid ? *reinterpret_cast<const float4*>(from + (g + 8 * half) * dk + column)
+                             : make_float4(0.f, 0.f, 0.f, 0.f);
+      state[t][2 * half] = x.x;
+      state[t][2 * half + 1] = x.y;
+      state[t + 1][2 * half] = x.z;
+      state[t + 1][2 * half + 1] = x.w;
+    }
+}
+
+// Calls f(e, row, column) for each of tile t's four numbers: its row of 16, its column of dk.
+template <class F>
+__device__ inline void for_positions(int t, const F& f) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    f(e, lane / 4 + 8 * (e / 2), 32 * (t / 4) + 8 * (lane % 4) + 2 * (t % 4) + e % 2);
+}
+
+// Factor times the accumulators, to rows [16, dk].
+template <int DK>
+__device__ inline void store_positions(float* to, const float (&state)[DK / 8][4], float factor, int dk) {
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+    for_positions(t, [&](int e, int row, int column) {
+      if (column < dk) to[row * dk + column] = factor * state[t][e];
+    });
 }
 
 // Zeros above the diagonal of N and P, where nothing is ever copied.
@@ -348,23 +376,27 @@ __device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_bl
 template <int DK, int kGroups>
 __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     forward_pass_warpgroup_kernel(act* o, Saved saved, const act* qkv, const __half* matrices,
-                                  const float* gates, Sizes size, float s) {
+                                  const float* gates, Sizes size, Segments segments, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
   constexpr bool kQWithK = q_with_k(DK, kGroups);
-  const PassBlock block = warpgroup_block<kGroups>(size);
+  const PassBlock block = pass_block(size, segments, 0, segments.count);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   clear_matrices<DK, kGroups>(tiles);
-  copy_chunk(Stage(tiles, 0), block, size, 0, qkv, values, size.channels, matrices, gates);
+  copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
+             matrices, gates);
 
   float state[DK / 8][4] = {};
+  if (active && block.segment > 0)
+    load_positions<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
+                       size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
-  for (int chunk = 0; chunk < size.chunks; chunk++) {
+  for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const Stage stage(tiles, chunk & 1);
     const int64_t number = size.chunk_number(block.b, block.h, chunk);
     const int64_t out = size.first_row(block.b, chunk) * stride + block.h * size.dv + column;
@@ -381,7 +413,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     uint32_t S[DK / 16][4];
     start_read_state<DK, kQWithK>(E, O, S, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
                                   state_to, size.dk);
-    if (chunk + 1 < size.chunks)
+    if (chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
                  gates);
     uint32_t a[4][4], update[4][4];
@@ -458,23 +490,27 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
 template <int DK, int kGroups>
 __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     backward_pass_warpgroup_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
-                                   const __half* matrices, const float* gates, Sizes size, float s) {
+                                   const __half* matrices, const float* gates, Sizes size, Segments segments,
+                                   float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  const PassBlock block = warpgroup_block<kGroups>(size);
+  const PassBlock block = pass_block(size, segments, 0, segments.count);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
   clear_matrices<DK, kGroups>(tiles);
-  copy_chunk(Stage(tiles, (size.chunks - 1) & 1), block, size, size.chunks - 1, qkv, values, stride, matrices,
-             gates);
+  copy_chunk(Stage(tiles, (block.end_chunk - 1) & 1), block, size, block.end_chunk - 1, qkv, values, stride,
+             matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
+  if (active && block.segment < segments.count - 1)
+    load_positions<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
+                       size.dk);
   int exponent = 0;
-  for (int chunk = size.chunks - 1; chunk >= 0; chunk--) {
+  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
     const Stage stage(tiles, chunk & 1);
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t out = row * stride + block.h * size.dv + column;
@@ -491,7 +527,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     uint32_t dS[DK / 16][4];
     start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, state_to, size.dk);
     if (active && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
-    if (chunk > 0)
+    if (chunk > block.first_chunk)
       copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
     uint32_t a[4][4], update[4][4];
     output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
@@ -529,6 +565,155 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     products_done<0>();
     pin(state);
   }
+#endif
+}
+
+// What forward_state_kernel computes and writes; a block: 64 rows of the state, or of M^T.
+template <int DK>
+__global__ void __launch_bounds__(128, pass_blocks(DK))
+    forward_state_warpgroup_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
+                                   Segments segments, int slices_v) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Stage = WarpgroupStage<DK, 1>;
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  constexpr int ld = Stage::kValuesStride;
+  PassBlock block = pass_block(size, segments, 0, segments.count - 1);
+  const bool transition = int(blockIdx.x) >= slices_v;
+  const int warp = threadIdx.x / 32;
+  const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
+  if (transition && block.segment == 0) return;
+  if (transition) block.first_column = size.dv;  // v = 0
+  const act* values = qkv + size.v_column(block.h);
+  clear_matrices<DK, 1>(tiles);
+  copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
+             matrices, gates);
+
+  float state[DK / 8][4] = {};
+  if (transition)
+#pragma unroll
+    for (int t = 0; t < DK / 8; t++)
+      for_positions(t,
+                    [&](int e, int row, int column) { state[t][e] = column == first_row + row ? 1.f : 0.f; });
+  int exponent = 0;
+  for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
+    const Stage stage(tiles, chunk & 1);
+    const uint32_t v_columns = walk_columns(stage.values() + 16 * warp, ld);
+    receive_chunk(stage);
+    __syncthreads();
+
+    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    float E[8][4] = {};
+    uint32_t S[DK / 16][4];
+    start_read_state<DK, false>(E, E, S, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
+    if (chunk + 1 < block.end_chunk)
+      copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
+                 gates);
+    uint32_t a[4][4];
+    products_done<0>();
+    pin(E), pin(state);
+    residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
+    scaled_operands(a, E, stage.gates() + kBeta * kChunk, -1.f);
+    pin(E), pin(a);
+    products_begin();
+    start_square<kByK>(E, a, tile_descriptor(stage.n()));
+    products_issued();
+    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    products_done<0>();
+    pin(E);
+    scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
+    scaled_operands(a, E, stage.gates() + kToEnd * kChunk, 1.f);
+    pin(state), pin(a);
+    products_begin();
+    start_update_state<DK>(state, a, tile_descriptor(stage.k()));
+    products_issued();
+    products_done<0>();
+    pin(state);
+  }
+  const float unit = power_of_two(-exponent);
+  const int rows = transition ? size.dk : size.dv;
+  if (first_row >= rows) return;
+  if (!transition) {
+    float* to = segments.boundary(block.b, block.h, block.segment + 1, size) + first_row * size.dk;
+    store_positions<DK>(to, state, unit, size.dk);
+    return;
+  }
+  float* to = segments.transition(block.b, block.h, block.segment, size);
+  store_positions<DK>(to + first_row * size.dk, state, unit, size.dk);
+  to += size.dk * size.dk + first_row;
+#pragma unroll
+  for (int t = 0; t < DK / 8; t++)
+    for_positions(t, [&](int e, int row, int column) {
+      if (column < size.dk) to[column * size.dk + row] = unit * state[t][e];
+    });
+#endif
+}
+
+// What backward_state_kernel computes and writes.
+template <int DK>
+__global__ void __launch_bounds__(128, pass_blocks(DK))
+    backward_state_warpgroup_kernel(const act* d_o, const act* qkv, const __half* matrices,
+                                    const float* gates, Sizes size, Segments segments, float s) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  using Stage = WarpgroupStage<DK, 1>;
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  constexpr int ld = Stage::kValuesStride;
+  const PassBlock block = pass_block(size, segments, 1, segments.count - 1);
+  const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
+  const int64_t stride = int64_t(size.heads_v) * size.dv;
+  const act* values = d_o + block.h * size.dv;
+  clear_matrices<DK, 1>(tiles);
+  copy_chunk(Stage(tiles, (block.end_chunk - 1) & 1), block, size, block.end_chunk - 1, qkv, values, stride,
+             matrices, gates);
+
+  float state[DK / 8][4] = {};  // dS
+  int exponent = 0;
+  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
+    const Stage stage(tiles, chunk & 1);
+    const uint32_t do_columns = walk_columns(stage.values() + 16 * warp, ld);
+    const float *gate = stage.gates(), *from_start = gate + kFromStart * kChunk;
+    receive_chunk(stage);
+    __syncthreads();
+
+    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
+    float X[8][4] = {};
+    uint32_t dS[DK / 16][4];
+    start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
+    if (chunk > block.first_chunk)
+      copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
+    uint32_t a[4][4], update[4][4];
+    output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
+    products_done<0>();
+    pin(X), pin(state);
+    scale_all_tokens(X, gate + kToEnd * kChunk, 1.f);
+    pin(X), pin(a);
+    products_begin();
+    start_square<kByN>(X, a, tile_descriptor(stage.p()));
+    products_issued();
+    scale_state<DK>(state, from_start[kChunk - 1]);
+    output_gradients<true>(update, do_columns, ld, s * power_of_two(exponent), from_start);
+    products_done<0>();
+    pin(X);
+    scaled_operands(a, X, gate + kBeta * kChunk, -1.f);
+    pin(X), pin(a), pin(state), pin(update);
+    products_begin();
+    start_square<kByN>(X, a, tile_descriptor(stage.n()));
+    products_issued();
+    start_update_state<DK>(state, update, tile_descriptor(stage.q()));
+    products_issued();
+    products_done<1>();
+    pin(X);
+    scale_all_tokens(X, gate + kBeta * kChunk, 1.f);
+    scaled_operands(a, X, from_start, -1.f);
+    pin(a);
+    products_begin();
+    start_update_state<DK>(state, a, tile_descriptor(stage.k()));
+    products_issued();
+    products_done<0>();
+    pin(state);
+  }
+  if (column < size.dv)
+    store_positions<DK>(segments.boundary(block.b, block.h, block.segment - 1, size) + column * size.dk,
+                        state, power_of_two(-exponent), size.dk);
 #endif
 }
 

@@ -298,6 +298,43 @@ TEST_CASE("cuda delta rule: many chunks") {
 
 #ifndef GDN_READABLE
 
+// Few heads and a long sequence: the passes take segments of it side by side (delta_rule_segments.cuh). Lengths leave
+// a last segment with fewer chunks, and a last chunk with fewer tokens.
+const MixerShape kCut[] = {make_shape(1, 1000, 2, 2, 64, 128), make_shape(2, 830, 1, 3, 48, 80),
+                           make_shape(1, 1300, 1, 1, 32, 64),  make_shape(1, 1090, 1, 2, 128, 256),
+                           make_shape(1, 900, 1, 1, 96, 48),   make_shape(1, 800, 1, 1, 176, 64),
+                           make_shape(1, 1500, 1, 1, 256, 96)};
+
+TEST_CASE("cuda delta rule: a sequence cut into segments") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: a sequence cut into segments")) return;
+  Cuda device;
+  int seed = 300;
+  for (const MixerShape& shape : kCut) {
+    REQUIRE(gdn::delta_rule::cut(device, shape).count >= 3);
+    for (int regime = 0; regime < kRegimes; regime++)
+      if ((regime + seed) % 2 == 0 || shape.head_dim_k == 64) check_against_recurrence(device, shape, Regime(regime), seed++);
+  }
+}
+
+TEST_CASE("cuda delta rule: which sequences are cut") {
+  using gdn::delta_rule::cut_into_segments;
+  CHECK(cut_into_segments(512, 24, 132).count == 5);
+  CHECK(cut_into_segments(512, 24, 132).chunks == 103);
+  CHECK(cut_into_segments(512, 45, 132).count == 1);  // two segments would gain nothing
+  CHECK(cut_into_segments(16, 768, 132).count == 1);
+  CHECK(cut_into_segments(11, 1, 132).count == 1);  // segments of less than four chunks
+  CHECK(cut_into_segments(13, 1, 132).count == 3);
+  CHECK(cut_into_segments(13, 1, 132).chunks == 5);
+  for (int chunks = 1; chunks < 200; chunks++)
+    for (int blocks : {1, 3, 7, 20}) {
+      const auto x = cut_into_segments(chunks, blocks, 132);
+      CHECK(x.count * x.chunks >= chunks);
+      CHECK((x.count - 1) * x.chunks < chunks);  // none is empty
+      CHECK((x.count == 1 || x.count >= 3));
+      CHECK((x.count == 1 || x.count * blocks <= 132));
+    }
+}
+
 // Longer and wider than the CPU does in reasonable time. Both results are rounded to bf16.
 TEST_CASE("cuda delta rule: against the readable one") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: against the readable one")) return;
@@ -328,8 +365,8 @@ TEST_CASE("cuda delta rule: against the readable one") {
 TEST_CASE("cuda delta rule: the same bits in two runs") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: the same bits in two runs")) return;
   Cuda device;
-  for (const MixerShape& shape :
-       {make_shape(2, 200, 1, 2, 64, 128), kManyChunks[0], kManyChunks[1], kManyChunks[2]}) {
+  for (const MixerShape& shape : {make_shape(2, 200, 1, 2, 64, 128), kManyChunks[0], kManyChunks[1],
+                                  kManyChunks[2], make_shape(1, 1000, 1, 2, 64, 128)}) {
     const Inputs in = make_inputs(shape, kInitial, 1);
     const GpuResults a = run_on_gpu(device, shape, in), b = run_on_gpu(device, shape, in);
     CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);

@@ -1,0 +1,336 @@
+// What the kernels of the gated delta rule need of CUDA, on a CPU: run.py compiles them with this header in place of
+// gdn/cuda_device.cuh, and with these functions in place of their assembly. A thread is a fiber, a block's threads take
+// turns, and change places where they wait for each other or exchange registers. Blocks run one after another.
+//
+// It shows what a kernel computes, on machines without a GPU. It does not show speed, nor a missing wait: copies and
+// products of a warpgroup are done at once here, on a GPU later.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "shapes.h"
+
+#define __device__
+#define __host__
+#define __global__
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+#define __CUDA_ARCH__ 800
+#define __CUDA_ARCH_FEAT_SM90_ALL
+
+namespace emulator {
+
+struct Dim {
+  unsigned x = 1, y = 1, z = 1;
+};
+template <class To, class From>
+To bits_of(From from) {
+  To to;
+  static_assert(sizeof to == sizeof from, "the same bits");
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+}  // namespace emulator
+
+inline emulator::Dim threadIdx, blockIdx, blockDim, gridDim;
+
+// ---- types and arithmetic
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+inline uint32_t __float_as_uint(float x) { return emulator::bits_of<uint32_t>(x); }
+inline float __uint_as_float(uint32_t x) { return emulator::bits_of<float>(x); }
+inline float __int_as_float(int x) { return emulator::bits_of<float>(x); }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct __half2 {
+  __half x, y;
+};
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const uint32_t u = __float_as_uint(x);
+  return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+inline __half __float2half_rn(float x) { return emulator::bits_of<__half>(_Float16(x)); }
+inline float __half2float(__half x) { return float(emulator::bits_of<_Float16>(x)); }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+inline __nv_bfloat162 __float2bfloat162_rn(float x) { return __floats2bfloat162_rn(x, x); }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
+inline float __low2float(__nv_bfloat162 x) { return __bfloat162float(x.x); }
+inline float __high2float(__nv_bfloat162 x) { return __bfloat162float(x.y); }
+inline __nv_bfloat162 __habs2(__nv_bfloat162 x) {
+  return {{uint16_t(x.x.bits & 0x7fff)}, {uint16_t(x.y.bits & 0x7fff)}};
+}
+inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(std::fmax(__low2float(a), __low2float(b)),
+                               std::fmax(__high2float(a), __high2float(b)));
+}
+using std::max;
+using std::min;
+
+// ---- threads
+
+namespace emulator {
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf at;
+  std::vector<char> stack;
+  bool begun, done;
+};
+inline std::vector<Fiber> fibers;
+inline int current;
+inline ucontext_t scheduler_start;
+inline jmp_buf scheduler;
+inline std::function<void()> kernel;
+
+inline void yield() {
+  if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
+}
+inline void run_fiber() {
+  kernel();
+  fibers[current].done = true;
+  _longjmp(scheduler, 1);
+}
+inline void resume(int i) {
+  current = i;
+  threadIdx.x = unsigned(i);
+  if (_setjmp(scheduler) != 0) return;
+  if (fibers[i].begun) _longjmp(fibers[i].at, 1);
+  fibers[i].begun = true;
+  swapcontext(&scheduler_start, &fibers[i].start);
+}
+
+// Waits until `size` threads do. All of them must come, as on a GPU.
+struct Barrier {
+  int size, count, generation;
+};
+inline Barrier block_barrier, warp_barriers[32];
+inline void wait(Barrier& barrier) {
+  const int generation = barrier.generation;
+  if (++barrier.count == barrier.size) {
+    barrier.count = 0;
+    barrier.generation++;
+  } else {
+    while (barrier.generation == generation) yield();
+  }
+}
+
+inline void run_block(int threads, const std::function<void()>& call) {
+  kernel = call;
+  blockDim.x = unsigned(threads);
+  block_barrier = {threads, 0, 0};
+  for (Barrier& barrier : warp_barriers) barrier = {32, 0, 0};
+  fibers.resize(size_t(threads));
+  for (Fiber& fiber : fibers) {
+    fiber.stack.resize(1 << 17);
+    fiber.begun = fiber.done = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.data();
+    fiber.start.uc_stack.ss_size = fiber.stack.size();
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
+  }
+  for (int left = threads; left > 0;)
+    for (int i = 0; i < threads; i++)
+      if (!fibers[size_t(i)].done) {
+        resume(i);
+        left -= fibers[size_t(i)].done;
+      }
+}
+
+// kernel<<<grid, threads>>>
+inline void launch(Dim grid, int threads, const std::function<void()>& call) {
+  gridDim = grid;
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) {
+        blockIdx = {x, y, z};
+        run_block(threads, call);
+      }
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
+inline void __syncwarp() { emulator::wait(emulator::warp_barriers[threadIdx.x / 32]); }
+
+// ---- exchanges in a warp
+
+namespace emulator {
+
+using Words = std::array<uint32_t, 6>;
+inline Words exchanged[32][32];
+
+// Every lane's words, all lanes calling; valid until the lane calls warp_read.
+inline const Words* warp_share(const Words& mine) {
+  exchanged[threadIdx.x / 32][threadIdx.x % 32] = mine;
+  __syncwarp();
+  return exchanged[threadIdx.x / 32];
+}
+inline void warp_read() { __syncwarp(); }
+
+template <class T>
+T from_lane(T x, int lane) {
+  const Words* all = warp_share({bits_of<uint32_t>(x)});
+  const T y = bits_of<T>(all[lane & 31][0]);
+  warp_read();
+  return y;
+}
+
+}  // namespace emulator
+
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulator::from_lane(x, int(threadIdx.x % 32) ^ mask);
+}
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return emulator::from_lane(x, lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T x, int by) {
+  const int lane = int(threadIdx.x % 32);
+  return emulator::from_lane(x, lane >= by ? lane - by : lane);
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
+  const emulator::Words* all = emulator::warp_share({x});
+  uint32_t largest = 0;
+  for (int lane = 0; lane < 32; lane++) largest = std::max(largest, all[lane][0]);
+  emulator::warp_read();
+  return largest;
+}
+
+// ---- in place of the kernels' assembly
+
+namespace emulator {
+
+inline unsigned char* shared_memory;  // the running kernel's; a shared address counts from its start
+
+inline uint32_t address_of(const void* p) {
+  return uint32_t(static_cast<const unsigned char*>(p) - shared_memory);
+}
+inline uint16_t load_16_bits(uint32_t address) {
+  uint16_t x;
+  std::memcpy(&x, shared_memory + address, 2);
+  return x;
+}
+inline float number(uint16_t x, bool fp16) { return fp16 ? __half2float({x}) : __bfloat162float({x}); }
+inline uint16_t half_of(uint32_t word, int which) { return uint16_t(word >> 16 * which); }
+
+inline void ldmatrix(uint32_t (&r)[4], uint32_t address, bool transposed) {
+  const Words* all = warp_share({address});
+  const int g = int(threadIdx.x % 32 / 4), c = int(threadIdx.x % 4);
+  for (int i = 0; i < 4; i++) {
+    uint16_t x[2];
+    for (int e = 0; e < 2; e++)
+      x[e] = transposed ? load_16_bits(all[8 * i + 2 * c + e][0] + 2 * uint32_t(g))
+                        : load_16_bits(all[8 * i + g][0] + 2 * uint32_t(2 * c + e));
+    r[i] = x[0] | uint32_t(x[1]) << 16;
+  }
+  warp_read();
+}
+
+inline uint32_t transpose_8x8(uint32_t word) {
+  const Words* all = warp_share({word});
+  const int g = int(threadIdx.x % 32 / 4), c = int(threadIdx.x % 4);
+  uint32_t out = 0;
+  for (int e = 0; e < 2; e++) out |= uint32_t(half_of(all[4 * (2 * c + e) + g / 2][0], g % 2)) << 16 * e;
+  warp_read();
+  return out;
+}
+
+// A [16,16] of all lanes' operands, row g of this lane and row g + 8
+inline void rows_of_a(float (&a)[2][16], const Words* all, bool fp16) {
+  const int g = int(threadIdx.x % 32 / 4);
+  for (int c = 0; c < 4; c++)
+    for (int i = 0; i < 4; i++)
+      for (int e = 0; e < 2; e++)
+        a[i % 2][2 * c + e + 8 * (i / 2)] = number(half_of(all[4 * g + c][size_t(i)], e), fp16);
+}
+
+// c [16,8] += a b, as mma.m16n8k16 (delta_rule_mma.cuh)
+inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool fp16) {
+  const Words* all = warp_share({a[0], a[1], a[2], a[3], b0, b1});
+  float rows[2][16];
+  rows_of_a(rows, all, fp16);
+  for (int e = 0; e < 4; e++) {
+    const int column = 2 * int(threadIdx.x % 4) + e % 2;
+    double sum = 0;
+    for (int k = 0; k < 16; k++)
+      sum += double(rows[e / 2][k]) *
+             number(half_of(all[4 * column + k % 8 / 2][size_t(4 + k / 8)], k % 2), fp16);
+    c[e] = float(c[e] + sum);
+  }
+  warp_read();
+}
+
+// d [16 rows of this warp, 8 tiles columns] = a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
+// in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_passes_wgmma.cuh).
+inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
+  const Words* all = warp_share({a[0], a[1], a[2], a[3]});
+  float rows[2][16];
+  rows_of_a(rows, all, true);
+  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
+  for (int t = 0; t < tiles; t++)
+    for (int e = 0; e < 4; e++) {
+      const uint32_t n = 8 * uint32_t(t) + 2 * (threadIdx.x % 4) + uint32_t(e) % 2;
+      double sum = 0;
+      for (uint32_t k = 0; k < 16; k++) {
+        uint32_t address = start + (by_n ? 128 * k + 2 * n : 128 * n + 2 * k);
+        address ^= (address >> 7 & 7) << 4;
+        sum += double(rows[e / 2][k]) * number(load_16_bits(address), true);
+      }
+      d[t][e] = float((add ? d[t][e] : 0) + sum);
+    }
+  warp_read();
+}
+
+}  // namespace emulator
+
+namespace gdn {
+
+using act = __nv_bfloat16;
+
+template <class Int>
+constexpr Int divide_up(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace gdn

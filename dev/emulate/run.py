@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Runs kernels of the gated delta rule on the CPU, thread by thread, and holds them to the CPU's layer in double.
+
+    python3 dev/emulate/run.py
+
+It compiles gdn/kernels/delta_rule_*.cuh with g++ and cuda_emulator.h; functions that are assembly are replaced by the
+emulator's. What it checks: N, P, both passes on mma.sync and on wgmma, and both over segments of a sequence. So a wrong
+index or equation is found on a machine without a GPU; a missing wait is not. About half a minute.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "gdn" / "kernels"
+
+# Function -> its body here. The first match of "inline ... NAME(" in the file is meant.
+MMA = {
+    "shared_address": "return emulator::address_of(p);",
+    "ldmatrix": "emulator::ldmatrix(r, address, false);",
+    "ldmatrix_transposed": "emulator::ldmatrix(r, address, true);",
+    "mma_bf16": "emulator::mma(c, a, b0, b1, false);",
+    "mma_fp16": "emulator::mma(c, a, b0, b1, true);",
+    "transpose_8x8": "return emulator::transpose_8x8(x);",
+    "copy_16_bytes": "if (valid) std::memcpy(to, from, 16); else std::memset(to, 0, 16);",
+    "copy_4_bytes": "std::memcpy(to, from, 4);",
+    "copies_issued": "",
+    "copies_arrived": "",
+    "copies_arrived_but_one": "",
+}
+WGMMA = {
+    "products_begin": "",
+    "products_issued": "",
+    "products_done": "",
+    "publish_to_products": "",
+    "pin": "",
+    "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN);",
+    "wgmma_32": "emulator::wgmma(d, 4, a, b, true, kMajor == kByN);",
+    "thread_again": "return int(threadIdx.x);",
+}
+
+
+def replace_bodies(text: str, bodies: dict[str, str]) -> str:
+    for name, body in bodies.items():
+        heads = list(re.finditer(rf"inline [\w ]+ {name}\([^;{{]*\) {{", text))
+        if not heads:
+            sys.exit(f"run.py: no function {name} to replace")
+        for head in reversed(heads):
+            depth, end = 1, head.end()
+            while depth:
+                depth += {"{": 1, "}": -1}.get(text[end], 0)
+                end += 1
+            if name != "pin" and head is not heads[0]:
+                continue
+            text = text[: head.end()] + " " + body + " " + text[end - 1 :]
+    return text
+
+
+def emulated(name: str) -> str:
+    text = (KERNELS / name).read_text()
+    if name == "delta_rule_mma.cuh":
+        text = replace_bodies(text.replace("#include <cuda_fp16.h>", ""), MMA)
+    if name == "delta_rule_segments.cuh":  # a block's array of fixed size; the others are named by extern
+        text = text.replace("__shared__ __align__(16) float rows", "static __align__(16) float rows")
+    if name == "delta_rule_passes_wgmma.cuh":
+        text = replace_bodies(text, WGMMA)
+        text = text[: text.index("// ---- whether these kernels can run")] + "}\n}\n"
+    if "asm volatile(" in text and name != "delta_rule_mma.cuh":
+        sys.exit(f"run.py: {name} has assembly that is not replaced")
+    return text
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--cxx", default="g++", help="a compiler that has _Float16 for x86-64, g++ 12 or newer [g++]")
+    o = p.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        kernels = Path(folder, "gdn", "kernels")
+        kernels.mkdir(parents=True)
+        for name in ("mma", "prepare", "segments", "passes", "passes_wgmma"):
+            (kernels / f"delta_rule_{name}.cuh").write_text(emulated(f"delta_rule_{name}.cuh"))
+        Path(folder, "gdn", "cuda_device.cuh").write_text((HERE / "cuda_emulator.h").read_text())
+        for path in KERNELS.parent.glob("*.h"):
+            Path(folder, "gdn", path.name).write_text(path.read_text())
+        program = Path(folder, "emulate")
+        command = [o.cxx, "-std=c++20", "-O2", "-march=native", "-fopenmp", "-w", f"-I{folder}",
+                   HERE / "delta_rule.cpp", "-o", program]
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError:
+            sys.exit(f"run.py: no compiler {o.cxx}")
+        except subprocess.CalledProcessError:
+            sys.exit("run.py: the kernels do not compile in the emulator")
+        sys.exit(subprocess.run([program]).returncode)
+
+
+if __name__ == "__main__":
+    main()
