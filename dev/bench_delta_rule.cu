@@ -153,8 +153,8 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
   const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
-  const delta_rule::Segments segments = delta_rule::segments_at(device, saved.get(), scratch.get(), shape);
-  const delta_rule::Segments whole = {1, shape.chunks(), nullptr, nullptr};
+  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, saved.get(), scratch.get(), shape);
+  const delta_rule::Pieces whole = {1, shape.chunks(), nullptr, nullptr};
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
@@ -172,22 +172,22 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   time("prepare_kernel", prepare,
        [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });
   time("forward_pass_kernel", forward_pass,
-       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, segments); });
+       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, pieces); });
   time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
-       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, segments); });
+       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, pieces); });
   time("backward_pass_kernel", backward_pass, [&] {
-    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, segments, scratch.get());
+    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, pieces, scratch.get());
   });
-  if (segments.count > 1) {
-    std::printf("  %d segments of %d chunks\n", segments.count, segments.chunks);
+  if (pieces.count > 1) {
+    std::printf("  %d pieces of %d chunks\n", pieces.count, pieces.chunks);
     const Cost states_forward = {input + matrices / 2, chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
     const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
     time("forward_states", states_forward,
-         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, segments); });
+         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, pieces); });
     time("backward_states", states_backward,
-         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, segments); });
-    time("join_segments_kernel", {0, 2.0 * shape.batch * shape.heads_v * (segments.count - 2) * dk * dk * dv},
-         [&] { delta_rule::join_segments(device, shape, segments, false); });
+         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, pieces); });
+    time("join_pieces_kernel", {0, 2.0 * shape.batch * shape.heads_v * (pieces.count - 2) * dk * dk * dv},
+         [&] { delta_rule::join_pieces(device, shape, pieces, false); });
     time("forward pass, not cut", forward_pass,
          [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, whole); });
     time("backward pass, not cut", backward_pass, [&] {

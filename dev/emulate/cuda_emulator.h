@@ -92,6 +92,10 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
 inline __nv_bfloat162 __float2bfloat162_rn(float x) { return __floats2bfloat162_rn(x, x); }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
+inline __half2 __float2half2_rn(float x) { return __floats2half2_rn(x, x); }
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
+}
 inline float __low2float(__nv_bfloat162 x) { return __bfloat162float(x.x); }
 inline float __high2float(__nv_bfloat162 x) { return __bfloat162float(x.y); }
 inline __nv_bfloat162 __habs2(__nv_bfloat162 x) {
@@ -228,6 +232,18 @@ template <class T>
 T __shfl_up_sync(unsigned, T x, int by) {
   const int lane = int(threadIdx.x % 32);
   return emulator::from_lane(x, lane >= by ? lane - by : lane);
+}
+template <class T>
+T __shfl_down_sync(unsigned, T x, int by) {
+  const int lane = int(threadIdx.x % 32);
+  return emulator::from_lane(x, lane + by < 32 ? lane + by : lane);
+}
+inline int __reduce_min_sync(unsigned, int x) {
+  const emulator::Words* all = emulator::warp_share({uint32_t(x)});
+  int least = x;
+  for (int lane = 0; lane < 32; lane++) least = std::min(least, int(all[lane][0]));
+  emulator::warp_read();
+  return least;
 }
 inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   const emulator::Words* all = emulator::warp_share({x});

@@ -4,8 +4,9 @@
     python3 dev/emulate/run.py
 
 It compiles gdn/kernels/delta_rule_*.cuh with g++ and cuda_emulator.h; functions that are assembly are replaced by the
-emulator's. What it checks: N, P, both passes on mma.sync and on wgmma, and both over segments of a sequence. So a wrong
-index or equation is found on a machine without a GPU; a missing wait is not. About half a minute.
+emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma,
+gradients_kernel, and the passes over pieces of a sequence. So a wrong
+index or equation is found on a machine without a GPU; a missing wait is not. Under a minute.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def emulated(name: str) -> str:
     text = (KERNELS / name).read_text()
     if name == "delta_rule_mma.cuh":
         text = replace_bodies(text.replace("#include <cuda_fp16.h>", ""), MMA)
-    if name == "delta_rule_segments.cuh":  # a block's array of fixed size; the others are named by extern
+    if name == "delta_rule_pieces.cuh":  # a block's array of fixed size; the others are named by extern
         text = text.replace("__shared__ __align__(16) float rows", "static __align__(16) float rows")
     if name == "delta_rule_passes_wgmma.cuh":
         text = replace_bodies(text, WGMMA)
@@ -81,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder, "gdn", "kernels")
         kernels.mkdir(parents=True)
-        for name in ("mma", "prepare", "segments", "passes", "passes_wgmma"):
+        for name in ("mma", "prepare", "pieces", "passes", "passes_wgmma", "gradients"):
             (kernels / f"delta_rule_{name}.cuh").write_text(emulated(f"delta_rule_{name}.cuh"))
         Path(folder, "gdn", "cuda_device.cuh").write_text((HERE / "cuda_emulator.h").read_text())
         for path in KERNELS.parent.glob("*.h"):

@@ -16,8 +16,8 @@
 //   forward_pass_kernel   o, S_0, E            sequences x value heads x dv slices  delta_rule_passes.cuh
 //   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse          delta_rule_passes.cuh
 //   gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences       delta_rule_gradients.cuh
-// Where the passes would leave multiprocessors without a block, they take segments of a sequence side by side
-// (delta_rule_segments.cuh).
+// Where the passes would leave multiprocessors without a block, they take pieces of a sequence side by side
+// (delta_rule_pieces.cuh).
 //
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
@@ -151,9 +151,9 @@ inline size_t pass_bytes(const MixerShape& shape) {
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
 // How the passes cut a sequence where blocks of 64 columns of dv leave multiprocessors without one.
-inline Segments cut(const Cuda& device, const MixerShape& shape) {
+inline Pieces cut(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
-  return cut_into_segments(shape.chunks(), blocks, device.multiprocessors * pass_blocks(shape.head_dim_k));
+  return cut_into_pieces(shape.chunks(), blocks, device.multiprocessors * pass_blocks(shape.head_dim_k));
 }
 inline size_t boundaries_bytes(const Cuda& device, const MixerShape& shape) {
   const int count = cut(device, shape).count;
@@ -175,14 +175,14 @@ inline size_t scratch_before_boundaries(const Cuda& device, const MixerShape& sh
 }
 
 // Transitions lie behind N, P and the gates, in `saved` or, where that is null, in scratch.
-inline Segments segments_at(const Cuda& device, void* saved, void* scratch, const MixerShape& shape) {
-  Segments segments = cut(device, shape);
-  if (segments.count == 1) return segments;
+inline Pieces pieces_at(const Cuda& device, void* saved, void* scratch, const MixerShape& shape) {
+  Pieces pieces = cut(device, shape);
+  if (pieces.count == 1) return pieces;
   char* transitions = saved ? static_cast<char*>(saved) + pass_bytes(shape) : static_cast<char*>(scratch);
-  segments.transitions = reinterpret_cast<float*>(transitions + prepared_bytes(shape));
-  segments.boundaries =
+  pieces.transitions = reinterpret_cast<float*>(transitions + prepared_bytes(shape));
+  pieces.boundaries =
       reinterpret_cast<float*>(static_cast<char*>(scratch) + scratch_before_boundaries(device, shape));
-  return segments;
+  return pieces;
 }
 
 // What a pass leaves: the forward's in `saved`, the backward's, laid out alike, in scratch.
@@ -221,13 +221,13 @@ void with_head_dim_k(int dk, const Launch& launch) {
 
 // Warps of a pass's block, 16 columns of dv each: many, for they share loads, but as few as it takes to fit
 // shared memory and to give every multiprocessor a block; and slices of equal size.
-inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int segments) {
+inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int pieces) {
   const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
   const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
   int warps = std::min(kMaxPassWarps, tiles);
   while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
-  while (warps > (segments > 1 ? 4 : 1) &&
-         shape.batch * segments * shape.heads_v * slices(warps) < device.multiprocessors)
+  while (warps > (pieces > 1 ? 4 : 1) &&
+         shape.batch * pieces * shape.heads_v * slices(warps) < device.multiprocessors)
     warps = (warps + 1) / 2;
   return slices(slices(warps));
 }
@@ -244,36 +244,36 @@ inline void prepare(Cuda& device, const act* qkv, const float* g, const float* b
 
 // Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
 // loads, unless one each gives no multiprocessor a second block or leaves none idle.
-inline int pass_groups(const Cuda& device, const MixerShape& shape, int segments) {
+inline int pass_groups(const Cuda& device, const MixerShape& shape, int pieces) {
   const int slices = divide_up(shape.head_dim_v, 64);
-  return slices % 2 != 0 || shape.batch * segments * shape.heads_v * slices <= device.multiprocessors ? 1 : 2;
+  return slices % 2 != 0 || shape.batch * pieces * shape.heads_v * slices <= device.multiprocessors ? 1 : 2;
 }
 
 // Calls launch with dk's compiled size, a pass's warpgroups, and the grid.
 template <class Launch>
-void with_warpgroups(const Cuda& device, const MixerShape& shape, int segments, const Launch& launch) {
-  const int groups = pass_groups(device, shape, segments);
-  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * segments);
+void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, const Launch& launch) {
+  const int groups = pass_groups(device, shape, pieces);
+  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * pieces);
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     if (groups == 1) return launch(head_dim, std::integral_constant<int, 1>(), grid);
     launch(head_dim, std::integral_constant<int, 2>(), grid);
   });
 }
 
-// The starts of all segments but the first.
-inline void join_segments(Cuda& device, const MixerShape& shape, const Segments& segments, bool backward) {
-  if (segments.count < 3) return;
+// The starts of all pieces but the first.
+inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
+  if (pieces.count < 3) return;
   const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
   const int threads = divide_up(shape.head_dim_k, 32) * 32;
   if (backward)
-    join_segments_kernel<true><<<grid, threads, 0, device.stream>>>(segments, sizes(shape));
+    join_pieces_kernel<true><<<grid, threads, 0, device.stream>>>(pieces, sizes(shape));
   else
-    join_segments_kernel<false><<<grid, threads, 0, device.stream>>>(segments, sizes(shape));
-  launched("join_segments_kernel");
+    join_pieces_kernel<false><<<grid, threads, 0, device.stream>>>(pieces, sizes(shape));
+  launched("join_pieces_kernel");
 }
 
 inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
-                           const Segments& segments) {
+                           const Pieces& pieces) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
@@ -281,86 +281,86 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
     const auto launch = [&](auto kernel, int warps, int bytes) {
       const int slices_v = divide_up(shape.head_dim_v, 16 * warps), slices_k = divide_up(shape.head_dim_k, 16 * warps);
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (segments.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), segments, slices_v);
+      const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (pieces.count - 1));
+      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces, slices_v);
     };
     if (has_warpgroup_products())
       return launch(forward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
-    const int warps = pass_warps(device, shape, DK, segments.count);
+    const int warps = pass_warps(device, shape, DK, pieces.count);
     launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("forward_state_kernel");
-  join_segments(device, shape, segments, false);
+  join_pieces(device, shape, pieces, false);
 }
 
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
-                            const Prepared& prepared, const Segments& segments) {
+                            const Prepared& prepared, const Pieces& pieces) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     constexpr int DK = decltype(head_dim)::value;
     const auto launch = [&](auto kernel, int warps, int bytes) {
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * (segments.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(d_o, qkv, matrices, gates, sizes(shape), segments, s);
+      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * (pieces.count - 1));
+      kernel<<<grid, 32 * warps, bytes, device.stream>>>(d_o, qkv, matrices, gates, sizes(shape), pieces, s);
     };
     if (has_warpgroup_products())
       return launch(backward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
-    const int warps = pass_warps(device, shape, DK, segments.count);
+    const int warps = pass_warps(device, shape, DK, pieces.count);
     launch(backward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("backward_state_kernel");
-  join_segments(device, shape, segments, true);
+  join_pieces(device, shape, pieces, true);
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
-                         float s, const Prepared& prepared, const Segments& segments) {
+                         float s, const Prepared& prepared, const Pieces& pieces) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   if (has_warpgroup_products()) {
-    with_warpgroups(device, shape, segments.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
+    with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
       constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
       const auto kernel = forward_pass_warpgroup_kernel<DK, kGroups>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), segments,
+      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), pieces,
                                                             s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
       constexpr int DK = decltype(head_dim)::value;
-      const int warps = pass_warps(device, shape, DK, segments.count), bytes = 2 * pass_stage_bytes(DK, warps);
+      const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
       allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * segments.count);
+      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
       forward_pass_kernel<DK>
-          <<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), segments, s);
+          <<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), pieces, s);
     });
   }
   launched("forward_pass_kernel");
 }
 
 inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
-                          float s, const Prepared& prepared, const Segments& segments, void* scratch) {
+                          float s, const Prepared& prepared, const Pieces& pieces, void* scratch) {
   const Adjoints adjoints = adjoints_at(scratch, shape);
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   if (has_warpgroup_products()) {
-    with_warpgroups(device, shape, segments.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
+    with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
       constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
       const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices, gates,
-                                                            sizes(shape), segments, s);
+                                                            sizes(shape), pieces, s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
       constexpr int DK = decltype(head_dim)::value;
-      const int warps = pass_warps(device, shape, DK, segments.count), bytes = 2 * pass_stage_bytes(DK, warps);
+      const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
       allow_shared_bytes(backward_pass_kernel<DK>, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * segments.count);
+      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
       backward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices,
-                                                                           gates, sizes(shape), segments, s);
+                                                                           gates, sizes(shape), pieces, s);
     });
   }
   launched("backward_pass_kernel");
@@ -429,7 +429,7 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
 
 // What the forward keeps for the backward: the states at the chunks' starts [B,Hv,chunks,dv,dk] and E
 // [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates; of a sequence
-// cut into segments their transitions.
+// cut into pieces their transitions.
 inline size_t gated_delta_rule_saved_bytes(Cuda& device, const MixerShape& shape) {
   return delta_rule::saved_bytes(device, shape);
 }
@@ -445,10 +445,10 @@ inline void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const ac
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Prepared prepared = delta_rule::prepared_at(saved, scratch, shape);
-  const delta_rule::Segments segments = delta_rule::segments_at(device, saved, scratch, shape);
+  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, saved, scratch, shape);
   delta_rule::prepare(device, qkv, g, beta, shape, s, prepared);
-  if (segments.count > 1) delta_rule::forward_states(device, qkv, shape, prepared, segments);
-  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, segments);
+  if (pieces.count > 1) delta_rule::forward_states(device, qkv, shape, prepared, pieces);
+  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, pieces);
 }
 
 // dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
@@ -460,9 +460,9 @@ inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float*
   if (shape.rows() == 0) return;
   const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
   const delta_rule::Prepared prepared = delta_rule::prepared_at(const_cast<void*>(saved), nullptr, shape);
-  const delta_rule::Segments segments = delta_rule::segments_at(device, const_cast<void*>(saved), scratch, shape);
-  if (segments.count > 1) delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, segments);
-  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, segments, scratch);
+  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, const_cast<void*>(saved), scratch, shape);
+  if (pieces.count > 1) delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
+  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, pieces, scratch);
   delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, prepared.gates, scratch);
 }
 

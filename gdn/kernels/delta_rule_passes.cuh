@@ -9,7 +9,7 @@
 // warps share the loads.
 #pragma once
 
-#include "delta_rule_segments.cuh"
+#include "delta_rule_pieces.cuh"
 
 namespace gdn {
 namespace delta_rule {
@@ -47,9 +47,9 @@ __device__ inline PassStage pass_stage(unsigned char* shared, int index, int war
   return stage;
 }
 
-// A block of a pass: warps of one sequence and value head, a slice of dv, the chunks of one segment.
+// A block of a pass: warps of one sequence and value head, a slice of dv, the chunks of one piece.
 struct PassBlock {
-  int b, h, hk, warps, first_column, segment, first_chunk, end_chunk;
+  int b, h, hk, warps, first_column, piece, first_chunk, end_chunk;
 };
 
 // The block starts copying N and P: their 16x16 blocks on and below the diagonal, the only ones there are.
@@ -183,17 +183,17 @@ __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, 
   write_tokens(to, stride, n, staging, ld);
 }
 
-// Of a grid [slices, value heads, sequences x count], count segments of each sequence from `first` on.
-__device__ inline PassBlock pass_block(const Sizes& size, const Segments& segments, int first, int count) {
+// Of a grid [slices, value heads, sequences x count], count pieces of each sequence from `first` on.
+__device__ inline PassBlock pass_block(const Sizes& size, const Pieces& pieces, int first, int count) {
   PassBlock block;
   block.b = blockIdx.z / count;
   block.h = blockIdx.y;
   block.hk = size.key_head(block.h);
   block.warps = blockDim.x / 32;
   block.first_column = blockIdx.x * 16 * block.warps;
-  block.segment = first + blockIdx.z % count;
-  block.first_chunk = block.segment * segments.chunks;
-  block.end_chunk = min(block.first_chunk + segments.chunks, size.chunks);
+  block.piece = first + blockIdx.z % count;
+  block.first_chunk = block.piece * pieces.chunks;
+  block.end_chunk = min(block.first_chunk + pieces.chunks, size.chunks);
   return block;
 }
 
@@ -367,9 +367,9 @@ __host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1;
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
-                        Sizes size, Segments segments, float s) {
+                        Sizes size, Pieces pieces, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, segments, 0, segments.count);
+  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
@@ -379,9 +379,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  qkv, values, size.channels, matrices, gates);
 
   float state[DK / 8][4] = {};
-  if (active && block.segment > 0)
-    load_state<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
-                   size.dk);
+  if (active && block.piece > 0)
+    load_state<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk, size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
@@ -479,9 +478,9 @@ __device__ inline void output_gradient(float (&left)[4], float (&right)[4], cons
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
-                         const float* gates, Sizes size, Segments segments, float s) {
+                         const float* gates, Sizes size, Pieces pieces, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, segments, 0, segments.count);
+  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -492,9 +491,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  block.end_chunk - 1, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
-  if (active && block.segment < segments.count - 1)
-    load_state<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
-                   size.dk);
+  if (active && block.piece < pieces.count - 1)
+    load_state<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk, size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
     const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
@@ -546,21 +544,21 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   }
 }
 
-// ---- segments (delta_rule_segments.cuh)
+// ---- pieces (delta_rule_pieces.cuh)
 
-// The ends of all segments but the last from a state of zero, to the boundary of the next; and of those that
+// The ends of all pieces but the last from a state of zero, to the boundary of the next; and of those that
 // are not the first either, transitions: slices from slices_v on are rows of M^T. What the forward pass does
 // to the state, nothing else.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
-                         Segments segments, int slices_v) {
+                         Pieces pieces, int slices_v) {
   extern __shared__ __align__(16) unsigned char shared[];
-  PassBlock block = pass_block(size, segments, 0, segments.count - 1);
+  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8;
   const bool transition = int(blockIdx.x) >= slices_v;
   const int row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 16 * block.warps + 16 * warp;
-  if (transition && block.segment == 0) return;
+  if (transition && block.piece == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const bool active = row < (transition ? size.dk : size.dv);
   const act* values = qkv + size.v_column(block.h);
@@ -597,21 +595,21 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   }
   if (!active) return;
   if (transition)
-    store_transition<DK>(segments.transition(block.b, block.h, block.segment, size), state,
+    store_transition<DK>(pieces.transition(block.b, block.h, block.piece, size), state,
                          power_of_two(-exponent), row, size.dk);
   else
-    store_state<DK>(segments.boundary(block.b, block.h, block.segment + 1, size) + row * size.dk, state,
+    store_state<DK>(pieces.boundary(block.b, block.h, block.piece + 1, size) + row * size.dk, state,
                     power_of_two(-exponent), size.dk);
 }
 
-// The gradients of the states at the starts of all segments but the first, with none at their ends, to the
-// boundary of the segment before. What the backward pass does to dS, nothing else.
+// The gradients of the states at the starts of all pieces but the first, with none at their ends, to the
+// boundary of the piece before. What the backward pass does to dS, nothing else.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_state_kernel(const act* d_o, const act* qkv, const __half* matrices, const float* gates,
-                          Sizes size, Segments segments, float s) {
+                          Sizes size, Pieces pieces, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, segments, 1, segments.count - 1);
+  const PassBlock block = pass_block(size, pieces, 1, pieces.count - 1);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -660,7 +658,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     }
   }
   if (active)
-    store_state<DK>(segments.boundary(block.b, block.h, block.segment - 1, size) + column * size.dk, state,
+    store_state<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
                     power_of_two(-exponent), size.dk);
 }
 

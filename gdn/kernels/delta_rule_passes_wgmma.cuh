@@ -376,13 +376,13 @@ __device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_bl
 template <int DK, int kGroups>
 __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     forward_pass_warpgroup_kernel(act* o, Saved saved, const act* qkv, const __half* matrices,
-                                  const float* gates, Sizes size, Segments segments, float s) {
+                                  const float* gates, Sizes size, Pieces pieces, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
   constexpr bool kQWithK = q_with_k(DK, kGroups);
-  const PassBlock block = pass_block(size, segments, 0, segments.count);
+  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
@@ -392,8 +392,8 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
              matrices, gates);
 
   float state[DK / 8][4] = {};
-  if (active && block.segment > 0)
-    load_positions<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
+  if (active && block.piece > 0)
+    load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
                        size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
@@ -490,13 +490,13 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
 template <int DK, int kGroups>
 __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     backward_pass_warpgroup_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
-                                   const __half* matrices, const float* gates, Sizes size, Segments segments,
+                                   const __half* matrices, const float* gates, Sizes size, Pieces pieces,
                                    float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  const PassBlock block = pass_block(size, segments, 0, segments.count);
+  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -506,8 +506,8 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
              matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
-  if (active && block.segment < segments.count - 1)
-    load_positions<DK>(state, segments.boundary(block.b, block.h, block.segment, size) + column * size.dk,
+  if (active && block.piece < pieces.count - 1)
+    load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
                        size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
@@ -572,16 +572,16 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
 template <int DK>
 __global__ void __launch_bounds__(128, pass_blocks(DK))
     forward_state_warpgroup_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
-                                   Segments segments, int slices_v) {
+                                   Pieces pieces, int slices_v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, 1>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  PassBlock block = pass_block(size, segments, 0, segments.count - 1);
+  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1);
   const bool transition = int(blockIdx.x) >= slices_v;
   const int warp = threadIdx.x / 32;
   const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
-  if (transition && block.segment == 0) return;
+  if (transition && block.piece == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const act* values = qkv + size.v_column(block.h);
   clear_matrices<DK, 1>(tiles);
@@ -633,11 +633,11 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   const int rows = transition ? size.dk : size.dv;
   if (first_row >= rows) return;
   if (!transition) {
-    float* to = segments.boundary(block.b, block.h, block.segment + 1, size) + first_row * size.dk;
+    float* to = pieces.boundary(block.b, block.h, block.piece + 1, size) + first_row * size.dk;
     store_positions<DK>(to, state, unit, size.dk);
     return;
   }
-  float* to = segments.transition(block.b, block.h, block.segment, size);
+  float* to = pieces.transition(block.b, block.h, block.piece, size);
   store_positions<DK>(to + first_row * size.dk, state, unit, size.dk);
   to += size.dk * size.dk + first_row;
 #pragma unroll
@@ -652,12 +652,12 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
 template <int DK>
 __global__ void __launch_bounds__(128, pass_blocks(DK))
     backward_state_warpgroup_kernel(const act* d_o, const act* qkv, const __half* matrices,
-                                    const float* gates, Sizes size, Segments segments, float s) {
+                                    const float* gates, Sizes size, Pieces pieces, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, 1>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  const PassBlock block = pass_block(size, segments, 1, segments.count - 1);
+  const PassBlock block = pass_block(size, pieces, 1, pieces.count - 1);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
@@ -712,8 +712,8 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     pin(state);
   }
   if (column < size.dv)
-    store_positions<DK>(segments.boundary(block.b, block.h, block.segment - 1, size) + column * size.dk,
-                        state, power_of_two(-exponent), size.dk);
+    store_positions<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
+                        power_of_two(-exponent), size.dk);
 #endif
 }
 

@@ -298,15 +298,15 @@ TEST_CASE("cuda delta rule: many chunks") {
 
 #ifndef GDN_READABLE
 
-// Few heads and a long sequence: the passes take segments of it side by side (delta_rule_segments.cuh). Lengths leave
-// a last segment with fewer chunks, and a last chunk with fewer tokens.
+// Few heads and a long sequence: the passes take pieces of it side by side (delta_rule_pieces.cuh). Lengths leave
+// a last piece with fewer chunks, and a last chunk with fewer tokens.
 const MixerShape kCut[] = {make_shape(1, 1000, 2, 2, 64, 128), make_shape(2, 830, 1, 3, 48, 80),
                            make_shape(1, 1300, 1, 1, 32, 64),  make_shape(1, 1090, 1, 2, 128, 256),
                            make_shape(1, 900, 1, 1, 96, 48),   make_shape(1, 800, 1, 1, 176, 64),
                            make_shape(1, 1500, 1, 1, 256, 96)};
 
-TEST_CASE("cuda delta rule: a sequence cut into segments") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: a sequence cut into segments")) return;
+TEST_CASE("cuda delta rule: a sequence cut into pieces") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: a sequence cut into pieces")) return;
   Cuda device;
   int seed = 300;
   for (const MixerShape& shape : kCut) {
@@ -317,17 +317,17 @@ TEST_CASE("cuda delta rule: a sequence cut into segments") {
 }
 
 TEST_CASE("cuda delta rule: which sequences are cut") {
-  using gdn::delta_rule::cut_into_segments;
-  CHECK(cut_into_segments(512, 24, 132).count == 5);
-  CHECK(cut_into_segments(512, 24, 132).chunks == 103);
-  CHECK(cut_into_segments(512, 45, 132).count == 1);  // two segments would gain nothing
-  CHECK(cut_into_segments(16, 768, 132).count == 1);
-  CHECK(cut_into_segments(11, 1, 132).count == 1);  // segments of less than four chunks
-  CHECK(cut_into_segments(13, 1, 132).count == 3);
-  CHECK(cut_into_segments(13, 1, 132).chunks == 5);
+  using gdn::delta_rule::cut_into_pieces;
+  CHECK(cut_into_pieces(512, 24, 132).count == 5);
+  CHECK(cut_into_pieces(512, 24, 132).chunks == 103);
+  CHECK(cut_into_pieces(512, 45, 132).count == 1);  // two pieces would gain nothing
+  CHECK(cut_into_pieces(16, 768, 132).count == 1);
+  CHECK(cut_into_pieces(11, 1, 132).count == 1);  // pieces of less than four chunks
+  CHECK(cut_into_pieces(13, 1, 132).count == 3);
+  CHECK(cut_into_pieces(13, 1, 132).chunks == 5);
   for (int chunks = 1; chunks < 200; chunks++)
     for (int blocks : {1, 3, 7, 20}) {
-      const auto x = cut_into_segments(chunks, blocks, 132);
+      const auto x = cut_into_pieces(chunks, blocks, 132);
       CHECK(x.count * x.chunks >= chunks);
       CHECK((x.count - 1) * x.chunks < chunks);  // none is empty
       CHECK((x.count == 1 || x.count >= 3));
