@@ -153,7 +153,7 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
   const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, saved.get(), scratch.get(), shape);
+  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch.get(), shape);
   const delta_rule::Pieces whole = {1, shape.chunks(), nullptr, nullptr};
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
@@ -183,7 +183,7 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
     const Cost states_forward = {input + matrices / 2, chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
     const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
     time("forward_states", states_forward,
-         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, pieces); });
+         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, pieces, true); });
     time("backward_states", states_backward,
          [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, pieces); });
     time("join_pieces_kernel", {0, 2.0 * shape.batch * shape.heads_v * (pieces.count - 2) * dk * dk * dv},

@@ -134,7 +134,14 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
       forward_pass_kernel<DK>(o.data(), saved, qkv, N, G, size, pieces, s);
   });
   std::fill(boundaries.begin(), boundaries.end(), unset);
+  std::fill(transitions.begin(), transitions.end(), unset);
   if (n > 1) {
+    emulator::launch({slices_k, h, b * (n - 1)}, threads, [&] {  // transitions alone
+      if (warpgroups)
+        forward_state_warpgroup_kernel<DK>(qkv, N, G, size, pieces, 0);
+      else
+        forward_state_kernel<DK>(qkv, N, G, size, pieces, 0);
+    });
     emulator::launch({slices_v, h, b * (n - 1)}, threads, [&] {
       if (warpgroups)
         backward_state_warpgroup_kernel<DK>(d_o, qkv, N, G, size, pieces, s);

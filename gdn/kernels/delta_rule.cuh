@@ -151,37 +151,33 @@ inline size_t pass_bytes(const MixerShape& shape) {
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
 // How the passes cut a sequence where blocks of 64 columns of dv leave multiprocessors without one.
+inline int pass_slots(const Cuda& device, const MixerShape& shape) {
+  return device.multiprocessors * pass_blocks(shape.head_dim_k);
+}
 inline Pieces cut(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
-  return cut_into_pieces(shape.chunks(), blocks, device.multiprocessors * pass_blocks(shape.head_dim_k));
+  return cut_into_pieces(shape.chunks(), blocks, pass_slots(device, shape));
+}
+inline size_t most_pieces(const Cuda& device, const MixerShape& shape) {
+  return size_t(most_pieces(shape.rows(), shape.heads_v, divide_up(shape.head_dim_v, 64), pass_slots(device, shape)));
 }
 inline size_t boundaries_bytes(const Cuda& device, const MixerShape& shape) {
-  const int count = cut(device, shape).count;
-  const size_t states = size_t(shape.batch) * shape.heads_v * (count > 1 ? count : 0);
-  return aligned(states * shape.head_dim_k * shape.head_dim_v * sizeof(float));
+  return aligned(most_pieces(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
 }
 inline size_t transitions_bytes(const Cuda& device, const MixerShape& shape) {
-  const int count = cut(device, shape).count;
-  const size_t matrices = size_t(shape.batch) * shape.heads_v * (count > 1 ? count : 0) * 2;
-  return aligned(matrices * shape.head_dim_k * shape.head_dim_k * sizeof(float));
+  return aligned(most_pieces(device, shape) * 2 * shape.head_dim_k * shape.head_dim_k * sizeof(float));
 }
 
-inline size_t saved_bytes(const Cuda& device, const MixerShape& shape) {
-  return pass_bytes(shape) + prepared_bytes(shape) + transitions_bytes(device, shape);
+inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
+// In front of the pieces' matrices: what the backward pass leaves, or what a forward that saves nothing needs.
+inline size_t scratch_before_pieces(const MixerShape& shape) {
+  return std::max(pass_bytes(shape), prepared_bytes(shape));
 }
-// Before the boundaries: what the backward pass leaves, or what a forward that saves nothing needs.
-inline size_t scratch_before_boundaries(const Cuda& device, const MixerShape& shape) {
-  return std::max(pass_bytes(shape), prepared_bytes(shape) + transitions_bytes(device, shape));
-}
-
-// Transitions lie behind N, P and the gates, in `saved` or, where that is null, in scratch.
-inline Pieces pieces_at(const Cuda& device, void* saved, void* scratch, const MixerShape& shape) {
+inline Pieces pieces_at(const Cuda& device, void* scratch, const MixerShape& shape) {
   Pieces pieces = cut(device, shape);
-  if (pieces.count == 1) return pieces;
-  char* transitions = saved ? static_cast<char*>(saved) + pass_bytes(shape) : static_cast<char*>(scratch);
-  pieces.transitions = reinterpret_cast<float*>(transitions + prepared_bytes(shape));
-  pieces.boundaries =
-      reinterpret_cast<float*>(static_cast<char*>(scratch) + scratch_before_boundaries(device, shape));
+  char* transitions = static_cast<char*>(scratch) + scratch_before_pieces(shape);
+  pieces.transitions = reinterpret_cast<float*>(transitions);
+  pieces.boundaries = reinterpret_cast<float*>(transitions + transitions_bytes(device, shape));
   return pieces;
 }
 
@@ -272,14 +268,16 @@ inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pie
   launched("join_pieces_kernel");
 }
 
+// Transitions, and with `ends` the ends from zero.
 inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
-                           const Pieces& pieces) {
+                           const Pieces& pieces, bool ends) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     constexpr int DK = decltype(head_dim)::value;
     const auto launch = [&](auto kernel, int warps, int bytes) {
-      const int slices_v = divide_up(shape.head_dim_v, 16 * warps), slices_k = divide_up(shape.head_dim_k, 16 * warps);
+      const int slices_v = ends ? divide_up(shape.head_dim_v, 16 * warps) : 0;
+      const int slices_k = divide_up(shape.head_dim_k, 16 * warps);
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (pieces.count - 1));
       kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces, slices_v);
@@ -290,7 +288,6 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
     launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("forward_state_kernel");
-  join_pieces(device, shape, pieces, false);
 }
 
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
@@ -310,7 +307,6 @@ inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const 
     launch(backward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("backward_state_kernel");
-  join_pieces(device, shape, pieces, true);
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
@@ -428,14 +424,14 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
 }  // namespace delta_rule
 
 // What the forward keeps for the backward: the states at the chunks' starts [B,Hv,chunks,dv,dk] and E
-// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates; of a sequence
-// cut into pieces their transitions.
-inline size_t gated_delta_rule_saved_bytes(Cuda& device, const MixerShape& shape) {
-  return delta_rule::saved_bytes(device, shape);
+// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates.
+inline size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape& shape) {
+  return delta_rule::saved_bytes(shape);
 }
 
 inline size_t gated_delta_rule_scratch_bytes(Cuda& device, const MixerShape& shape) {
-  return delta_rule::scratch_before_boundaries(device, shape) + delta_rule::boundaries_bytes(device, shape);
+  return delta_rule::scratch_before_pieces(shape) + delta_rule::transitions_bytes(device, shape) +
+         delta_rule::boundaries_bytes(device, shape);
 }
 
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
@@ -445,9 +441,12 @@ inline void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const ac
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Prepared prepared = delta_rule::prepared_at(saved, scratch, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, saved, scratch, shape);
+  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch, shape);
   delta_rule::prepare(device, qkv, g, beta, shape, s, prepared);
-  if (pieces.count > 1) delta_rule::forward_states(device, qkv, shape, prepared, pieces);
+  if (pieces.count > 1) {
+    delta_rule::forward_states(device, qkv, shape, prepared, pieces, true);
+    delta_rule::join_pieces(device, shape, pieces, false);
+  }
   delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, pieces);
 }
 
@@ -460,8 +459,12 @@ inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float*
   if (shape.rows() == 0) return;
   const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
   const delta_rule::Prepared prepared = delta_rule::prepared_at(const_cast<void*>(saved), nullptr, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, const_cast<void*>(saved), scratch, shape);
-  if (pieces.count > 1) delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
+  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch, shape);
+  if (pieces.count > 1) {  // transitions again: kept, they would take memory in every layer of every model
+    delta_rule::forward_states(device, qkv, shape, prepared, pieces, false);
+    delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
+    delta_rule::join_pieces(device, shape, pieces, true);
+  }
   delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, pieces, scratch);
   delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, prepared.gates, scratch);
 }

@@ -43,6 +43,14 @@ inline Pieces cut_into_pieces(int chunks, int64_t blocks, int slots) {
   return {divide_up(chunks, each), each, nullptr, nullptr};
 }
 
+// The most pieces that all heads of a batch of at most so many tokens can have together, whatever its
+// sequences' length: what memory must hold, since a model also takes batches smaller than the one it was made
+// for. A sequence of c pieces has 4 c chunks, so more than 64 (4 c - 1) tokens, and that is 704 c / 3 or
+// more, as c >= 3.
+inline int64_t most_pieces(int64_t tokens, int heads, int slices, int slots) {
+  return std::min<int64_t>(slots / slices, heads * tokens * 3 / 704);
+}
+
 constexpr int kJoinRows = 8, kMostJoinThreads = 256;  // at most 256 columns
 
 // The boundary of piece p + 1 += that of p times M_p^T, p = 1, 2, ..., or (kBackward) that of p - 1 += that

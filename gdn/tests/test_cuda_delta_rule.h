@@ -202,14 +202,15 @@ struct DeltaRule {
 const DeltaRule kTrainers = {gated_delta_rule_saved_bytes, gated_delta_rule_scratch_bytes,
                              gated_delta_rule_forward, gated_delta_rule_backward};
 
-GpuResults run_on_gpu(Cuda& device, const MixerShape& shape, const Inputs& in,
-                      const DeltaRule& rule = kTrainers) {
+// With memory as `made_for` needs it, where that is another shape.
+GpuResults run_on_gpu(Cuda& device, const MixerShape& shape, const Inputs& in, const DeltaRule& rule = kTrainers,
+                      const MixerShape* made_for = nullptr) {
   const auto qkv = upload(device, to_act(in.qkv)), d_o = upload(device, to_act(in.d_o));
   const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
   const auto o = poisoned<act>(device, in.d_o.size()), dqkv = poisoned<act>(device, in.qkv.size());
   const auto dg = poisoned<float>(device, in.g.size()), dbeta = poisoned<float>(device, in.g.size());
-  const auto saved = poisoned<uint8_t>(device, rule.saved_bytes(device, shape));
-  const size_t scratch_bytes = rule.scratch_bytes(device, shape);
+  const auto saved = poisoned<uint8_t>(device, rule.saved_bytes(device, made_for ? *made_for : shape));
+  const size_t scratch_bytes = rule.scratch_bytes(device, made_for ? *made_for : shape);
   const auto scratch = poisoned<uint8_t>(device, scratch_bytes),
              scratch2 = poisoned<uint8_t>(device, scratch_bytes);
   rule.forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, in.s, scratch.get());
@@ -316,6 +317,18 @@ TEST_CASE("cuda delta rule: a sequence cut into pieces") {
   }
 }
 
+TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: one sequence, cut, in memory for a batch that is not")) return;
+  Cuda device;
+  const MixerShape one = make_shape(1, 1000, 2, 2, 256, 256), many = make_shape(40, 1000, 2, 2, 256, 256);
+  REQUIRE(gdn::delta_rule::cut(device, one).count >= 3);
+  REQUIRE(gdn::delta_rule::cut(device, many).count == 1);
+  const Inputs in = make_inputs(one, kInitial, 400);
+  const GpuResults a = run_on_gpu(device, one, in), b = run_on_gpu(device, one, in, kTrainers, &many);
+  CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);
+  CHECK(std::memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.size() * sizeof(act)) == 0);
+}
+
 TEST_CASE("cuda delta rule: which sequences are cut") {
   using gdn::delta_rule::cut_into_pieces;
   CHECK(cut_into_pieces(512, 24, 132).count == 5);
@@ -333,6 +346,19 @@ TEST_CASE("cuda delta rule: which sequences are cut") {
       CHECK((x.count == 1 || x.count >= 3));
       CHECK((x.count == 1 || x.count * blocks <= 132));
     }
+}
+
+TEST_CASE("cuda delta rule: memory for the pieces of every smaller batch") {
+  for (int slots : {132, 264, 24})
+    for (int heads : {1, 2, 6, 32})
+      for (int slices : {1, 4, 8})
+        for (int tokens = 1; tokens < 9000; tokens += 61)
+          for (int batch = 1; batch < 9; batch++) {
+            const auto x = gdn::delta_rule::cut_into_pieces((tokens + 63) / 64, batch * heads * slices, slots);
+            // of the tokens themselves and of more, as in a model made for a larger batch
+            if (x.count > 1)
+              CHECK(batch * heads * x.count <= gdn::delta_rule::most_pieces(batch * tokens, heads, slices, slots));
+          }
 }
 
 // Longer and wider than the CPU does in reasonable time. Both results are rounded to bf16.
