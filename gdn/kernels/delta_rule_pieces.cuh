@@ -10,6 +10,10 @@
 // Backward the gradient of the state does the same with M^T: dS_start = M^T dS_end + B. A piece is read
 // twice, so it takes three to gain anything. The states are kept as the passes have them, transposed,
 // [dv,dk], and so is M, beside M^T: S_end^T = S_start^T M^T.
+//
+// Floor of a pass cut into n pieces, where blocks and not bytes limit it: (1 + dk / dv) / n of the uncut
+// pass's time for step 1, which writes nothing, and 1 / n for step 3. Held to float64 by dev/emulate; on a
+// GPU not measured yet.
 #pragma once
 
 #include "delta_rule_prepare.cuh"
