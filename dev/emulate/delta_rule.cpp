@@ -9,6 +9,8 @@
 #include "gdn/kernels/delta_rule_gradients.cuh"
 #include "gdn/kernels/delta_rule_passes_wgmma.cuh"
 
+#include "../../gdn/tests/relative_error.h"
+
 namespace gdn {
 namespace delta_rule {
 alignas(1024) unsigned char shared[1 << 18];  // what kernels name by extern
@@ -144,17 +146,17 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
     });
     emulator::launch({slices_v, h, b * (n - 1)}, threads, [&] {
       if (warpgroups)
-        backward_state_warpgroup_kernel<DK>(d_o, qkv, N, G, size, pieces, s);
+        backward_pass_warpgroup_kernel<DK, 1, true>(nullptr, {}, d_o, qkv, N, G, size, pieces, s);
       else
-        backward_state_kernel<DK>(d_o, qkv, N, G, size, pieces, s);
+        backward_pass_kernel<DK, true>(nullptr, {}, d_o, qkv, N, G, size, pieces, s);
     });
     emulator::launch(join, columns, [&] { join_pieces_kernel<true>(pieces, size); });
   }
   emulator::launch({slices_v, h, b * n}, threads, [&] {
     if (warpgroups)
-      backward_pass_warpgroup_kernel<DK, 1>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
+      backward_pass_warpgroup_kernel<DK, 1, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
     else
-      backward_pass_kernel<DK>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
+      backward_pass_kernel<DK, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
   });
 
   const auto state = [&](const std::vector<__half>& of, const std::vector<int>& e) {
@@ -186,16 +188,6 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
   results.of[kStates] = state(states, exponents), results.of[kErrors] = value(errors, exponents);
   results.of[kDStates] = state(d_states, d_exponents), results.of[kX] = value(x, d_exponents);
   return results;
-}
-
-double relative_error(const Doubles& x, const Doubles& reference) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < x.size(); i++) {
-    if (!std::isfinite(x[i])) return std::numeric_limits<double>::infinity();
-    error += (x[i] - reference[i]) * (x[i] - reference[i]);
-    size += reference[i] * reference[i];
-  }
-  return std::sqrt(error / size);
 }
 
 int failures = 0;

@@ -256,7 +256,7 @@ void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, co
   });
 }
 
-// The starts of all pieces but the first.
+// From transitions and ends from zero: the states at all pieces' starts, or (backward) their gradients at the ends.
 inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
   if (pieces.count < 3) return;
   const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
@@ -290,6 +290,7 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
   launched("forward_state_kernel");
 }
 
+// Of all pieces but the first, dS at the start from 0 at the end.
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
                             const Prepared& prepared, const Pieces& pieces) {
   const __half* matrices = prepared.matrices;
@@ -299,14 +300,15 @@ inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const 
     const auto launch = [&](auto kernel, int warps, int bytes) {
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * (pieces.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(d_o, qkv, matrices, gates, sizes(shape), pieces, s);
+      kernel<<<grid, 32 * warps, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates, sizes(shape),
+                                                         pieces, s);
     };
     if (has_warpgroup_products())
-      return launch(backward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
+      return launch(backward_pass_warpgroup_kernel<DK, 1, true>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
     const int warps = pass_warps(device, shape, DK, pieces.count);
-    launch(backward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
+    launch(backward_pass_kernel<DK, true>, warps, 2 * pass_stage_bytes(DK, warps));
   });
-  launched("backward_state_kernel");
+  launched("backward_pass_kernel of states");
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
@@ -344,7 +346,7 @@ inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qk
     with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
       constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
-      const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups>;
+      const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups, false>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices, gates,
                                                             sizes(shape), pieces, s);
@@ -353,10 +355,10 @@ inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qk
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
       constexpr int DK = decltype(head_dim)::value;
       const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
-      allow_shared_bytes(backward_pass_kernel<DK>, bytes, "the gated delta rule");
+      allow_shared_bytes(backward_pass_kernel<DK, false>, bytes, "the gated delta rule");
       const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
-      backward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices,
-                                                                           gates, sizes(shape), pieces, s);
+      backward_pass_kernel<DK, false><<<grid, 32 * warps, bytes, device.stream>>>(
+          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), pieces, s);
     });
   }
   launched("backward_pass_kernel");

@@ -471,16 +471,18 @@ __device__ inline void output_gradient(float (&left)[4], float (&right)[4], cons
 // One block: a sequence, a value head, a slice of dv; from the last chunk to the first.
 //   dVn = P^T dO + e^{G_C - G} K dS      X = dVn - N^T (beta dVn)      dV = beta X       (P contains s)
 //   dS <- e^{G_C} dS + Q^T (s e^G dO) - K^T (beta e^G X)
-// Writes dv into dqkv and, for gradients_kernel, X and each chunk's dS before the update.
+// Writes dv into dqkv and, for gradients_kernel, X and each chunk's dS before the update. With kStates none
+// of these, but of all pieces but the first the dS at its start, from 0 at its end, to the boundary of the
+// piece before (delta_rule_pieces.cuh).
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB: 0.212
 // ms at the copy rate; 52 GFLOP. Reached on an H100: 0.344 ms, 62%, limited as the forward pass.
-template <int DK>
+template <int DK, bool kStates>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
                          const float* gates, Sizes size, Pieces pieces, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
+  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -491,7 +493,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  block.end_chunk - 1, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
-  if (active && block.piece < pieces.count - 1)
+  if (!kStates && active && block.piece < pieces.count - 1)
     load_state<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk, size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
@@ -510,10 +512,10 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     const float* from_start = stage.gates + kFromStart * kChunk;
 
     exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
-    if (threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
+    if (!kStates && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     float X[8][4] = {};
-    read_state<DK, false>(X, X, state, stage.k, stage.q,
-                          adjoints.d_states + (number * size.dv + column) * size.dk, size.dk);
+    __half* state_to = kStates ? nullptr : adjoints.d_states + (number * size.dv + column) * size.dk;
+    read_state<DK, false>(X, X, state, stage.k, stage.q, state_to, size.dk);
     scale_all_tokens(X, stage.gates + kToEnd * kChunk, 1.f);
     scale_state<DK>(state, from_start[kChunk - 1]);
     const uint32_t q_rows = walk_rows(stage.q, DK + 8);
@@ -529,10 +531,11 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
       add_16_rows<DK>(state, a, q_rows + 2 * 16 * p * (DK + 8));
     }
     solve_backward(X, stage);
-    store_tokens(adjoints.x + out, stride, n, staging, ld, X, 1.f);
+    if (!kStates) store_tokens(adjoints.x + out, stride, n, staging, ld, X, 1.f);
     scale_all_tokens(X, stage.gates + kBeta * kChunk, 1.f);
-    store_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging, ld,
-                 X, power_of_two(-exponent));
+    if (!kStates)
+      store_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
+                   ld, X, power_of_two(-exponent));
 
     const uint32_t k_rows = walk_rows(stage.k, DK + 8);
 #pragma unroll
@@ -542,6 +545,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
+  if (kStates && active)
+    store_state<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
+                    power_of_two(-exponent), size.dk);
 }
 
 // ---- pieces (delta_rule_pieces.cuh)
@@ -599,66 +605,6 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                          power_of_two(-exponent), row, size.dk);
   else
     store_state<DK>(pieces.boundary(block.b, block.h, block.piece + 1, size) + row * size.dk, state,
-                    power_of_two(-exponent), size.dk);
-}
-
-// The gradients of the states at the starts of all pieces but the first, with none at their ends, to the
-// boundary of the piece before. What the backward pass does to dS, nothing else.
-template <int DK>
-__global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
-    backward_state_kernel(const act* d_o, const act* qkv, const __half* matrices, const float* gates,
-                          Sizes size, Pieces pieces, float s) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, pieces, 1, pieces.count - 1);
-  const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
-  const bool active = column < size.dv;
-  const int64_t stride = int64_t(size.heads_v) * size.dv;
-  const act* values = d_o + block.h * size.dv;
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
-  __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & 1, block.warps), block, size,
-                 block.end_chunk - 1, qkv, values, stride, matrices, gates);
-
-  float state[DK / 8][4] = {};  // dS
-  int exponent = 0;
-  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
-    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
-    receive_chunk<DK>(stage, size);
-    __syncthreads();
-    if (chunk > block.first_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
-                     values, stride, matrices, gates);
-    if (!active) continue;
-    const uint32_t do_columns = walk_columns(stage.values + 16 * warp, ld);
-    const float* from_start = stage.gates + kFromStart * kChunk;
-    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
-    float X[8][4] = {};
-    read_state<DK, false>(X, X, state, stage.k, stage.q, nullptr, size.dk);
-    scale_all_tokens(X, stage.gates + kToEnd * kChunk, 1.f);
-    scale_state<DK>(state, from_start[kChunk - 1]);
-    const uint32_t q_rows = walk_rows(stage.q, DK + 8), k_rows = walk_rows(stage.k, DK + 8);
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      uint32_t a[4];
-      float left[4], right[4];
-      ldmatrix_transposed(a, do_columns + 2 * 16 * p * ld);
-      output_gradient(left, right, a, power_of_two(exponent));
-      operand(a, left, right);
-      add_within_chunk_backward(X, a, stage, p);
-      scaled_operand(a, left, right, from_start, 16 * p, s);
-      add_16_rows<DK>(state, a, q_rows + 2 * 16 * p * (DK + 8));
-    }
-    solve_backward(X, stage);
-    scale_all_tokens(X, stage.gates + kBeta * kChunk, 1.f);
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      uint32_t a[4];
-      scaled_operand(a, X[2 * p], X[2 * p + 1], from_start, 16 * p, -1.f);
-      add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
-    }
-  }
-  if (active)
-    store_state<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
                     power_of_two(-exponent), size.dk);
 }
 

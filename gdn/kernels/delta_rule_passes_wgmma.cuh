@@ -487,7 +487,7 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
 }
 
 // What backward_pass_kernel computes and writes.
-template <int DK, int kGroups>
+template <int DK, int kGroups, bool kStates>
 __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     backward_pass_warpgroup_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
                                    const __half* matrices, const float* gates, Sizes size, Pieces pieces,
@@ -496,7 +496,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
+  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -506,7 +506,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
              matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
-  if (active && block.piece < pieces.count - 1)
+  if (!kStates && active && block.piece < pieces.count - 1)
     load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
                        size.dk);
   int exponent = 0;
@@ -523,10 +523,12 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
 
     exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
     float X[8][4] = {};
-    __half* state_to = active ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
+    __half* state_to =
+        active && !kStates ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
     uint32_t dS[DK / 16][4];
     start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, state_to, size.dk);
-    if (active && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
+    if (active && !kStates && threadIdx.x % 32 == 0)
+      adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     if (chunk > block.first_chunk)
       copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
     uint32_t a[4][4], update[4][4];
@@ -552,19 +554,25 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     products_done<1>();
     pin(X);
 
-    stage_tokens<__half>(staging, ld, X, 1.f);
+    if (!kStates) stage_tokens<__half>(staging, ld, X, 1.f);
     scale_all_tokens(X, gate + kBeta * kChunk, 1.f);
     scaled_operands(a, X, from_start, -1.f);
     pin(a);
     products_begin();
     start_update_state<DK>(state, a, tile_descriptor(stage.k()));
     products_issued();
-    write_tokens(adjoints.x + out, stride, n, staging, ld);
-    stage_tokens<act>(staging, ld, X, power_of_two(-exponent));
-    write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging, ld);
+    if (!kStates) {
+      write_tokens(adjoints.x + out, stride, n, staging, ld);
+      stage_tokens<act>(staging, ld, X, power_of_two(-exponent));
+      write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
+                   ld);
+    }
     products_done<0>();
     pin(state);
   }
+  if (kStates && active)
+    store_positions<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
+                        power_of_two(-exponent), size.dk);
 #endif
 }
 
@@ -645,75 +653,6 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     for_positions(t, [&](int e, int row, int column) {
       if (column < size.dk) to[column * size.dk + row] = unit * state[t][e];
     });
-#endif
-}
-
-// What backward_state_kernel computes and writes.
-template <int DK>
-__global__ void __launch_bounds__(128, pass_blocks(DK))
-    backward_state_warpgroup_kernel(const act* d_o, const act* qkv, const __half* matrices,
-                                    const float* gates, Sizes size, Pieces pieces, float s) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Stage = WarpgroupStage<DK, 1>;
-  extern __shared__ __align__(1024) unsigned char tiles[];
-  constexpr int ld = Stage::kValuesStride;
-  const PassBlock block = pass_block(size, pieces, 1, pieces.count - 1);
-  const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
-  const int64_t stride = int64_t(size.heads_v) * size.dv;
-  const act* values = d_o + block.h * size.dv;
-  clear_matrices<DK, 1>(tiles);
-  copy_chunk(Stage(tiles, (block.end_chunk - 1) & 1), block, size, block.end_chunk - 1, qkv, values, stride,
-             matrices, gates);
-
-  float state[DK / 8][4] = {};  // dS
-  int exponent = 0;
-  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
-    const Stage stage(tiles, chunk & 1);
-    const uint32_t do_columns = walk_columns(stage.values() + 16 * warp, ld);
-    const float *gate = stage.gates(), *from_start = gate + kFromStart * kChunk;
-    receive_chunk(stage);
-    __syncthreads();
-
-    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
-    float X[8][4] = {};
-    uint32_t dS[DK / 16][4];
-    start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
-    if (chunk > block.first_chunk)
-      copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
-    uint32_t a[4][4], update[4][4];
-    output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
-    products_done<0>();
-    pin(X), pin(state);
-    scale_all_tokens(X, gate + kToEnd * kChunk, 1.f);
-    pin(X), pin(a);
-    products_begin();
-    start_square<kByN>(X, a, tile_descriptor(stage.p()));
-    products_issued();
-    scale_state<DK>(state, from_start[kChunk - 1]);
-    output_gradients<true>(update, do_columns, ld, s * power_of_two(exponent), from_start);
-    products_done<0>();
-    pin(X);
-    scaled_operands(a, X, gate + kBeta * kChunk, -1.f);
-    pin(X), pin(a), pin(state), pin(update);
-    products_begin();
-    start_square<kByN>(X, a, tile_descriptor(stage.n()));
-    products_issued();
-    start_update_state<DK>(state, update, tile_descriptor(stage.q()));
-    products_issued();
-    products_done<1>();
-    pin(X);
-    scale_all_tokens(X, gate + kBeta * kChunk, 1.f);
-    scaled_operands(a, X, from_start, -1.f);
-    pin(a);
-    products_begin();
-    start_update_state<DK>(state, a, tile_descriptor(stage.k()));
-    products_issued();
-    products_done<0>();
-    pin(state);
-  }
-  if (column < size.dv)
-    store_positions<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
-                        power_of_two(-exponent), size.dk);
 #endif
 }
 

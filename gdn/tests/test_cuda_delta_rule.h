@@ -18,6 +18,7 @@
 
 #include "../../dev/readable/delta_rule.cuh"
 #include "../cpu_layers.h"
+#include "relative_error.h"
 #include "skip.h"
 
 namespace {
@@ -218,18 +219,6 @@ GpuResults run_on_gpu(Cuda& device, const MixerShape& shape, const Inputs& in, c
                 beta.get(), shape, in.s, scratch2.get());
   device.synchronize();
   return {download(device, o), download(device, dqkv), download(device, dg), download(device, dbeta)};
-}
-
-// ||x - reference|| / ||reference||, infinite if x has anything but numbers; ||x|| where the reference is
-// zero.
-double relative_error(const Doubles& x, const Doubles& reference) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < x.size(); i++) {
-    if (!std::isfinite(x[i])) return std::numeric_limits<double>::infinity();
-    error += (x[i] - reference[i]) * (x[i] - reference[i]);
-    size += reference[i] * reference[i];
-  }
-  return std::sqrt(size > 0 ? error / size : error);
 }
 
 // What rounding to bf16 alone costs. Of a few numbers an oracle's error is luck, and may be far less.
