@@ -4,7 +4,7 @@
     python3 scripts/plot_transfer.py results/books.csv --out results/transfer --table results/transfer.md
 
 Reads CSVs of sweep.py; one panel per optimizer, parametrization and kind of heads. From a parabola through
-the lowest point of loss against log2(lr) and its neighbours, losses averaged over seeds (where a seed has only
+the three lowest points of loss against log2(lr), losses averaged over seeds (where a seed has only
 some of the learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
@@ -80,12 +80,23 @@ class Minimum:
         return self.c + self.a * (x - self.x0) ** 2 if self.a is not None else math.nan
 
 
-def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
-    """The best learning rate, from the lowest point and its neighbours; `note` says what speaks against it.
+def parabola(losses: Losses, lrs: list[float]) -> tuple[float, float, float] | None:
+    """x0, c, a of Minimum's parabola through the losses at three learning rates; None where it has no minimum."""
+    (x1, y1), (x2, y2), (x3, y3) = ((math.log2(lr), losses[lr]) for lr in lrs)
+    slope12, slope23 = (y2 - y1) / (x2 - x1), (y3 - y2) / (x3 - x2)
+    a = (slope23 - slope12) / (x3 - x1)
+    if a <= 0:
+        return None
+    x0 = (x1 + x2) / 2 - slope12 / (2 * a)
+    return x0, y1 - a * (x1 - x0) ** 2, a
 
-    They are the three lowest points, or `note` says why not: those are not neighbours, where a point between them is high
-    by noise, or one beyond is low; or the lowest is not their middle though the grid goes on, so that their parabola's
-    minimum can lie where a higher loss was measured.
+
+def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
+    """The best learning rate, from the three lowest points; `note` says what speaks against it.
+
+    In their place the lowest point and its neighbours, and `note` says why, where the three lowest are not neighbours (a
+    point between them is high by noise, or one beyond is low), or where the lowest is not their middle, though the
+    grid goes on, and their parabola's minimum lies beyond it, where a higher loss was measured.
     """
     lowest = sorted(losses, key=losses.__getitem__)[:3]
     best, lrs = lowest[0], sorted(losses)
@@ -98,19 +109,20 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
         notes.append(f"only {len(lowest)} points")
         return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
     first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
-    around = lrs[first : first + 3]
-    if set(lowest) != {lr for lr in lrs if min(lowest) <= lr <= max(lowest)}:
+    around, three = lrs[first : first + 3], sorted(lowest)
+    fit = parabola(losses, around)
+    if three != [lr for lr in lrs if three[0] <= lr <= three[-1]]:
         notes.append("three lowest points are not neighbours")
-    elif set(lowest) != set(around):
-        notes.append("three lowest points on one side")
-    (x1, y1), (x2, y2), (x3, y3) = ((math.log2(lr), losses[lr]) for lr in around)
-    slope12, slope23 = (y2 - y1) / (x2 - x1), (y3 - y2) / (x3 - x2)
-    a = (slope23 - slope12) / (x3 - x1)
-    if a <= 0:
+    elif three != around:
+        of_three = parabola(losses, three)
+        if of_three and math.log2(three[0]) <= of_three[0] <= math.log2(three[-1]):
+            fit = of_three
+        else:
+            notes.append("three lowest points on one side")
+    if fit is None:
         notes.append("three lowest points have no minimum")
         return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
-    x0 = (x1 + x2) / 2 - slope12 / (2 * a)
-    c = y1 - a * (x1 - x0) ** 2
+    x0, c, a = fit
     if not math.log2(lrs[0]) <= x0 <= math.log2(lrs[-1]):
         notes.append("parabola's minimum outside the grid")
     return Minimum(x0, c, a, "; ".join(notes))

@@ -498,10 +498,15 @@ class Minima(unittest.TestCase):
         self.assertAlmostEqual(find_minimum({1.0: 1.5, 2.0: 0.8, 4.0: 1.5, 8.0: 1.1, 16.0: 0.7}).x0, 4)
 
     def test_lowest_points_on_one_side(self) -> None:
-        losses = {1.0: 2.0, 2.0: 0.50, 4.0: 0.51, 8.0: 0.54}  # through the last three the minimum is at 2^0.83
+        losses = {1.0: 2.0, 2.0: 0.50, 4.0: 0.515, 8.0: 0.54}  # through the last three the minimum is at 2^0
         m = find_minimum(losses)
         self.assertIn("on one side", m.note)
-        self.assertAlmostEqual(m.x0, 1.4934, 4)  # 1 + (1.50 - 0.01) / (2 (1.50 + 0.01))
+        self.assertAlmostEqual(m.x0, 1.4901, 4)  # 1 + (1.50 - 0.015) / (2 (1.50 + 0.015))
+        # A loss beyond the edge of what can be trained bends no parabola: the three lowest points have one of their own.
+        cliff = find_minimum({0.5: 1.28, 1.0: 1.245, 2.0: 1.242, 4.0: 2.1})
+        self.assertEqual(cliff.note, "")
+        self.assertAlmostEqual(cliff.x0, 0.59375)  # 1/2 + 0.003 / (0.035 - 0.003)
+        self.assertGreater(cliff.c, 1.239)
 
     def test_shift_and_regret(self) -> None:
         xs = range(-11, -4)
