@@ -117,7 +117,7 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
     prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
   });
   if (warpgroups) emulator::shared_memory = tiles;
-  const int warps = 4, threads = 32 * warps, columns = divide_up(dk, 32) * 32;
+  const int warps = 4, threads = 32 * warps;
   const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)), slices_k = unsigned(divide_up(dk, 16 * warps));
   const emulator::Dim join = {unsigned(divide_up(dv, kJoinRows)), h, b};
   if (n > 1) {
@@ -127,7 +127,7 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
       else
         forward_state_kernel<DK>(qkv, N, G, size, pieces, int(slices_v));
     });
-    emulator::launch(join, columns, [&] { join_pieces_kernel<false>(pieces, size); });
+    emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<false>(pieces, size); });
   }
   emulator::launch({slices_v, h, b * n}, threads, [&] {
     if (warpgroups)
@@ -150,7 +150,7 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
       else
         backward_pass_kernel<DK, true>(nullptr, {}, d_o, qkv, N, G, size, pieces, s);
     });
-    emulator::launch(join, columns, [&] { join_pieces_kernel<true>(pieces, size); });
+    emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<true>(pieces, size); });
   }
   emulator::launch({slices_v, h, b * n}, threads, [&] {
     if (warpgroups)

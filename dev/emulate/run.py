@@ -65,8 +65,7 @@ def emulated(name: str) -> str:
     text = (KERNELS / name).read_text()
     if name == "delta_rule_mma.cuh":
         text = replace_bodies(text.replace("#include <cuda_fp16.h>", ""), MMA)
-    if name == "delta_rule_pieces.cuh":  # a block's array of fixed size; the others are named by extern
-        text = text.replace("__shared__ __align__(16) float rows", "static __align__(16) float rows")
+    text = re.sub(r"(?<!extern )__shared__", "static", text)  # a block's array of fixed size; the others are named by extern
     if name == "delta_rule_passes_wgmma.cuh":
         text = replace_bodies(text, WGMMA)
         text = text[: text.index("// ---- whether these kernels can run")] + "}\n}\n"

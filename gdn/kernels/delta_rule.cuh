@@ -260,11 +260,8 @@ void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, co
 inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
   if (pieces.count < 3) return;
   const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
-  const int threads = divide_up(shape.head_dim_k, 32) * 32;
-  if (backward)
-    join_pieces_kernel<true><<<grid, threads, 0, device.stream>>>(pieces, sizes(shape));
-  else
-    join_pieces_kernel<false><<<grid, threads, 0, device.stream>>>(pieces, sizes(shape));
+  const auto kernel = backward ? join_pieces_kernel<true> : join_pieces_kernel<false>;
+  kernel<<<grid, kJoinThreads, 0, device.stream>>>(pieces, sizes(shape));
   launched("join_pieces_kernel");
 }
 
@@ -283,7 +280,7 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
       kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces, slices_v);
     };
     if (has_warpgroup_products())
-      return launch(forward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
+      return launch(forward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1, false>::kBytes);
     const int warps = pass_warps(device, shape, DK, pieces.count);
     launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });

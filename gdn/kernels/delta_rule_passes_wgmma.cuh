@@ -106,12 +106,13 @@ __device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t 
 // ---- a chunk's inputs
 
 // What a pass needs of one chunk, in shared memory: tiles of q, k, N and P as above, q and k arriving as bf16
-// and becoming fp16; `values` as in PassStage, [64, 64 groups + 8]; gates [4,64].
-template <int DK, int kGroups>
+// and becoming fp16; `values` as in PassStage, [64, 64 groups + 8]; gates [4,64]. Without q: neither q nor P.
+template <int DK, int kGroups, bool kWithQ = true>
 struct WarpgroupStage {
+  static_assert(kWithQ || kGroups == 1, "a warpgroup each copies q and k");
   static constexpr int kThreads = 128 * kGroups, kKeyTiles = (DK + kTileRow - 1) / kTileRow;
-  static constexpr int kValuesStride = 64 * kGroups + 8;
-  static constexpr int kMatrices = 2 * kKeyTiles * kTileBytes, kValues = kMatrices + 2 * kTileBytes;
+  static constexpr int kValuesStride = 64 * kGroups + 8, kPairs = kWithQ ? 2 : 1;
+  static constexpr int kMatrices = kPairs * kKeyTiles * kTileBytes, kValues = kMatrices + kPairs * kTileBytes;
   static constexpr int kGatesAt = kValues + 2 * kChunk * kValuesStride, kBytes = kGatesAt + 4 * kGates;
   static_assert(kBytes % 1024 == 0, "tiles are aligned to eight rows");
 
@@ -120,7 +121,7 @@ struct WarpgroupStage {
   __device__ WarpgroupStage(unsigned char* shared, int index) : at(shared + index * kBytes) {}
   __device__ unsigned char* keys(int which) const { return at + which * kKeyTiles * kTileBytes; }
   __device__ unsigned char* q() const { return keys(0); }
-  __device__ unsigned char* k() const { return keys(1); }
+  __device__ unsigned char* k() const { return keys(kPairs - 1); }
   __device__ unsigned char* n() const { return at + kMatrices; }
   __device__ unsigned char* p() const { return n() + kTileBytes; }
   __device__ act* values() const { return reinterpret_cast<act*>(at + kValues); }
@@ -134,12 +135,13 @@ __device__ inline int thread_again() {
   return x;
 }
 
-// A warp's part of q and k: f(width, which, tile) for each of the two, if there is one warpgroup, or for its
-// warpgroup's, and each of its tiles. Of each the warp has 16 rows, `width` columns (64, or 32 in the last).
-template <int DK, int kGroups, class F>
+// A warp's part of q and k: f(width, which, tile) for each of those in the stage, if there is one warpgroup,
+// or for its warpgroup's, and each of its tiles. Of each the warp has 16 rows, `width` columns (64, or 32 in
+// the last).
+template <int DK, int kGroups, bool kWithQ, class F>
 __device__ inline void for_my_keys(int thread, const F& f) {
 #pragma unroll
-  for (int i = 0; i < 2 / kGroups; i++) {
+  for (int i = 0; i < WarpgroupStage<DK, kGroups, kWithQ>::kPairs / kGroups; i++) {
     const int which = kGroups == 2 ? thread / 128 : i;
 #pragma unroll
     for (int tile = 0; tile < DK / 64; tile++) f(std::integral_constant<int, 64>(), which, tile);
@@ -148,17 +150,18 @@ __device__ inline void for_my_keys(int thread, const F& f) {
 }
 
 // The block starts copying a chunk's inputs; values as in copy_chunk.
-template <int DK, int kGroups>
-__device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups>& stage, const PassBlock& block,
+template <int DK, int kGroups, bool kWithQ>
+__device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
                                   const Sizes& size, int chunk, const act* qkv, const act* values,
                                   int64_t values_stride, const __half* matrices, const float* gates) {
-  using Stage = WarpgroupStage<DK, kGroups>;
+  using Stage = WarpgroupStage<DK, kGroups, kWithQ>;
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
   const int thread = thread_again(), lane = thread % 32, first = 16 * (thread / 32 % 4),
             n = size.rows_in(chunk);
-  const act* inputs = qkv + (row + first) * size.channels + size.q_column(block.hk);
+  const act* inputs =
+      qkv + (row + first) * size.channels + (kWithQ ? size.q_column(block.hk) : size.k_column(block.hk));
   const int q_to_k = size.k_column(0) - size.q_column(0);
-  for_my_keys<DK, kGroups>(thread, [&](auto width, int which, int tile) {
+  for_my_keys<DK, kGroups, kWithQ>(thread, [&](auto width, int which, int tile) {
     constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
     const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
     const act* from = inputs + r * size.channels + which * q_to_k + column;
@@ -186,7 +189,7 @@ __device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups>& stage, cons
     for (int i = 0; i < kChunk; i += 16 * kGroups) {
       if (vector / 2 > (r + i) / 16) continue;  // above the diagonal, where the tiles stay zero
       copy_16_bytes(to + 2 * kTileRow * i, from + i * kChunk, true);
-      copy_16_bytes(to + 2 * kTileRow * i + kTileBytes, from + i * kChunk + kSquare, true);
+      if (kWithQ) copy_16_bytes(to + 2 * kTileRow * i + kTileBytes, from + i * kChunk + kSquare, true);
     }
   }
   if (thread < kGates / 4)
@@ -212,12 +215,12 @@ __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
 
 // Waits for a chunk's inputs; the block and its products see them after it has synchronised. Each warp
 // converts what it copied.
-template <int DK, int kGroups>
-__device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups>& stage) {
+template <int DK, int kGroups, bool kWithQ>
+__device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage) {
   copies_arrived();
   __syncwarp();
   const int thread = thread_again(), lane = thread % 32, first = 16 * (thread / 32 % 4);
-  for_my_keys<DK, kGroups>(thread, [&](auto width, int which, int tile) {
+  for_my_keys<DK, kGroups, kWithQ>(thread, [&](auto width, int which, int tile) {
     constexpr int kParts = decltype(width)::value / 32;  // of 32 columns
     const int r = lane / kParts, vector = 4 * (lane % kParts);
     if (r >= 16) return;
@@ -362,9 +365,9 @@ __device__ inline void store_positions(float* to, const float (&state)[DK / 8][4
 }
 
 // Zeros above the diagonal of N and P, where nothing is ever copied.
-template <int DK, int kGroups>
+template <class Stage>
 __device__ inline void clear_matrices(unsigned char* shared) {
-  for (int i = 0; i < 2; i++) clear_shared(WarpgroupStage<DK, kGroups>(shared, i).n(), 2 * kTileBytes);
+  for (int i = 0; i < 2; i++) clear_shared(Stage(shared, i).n(), Stage::kPairs * kTileBytes);
   __syncthreads();
 }
 
@@ -387,7 +390,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
   const int64_t stride = int64_t(size.heads_v) * size.dv;
-  clear_matrices<DK, kGroups>(tiles);
+  clear_matrices<Stage>(tiles);
   copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
              matrices, gates);
 
@@ -501,7 +504,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
-  clear_matrices<DK, kGroups>(tiles);
+  clear_matrices<Stage>(tiles);
   copy_chunk(Stage(tiles, (block.end_chunk - 1) & 1), block, size, block.end_chunk - 1, qkv, values, stride,
              matrices, gates);
 
@@ -576,13 +579,14 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
 #endif
 }
 
-// What forward_state_kernel computes and writes; a block: 64 rows of the state, or of M^T.
+// What forward_state_kernel computes and writes; a block: 64 rows of the state, or of M^T. The stage has no
+// q: at dk = 128 two blocks fit in a multiprocessor.
 template <int DK>
 __global__ void __launch_bounds__(128, pass_blocks(DK))
     forward_state_warpgroup_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
                                    Pieces pieces, int slices_v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Stage = WarpgroupStage<DK, 1>;
+  using Stage = WarpgroupStage<DK, 1, false>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
   PassBlock block = pass_block(size, pieces, 0, pieces.count - 1);
@@ -592,7 +596,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   if (transition && block.piece == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const act* values = qkv + size.v_column(block.h);
-  clear_matrices<DK, 1>(tiles);
+  clear_matrices<Stage>(tiles);
   copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
              matrices, gates);
 

@@ -11,9 +11,11 @@
 // twice, so it takes three to gain anything. The states are kept as the passes have them, transposed,
 // [dv,dk], and so is M, beside M^T: S_end^T = S_start^T M^T.
 //
-// Floor of a pass cut into n pieces, where blocks and not bytes limit it: (1 + dk / dv) / n of the uncut
-// pass's time for step 1, which writes nothing, and 1 / n for step 3. Held to float64 by dev/emulate; on a
-// GPU not measured yet.
+// Where blocks and not bytes limit it, step 3 takes 1 / n of the uncut pass's time, and step 1 as long for
+// its ends and dk / dv of that for its transitions, or less, as it writes nothing. Reached on an H200 (one
+// sequence of 32768, 6 heads), before steps 1 and 2 were made as they are now (dev/log.md): (128, 256), 5
+// pieces, steps 1 to 3 0.204 + 0.033 + 0.319 ms in place of 1.546; (32, 64), 43 pieces, 0.058 + 0.103 + 0.054
+// in place of 1.104. The bytes' floor of step 3 is 0.218 and 0.055 ms.
 #pragma once
 
 #include "delta_rule_prepare.cuh"
@@ -55,48 +57,73 @@ inline int64_t most_pieces(int64_t tokens, int heads, int slices, int slots) {
   return std::min<int64_t>(slots / slices, heads * tokens * 3 / 704);
 }
 
-constexpr int kJoinRows = 8, kMostJoinThreads = 256;  // at most 256 columns
+constexpr int kMostHeadDimK = 256;
+constexpr int kJoinRows = 8, kJoinThreads = 512, kJoinAhead = 32;
+constexpr int kJoinTotals = kJoinRows * kMostHeadDimK / kJoinThreads;
 
 // The boundary of piece p + 1 += that of p times M_p^T, p = 1, 2, ..., or (kBackward) that of p - 1 += that
-// of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all pieces; a thread: a
-// column of dk.
+// of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all pieces. A thread: a
+// column of dk and a part of the sum over dk; then of the total, a column of some of the rows. What a step
+// reads of memory does not wait for the step before: as much of it as registers hold is sent for ahead.
 template <bool kBackward>
-static __global__ void __launch_bounds__(kMostJoinThreads) join_pieces_kernel(Pieces pieces, Sizes size) {
-  __shared__ __align__(16) float rows[kJoinRows][kMostJoinThreads];
-  const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kJoinRows, column = threadIdx.x;
-  const int dk = size.dk, n = min(kJoinRows, size.dv - first);
-  const bool active = column < dk;
-  for (int step = 1; step < pieces.count - 1; step++) {
-    const int piece = kBackward ? pieces.count - 1 - step : step, next = piece + (kBackward ? -1 : 1);
-    const float* from = pieces.boundary(b, h, piece, size) + int64_t(first) * dk;
-    float* to = pieces.boundary(b, h, next, size) + int64_t(first) * dk;
-    const float* m = pieces.transition(b, h, piece, size) + (kBackward ? dk * dk : 0);
-    float sum[kJoinRows];
+__global__ void __launch_bounds__(kJoinThreads) join_pieces_kernel(Pieces pieces, Sizes size) {
+  __shared__ __align__(16) float rows[kJoinRows][kMostHeadDimK];
+  __shared__ float partial[kJoinRows][kJoinThreads];
+  const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kJoinRows, dk = size.dk;
+  const int columns = (dk + 31) / 32 * 32, parts = kJoinThreads / columns;
+  const int each = ((dk + parts - 1) / parts + 3) / 4 * 4;  // of a part's rows of the matrix
+  const int part = threadIdx.x / columns, column = threadIdx.x % columns;
+  const int begin = part * each, end = part < parts && column < dk ? min(begin + each, dk) : begin;
+  const int64_t offset = int64_t(first) * dk;
+  const auto piece_at = [&](int step) { return kBackward ? pieces.count - 1 - step : step; };
+  // the matrix of a step, from row i on
+  const auto read_matrix = [&](float(&x)[kJoinAhead], int step, int i) {
+    const float* m = pieces.transition(b, h, piece_at(step), size) + (kBackward ? dk * dk : 0) + column;
 #pragma unroll
-    for (int r = 0; r < kJoinRows; r++) {
-      if (step == 1) rows[r][column] = active && r < n ? from[r * dk + column] : 0.f;
-      sum[r] = active && r < n ? to[r * dk + column] : 0.f;
+    for (int j = 0; j < kJoinAhead; j++) x[j] = i + j < end ? m[(i + j) * dk] : 0.f;
+  };
+  // f(r, c, at, k) of this thread's k-th row and column of the total, at `at` from the block's first row
+  const auto for_my_totals = [&](const auto& f) {
+#pragma unroll
+    for (int k = 0; k < kJoinTotals; k++) {
+      const int index = threadIdx.x + k * kJoinThreads, r = index / columns, c = index % columns;
+      if (r < kJoinRows && c < dk && first + r < size.dv) f(r, c, r * dk + c, k);
     }
-    __syncthreads();
-    if (active)
-      for (int i = 0; i < dk; i += 8) {
-        float x[8];
+  };
+
+  for (int i = threadIdx.x; i < kJoinRows * kMostHeadDimK; i += kJoinThreads) (&rows[0][0])[i] = 0.f;
+  __syncthreads();
+  const float* start = pieces.boundary(b, h, piece_at(1), size) + offset;
+  for_my_totals([&](int r, int c, int at, int) { rows[r][c] = start[at]; });
+  float x[kJoinAhead];
+  read_matrix(x, 1, begin);
+  __syncthreads();
+  for (int step = 1; step < pieces.count - 1; step++) {
+    float* to = pieces.boundary(b, h, piece_at(step + 1), size) + offset;
+    float total[kJoinTotals], sum[kJoinRows] = {};
+    for_my_totals([&](int, int, int at, int k) { total[k] = to[at]; });
+    for (int i = begin; i < end; i += kJoinAhead) {
+      if (i > begin) read_matrix(x, step, i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) x[j] = m[(i + j) * dk + column];
+      for (int j = 0; j < kJoinAhead; j += 4) {
+        if (i + j >= end) break;
 #pragma unroll
         for (int r = 0; r < kJoinRows; r++) {
-          const float4 left = *reinterpret_cast<const float4*>(&rows[r][i]);
-          const float4 right = *reinterpret_cast<const float4*>(&rows[r][i + 4]);
-          sum[r] += left.x * x[0] + left.y * x[1] + left.z * x[2] + left.w * x[3];
-          sum[r] += right.x * x[4] + right.y * x[5] + right.z * x[6] + right.w * x[7];
+          const float4 y = *reinterpret_cast<const float4*>(&rows[r][i + j]);
+          sum[r] += y.x * x[j] + y.y * x[j + 1] + y.z * x[j + 2] + y.w * x[j + 3];
         }
       }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < kJoinRows; r++) {
-      rows[r][column] = sum[r];
-      if (active && r < n) to[r * dk + column] = sum[r];
     }
+    if (step + 1 < pieces.count - 1) read_matrix(x, step + 1, begin);
+#pragma unroll
+    for (int r = 0; r < kJoinRows; r++) partial[r][threadIdx.x] = sum[r];
+    __syncthreads();
+    for_my_totals([&](int r, int c, int at, int k) {
+      for (int p = 0; p < parts; p++) total[k] += partial[r][p * columns + c];
+      rows[r][c] = total[k];
+      to[at] = total[k];
+    });
+    __syncthreads();
   }
 }
 
