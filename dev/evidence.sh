@@ -8,7 +8,7 @@
 # OUT keeps the results and is the state: call again
 # with the same OUT, on whatever machine, to go on where the time ran out. Stages:
 #   coord      coordinate check, d = 256 to 2048, both ways of growing, AdamW and SGD, sp and mup; then to 4096
-#   adamw      {sp, mup} x AdamW, d = 256, 512, 1024, six learning rates
+#   adamw      {sp, mup} x AdamW, d = 256, 512, 1024, six learning rates, with the constants of dev/tuning.md, as all below
 #   sgd        {sp, mup0, mup} x SGD with Nesterov momentum, the same widths
 #   fixed      mup x AdamW with heads of 64, whose number grows
 #   seeds      a second seed at the best learning rate of each width and its neighbours (of adamw and sgd)
@@ -44,7 +44,10 @@ if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && command -v nvidia-smi >/dev/null; then
   export CUDA_VISIBLE_DEVICES
 fi
 SHARDS=(-i "$DATA/books_train_*.bin" -j "$DATA/books_val_*.bin")
-ADAMW_LRS=5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 SGD_LRS=0.05,0.1,0.2,0.4,0.8,1.6
+ADAMW_LRS=5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 SGD_LRS=0.1,0.2,0.4,0.8,1.6,3.2
+# The base's constants for GPT-2's tokens (dev/tuning.md)
+TOKENS_ADAMW="-logit_factor 4"
+TOKENS_SGD="-mom 0.9 -logit_factor 4 -init_of hidden=2 -lr_of embedding=0.25 -warmup $((3 * STEPS / 10))"
 read -r -a MORE <<<"${OPTIONS:-}"  # of train_gdn's options, to try the script out on a small machine
 SCHEDULE=(-n "$STEPS" -warmup "$((STEPS / 10))" "${MORE[@]}")
 cut_off=0 problems=0
@@ -95,17 +98,20 @@ print(f"{best:g}" if only else f"{best / 2:g},{best:g},{best * 2:g}")
 P
 }
 
+tokens() { [ "$1" = adamw ] && echo "$TOKENS_ADAMW" || echo "$TOKENS_SGD"; }
+
 # grid NAME OPTIMIZER LRS "PARAMS...": first what shows transfer, the narrowest and the widest around the middle
 grid() {
-  local name=$1 optimizer=$2 lrs=$3 params=$4 options=${5:-}
+  local name=$1 optimizer=$2 lrs=$3 params=$4 options=${5:-} constants
+  constants=$(tokens "$optimizer")
   local common="--optimizers $optimizer $options" ends="$BASE,$WIDE" all
   all=$(IFS=,; echo "${WIDTHS[*]}")
   local middle
   middle=$(cut -d, -f2-5 <<<"$lrs")
-  sweep "$name" 1.5 "$common --params mup --widths $ends --lrs $middle" ""
-  [ "$params" = mup ] || sweep "$name" 1.5 "$common --params $params --widths $ends --lrs $middle" ""
-  sweep "$name" 1.5 "$common --params $params --widths $ends --lrs $lrs" ""
-  sweep "$name" 1 "$common --params $params --widths $all --lrs $lrs" ""
+  sweep "$name" 1.5 "$common --params mup --widths $ends --lrs $middle" "$constants"
+  [ "$params" = mup ] || sweep "$name" 1.5 "$common --params $params --widths $ends --lrs $middle" "$constants"
+  sweep "$name" 1.5 "$common --params $params --widths $ends --lrs $lrs" "$constants"
+  sweep "$name" 1 "$common --params $params --widths $all --lrs $lrs" "$constants"
 }
 
 adamw() { grid adamw adamw $ADAMW_LRS sp,mup; }
@@ -119,7 +125,7 @@ seeds() {
       [ "$optimizer $param" = "adamw mup0" ] && continue
       for width in "${WIDTHS[@]}"; do
         sweep $optimizer 1 "--optimizers $optimizer --params $param --widths $width --seeds $SEED \
-          --lrs $(of_best "$OUT/$optimizer.csv" $optimizer $param "$width")" ""
+          --lrs $(of_best "$OUT/$optimizer.csv" $optimizer $param "$width")" "$(tokens $optimizer)"
       done
     done
   done
@@ -131,12 +137,12 @@ questions() {
   sgd_lrs=$(of_best "$OUT/sgd.csv" sgd mup "$WIDE")
   local mup="--params mup --widths $BASE,$WIDE"
   gate_gradients
-  sweep question1_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-gains hidden"
-  sweep question1_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "-gains hidden"
-  sweep question2_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "-gates output"
-  sweep question2_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-gates output"
-  sweep question3 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-wd_mode independent"
-  sweep question4 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "-eps 1e-15"
+  sweep question1_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -gains hidden"
+  sweep question1_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "$TOKENS_SGD -gains hidden"
+  sweep question2_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "$TOKENS_SGD -gates output"
+  sweep question2_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -gates output"
+  sweep question3 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -wd_mode independent"
+  sweep question4 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -eps 1e-15"
 }
 
 # Gradients at a, b and A_log of models trained for a third of the steps, on a batch of 8 sequences, at seeds of their own
@@ -147,11 +153,12 @@ gate_gradients() {
   lr=$(of_best "$OUT/sgd.csv" sgd mup "$BASE" best)
   for width in "${WIDTHS[@]}"; do
     in_time 1.5 ./train_gdn "${SHARDS[@]}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 3))" -opt sgd \
-      -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" >"$models/w$width.txt"
+      $TOKENS_SGD -warmup "$((STEPS / 10))" -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" \
+      >"$models/w$width.txt"
   done
   in_time 0.7 "$PYTHON" scripts/coord_check.py -o "$OUT/question2" --widths "$(IFS=,; echo "${WIDTHS[*]}")" --params mup \
     --growth head_dim --optimizers sgd --seeds 1,2,3,4 --tolerance 9 -- -i "$DATA/books_val_*.bin" -L 8 -T 512 -B 8 \
-    -lr 0 "${MORE[@]}" -load "$models/w{width}" >"$OUT/question2.txt"
+    -lr 0 -logit_factor 4 "${MORE[@]}" -load "$models/w{width}" >"$OUT/question2.txt"
   grep -E "grad:(a_proj|b_proj|A_log|dt_bias) " "$OUT/question2.txt"
   rm -rf "$models"
 }
@@ -159,7 +166,7 @@ gate_gradients() {
 tuned() {
   local lrs
   lrs=$(of_best "$OUT/adamw.csv" adamw mup "$BASE")
-  sweep tuned "${TUNED_MINUTES:-5}" "--optimizers adamw --params mup --widths ${TUNED_WIDTH:-2048} -j 1 --lrs $lrs" ""
+  sweep tuned "${TUNED_MINUTES:-5}" "--optimizers adamw --params mup --widths ${TUNED_WIDTH:-2048} -j 1 --lrs $lrs" "$TOKENS_ADAMW"
 }
 
 # A run takes 2 to 10 s of an H200, three at once, and a seed changes the loss of a width at all learning rates alike, to
