@@ -258,9 +258,9 @@ inline double readout_scale(const Mup& m) {
 // layer and -0.9 in the second, db -0.35 and -0.65. That is too short and too small a training to settle it.
 // -gates aligned is the other rule, with W_a and W_b as the output weights below. Measured side by side (SGD,
 // bytes of books, 1,000 steps, base 256, two seeds; dev/results/2026-11-28_h200_second): at d = 1024 and lr
-// 0.4, 0.8, 1.6 it ends 0.0006, 0.0003, 0.0020 lower, where two seeds' differences differ by 0.002. A
-// learning rate four times smaller for two matrices of H columns is nothing that this loss sees, and the rule
-// of [GDN] stays.
+// 0.4, 0.8, 1.6 it ends 0.0006, 0.0003, 0.0020 lower, where two seeds' differences differ by 0.002: half the
+// learning rate, (d/d0)^-1/2, for two matrices of H rows and their scalars is nothing that this loss sees. The
+// rule of [GDN] stays.
 //
 // What no learning rate of a gate mends: da and db reach the residual stream too, as W_a^T da and W_b^T db,
 // of coordinates Theta(d^-1/2) Theta(d^-1/2) = Theta(1/d) for fixed heads, as large as all else there. So
