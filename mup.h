@@ -259,8 +259,8 @@ inline double readout_scale(const Mup& m) {
 // -gates aligned is the other rule, with W_a and W_b as the output weights below. Measured side by side (SGD,
 // bytes of books, 1,000 steps, base 256, two seeds; dev/results/2026-11-28_h200_second): at d = 1024 and lr
 // 0.4, 0.8, 1.6 it ends 0.0006, 0.0003, 0.0020 lower, where two seeds' differences differ by 0.002: half the
-// learning rate, (d/d0)^-1/2, for two matrices of H rows and their scalars is nothing that this loss sees. The
-// rule of [GDN] stays.
+// learning rate, (d/d0)^-1/2, for two matrices of H rows and their scalars is nothing that this loss sees.
+// The rule of [GDN] stays.
 //
 // What no learning rate of a gate mends: da and db reach the residual stream too, as W_a^T da and W_b^T db,
 // of coordinates Theta(d^-1/2) Theta(d^-1/2) = Theta(1/d) for fixed heads, as large as all else there. So
@@ -351,12 +351,12 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // tables in dev/results/2026-11-28_h200_second): best learning rates at d = 256, 512 and 1024, and what the
 // one of 256 costs at the others,
 //
-//                       fixed heads                             fixed head size
-//   AdamW, mup          2.2e-3, 2.3e-3, 2.1e-3  0.0000, 0.0000    2.3e-3, 2.2e-3, 2.3e-3  0.0000, 0.0000
-//   SGD, mup            1.11, 0.86, 0.90        0.0015, 0.0009    1.11, 1.10, 0.87        0.0000, 0.0011
-//   SGD, mup0           1.11, 0.97, 0.79        0.0004, 0.0022
-//   AdamW, sp           2.2e-3, 1.5e-3, 1.2e-3  0.0010, 0.0031
-//   SGD, sp             1.11, 1.20, 1.17        0.0002, 0.0002
+//                 fixed heads                               fixed head size
+//   AdamW, mup    2.2e-3, 2.3e-3, 2.1e-3  0.0000, 0.0000    2.3e-3, 2.2e-3, 2.3e-3  0.0000, 0.0000
+//   SGD, mup      1.11, 0.86, 0.90        0.0015, 0.0009    1.11, 1.10, 0.87        0.0000, 0.0011
+//   SGD, mup0     1.11, 0.97, 0.79        0.0004, 0.0022
+//   AdamW, sp     2.2e-3, 1.5e-3, 1.2e-3  0.0010, 0.0031
+//   SGD, sp       1.11, 1.20, 1.17        0.0002, 0.0002
 //
 // At d = 1024 sp ends 0.013 above mup under AdamW and 0.048 above it under SGD, where the loss hardly falls
 // from 512 on; mup0 cannot be told from mup. With a base of 128 (dev/results/2026-11-28_h200) SGD's best

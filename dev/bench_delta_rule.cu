@@ -163,7 +163,8 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
                              scratch.get());
   });
   time("  nothing saved", forward, [&] {
-    gated_delta_rule_forward(device, o.get(), nullptr, qkv.get(), g.get(), beta.get(), shape, s, scratch.get());
+    gated_delta_rule_forward(device, o.get(), nullptr, qkv.get(), g.get(), beta.get(), shape, s,
+                             scratch.get());
   });
   time("backward", backward, [&] {
     gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
@@ -176,11 +177,13 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
        [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, pieces); });
   time("backward_pass_kernel", backward_pass, [&] {
-    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, pieces, scratch.get());
+    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, pieces,
+                              scratch.get());
   });
   if (pieces.count > 1) {
     std::printf("  %d pieces of %d chunks\n", pieces.count, pieces.chunks);
-    const Cost states_forward = {input + matrices / 2, chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
+    const Cost states_forward = {keys / 2 + value + matrices / 2,  // k, v and N
+                                 chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
     const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
     time("forward_states", states_forward,
          [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, pieces, true); });
@@ -191,7 +194,8 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
     time("forward pass, not cut", forward_pass,
          [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, whole); });
     time("backward pass, not cut", backward_pass, [&] {
-      delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, whole, scratch.get());
+      delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, whole,
+                                scratch.get());
     });
   }
   time("gradients_kernel", gradients, [&] {

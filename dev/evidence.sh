@@ -8,8 +8,8 @@
 # OUT keeps the results and is the state: call again
 # with the same OUT, on whatever machine, to go on where the time ran out. Stages:
 #   coord      coordinate check, d = 256 to 2048, both ways of growing, AdamW and SGD, sp and mup; then to 4096
-#   adamw      {sp, mup} x AdamW, d = 256, 512, 1024, six learning rates, with the constants of dev/tuning.md, as all below
-#   sgd        {sp, mup0, mup} x SGD with Nesterov momentum, the same widths
+#   adamw      {sp, mup} x AdamW, d = 256, 512, 1024, six learning rates, with the logits' factor of dev/tuning.md
+#   sgd        {sp, mup0, mup} x SGD with Nesterov momentum, the same widths, with SGD's constants of dev/tuning.md
 #   fixed      mup x AdamW with heads of 64, whose number grows
 #   seeds      a second seed at the best learning rate of each width and its neighbours (of adamw and sgd)
 #   questions  the open questions of mup.h: 1 gains and taps, 3 decay, 4 eps at d = 256 and 1024 around the best learning
@@ -22,8 +22,8 @@
 #   bytes_fixed      mup with heads of 64, both optimizers
 #   bytes_questions  the open questions 1 to 4 as above, at d = 256 and 1024, two seeds
 #   plots      figures and tables of what is there (no GPU)
-# Settings: MINUTES=9.2 of wall time in a call, PER_GPU=1 runs at once on a GPU (BYTES_PER_GPU=3), CUDA_VISIBLE_DEVICES (default: all GPUs),
-# PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
+# Settings: MINUTES=9.2 of wall time in a call, PER_GPU=1 runs at once on a GPU (BYTES_PER_GPU=3), CUDA_VISIBLE_DEVICES
+# (default: all GPUs), PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
 set -uo pipefail
 [ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0" >&2; exit 1; }
 DATA=$(realpath "$1") && mkdir -p "$2" && OUT=$(realpath "$2") || exit 1
@@ -166,7 +166,8 @@ gate_gradients() {
 tuned() {
   local lrs
   lrs=$(of_best "$OUT/adamw.csv" adamw mup "$BASE")
-  sweep tuned "${TUNED_MINUTES:-5}" "--optimizers adamw --params mup --widths ${TUNED_WIDTH:-2048} -j 1 --lrs $lrs" "$TOKENS_ADAMW"
+  sweep tuned "${TUNED_MINUTES:-5}" "--optimizers adamw --params mup --widths ${TUNED_WIDTH:-2048} -j 1 --lrs $lrs" \
+    "$TOKENS_ADAMW"
 }
 
 # A run takes 2 to 10 s of an H200, three at once, and a seed changes the loss of a width at all learning rates alike, to

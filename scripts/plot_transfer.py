@@ -4,8 +4,8 @@
     python3 scripts/plot_transfer.py results/books.csv --out results/transfer --table results/transfer.md
 
 Reads CSVs of sweep.py; one panel per optimizer, parametrization and kind of heads. From a parabola through
-the three lowest points of loss against log2(lr), losses averaged over seeds (where a seed has only
-some of the learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
+the three lowest points of loss against log2(lr), losses averaged over seeds (where a seed has only some of the
+learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
 A learning rate at which a seed diverged is not a point of the parabola; it is marked at the top of the plot.
@@ -110,7 +110,7 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
         return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
     first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
     around, three = lrs[first : first + 3], sorted(lowest)
-    fit = parabola(losses, around)
+    fit = parabola(losses, around)  # of the three lowest points, unless one of them is no neighbour
     if three != [lr for lr in lrs if three[0] <= lr <= three[-1]]:
         notes.append("three lowest points are not neighbours")
     elif three != around:

@@ -4,9 +4,9 @@
     python3 dev/emulate/run.py
 
 It compiles gdn/kernels/delta_rule_*.cuh with g++ and cuda_emulator.h; functions that are assembly are replaced by the
-emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma,
-gradients_kernel, and the passes over pieces of a sequence. So a wrong
-index or equation is found on a machine without a GPU; a missing wait is not. Under a minute.
+emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma, gradients_kernel, and the passes over
+pieces of a sequence. So a wrong index or equation is found on a machine without a GPU; a missing wait is not. Under a
+minute.
 """
 
 import argparse
@@ -65,7 +65,8 @@ def emulated(name: str) -> str:
     text = (KERNELS / name).read_text()
     if name == "delta_rule_mma.cuh":
         text = replace_bodies(text.replace("#include <cuda_fp16.h>", ""), MMA)
-    text = re.sub(r"(?<!extern )__shared__", "static", text)  # a block's array of fixed size; the others are named by extern
+    # a block's arrays of fixed size; the others are named by extern
+    text = re.sub(r"(?<!extern )__shared__", "static", text)
     if name == "delta_rule_passes_wgmma.cuh":
         text = replace_bodies(text, WGMMA)
         text = text[: text.index("// ---- whether these kernels can run")] + "}\n}\n"

@@ -150,16 +150,18 @@ inline size_t pass_bytes(const MixerShape& shape) {
 }
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
-// How the passes cut a sequence where blocks of 64 columns of dv leave multiprocessors without one.
+// Blocks of a pass that the GPU holds at once.
 inline int pass_slots(const Cuda& device, const MixerShape& shape) {
   return device.multiprocessors * pass_blocks(shape.head_dim_k);
 }
+// How the passes cut a sequence where blocks of 64 columns of dv leave multiprocessors without one.
 inline Pieces cut(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
   return cut_into_pieces(shape.chunks(), blocks, pass_slots(device, shape));
 }
 inline size_t most_pieces(const Cuda& device, const MixerShape& shape) {
-  return size_t(most_pieces(shape.rows(), shape.heads_v, divide_up(shape.head_dim_v, 64), pass_slots(device, shape)));
+  const int slices = divide_up(shape.head_dim_v, 64);
+  return size_t(most_pieces(shape.rows(), shape.heads_v, slices, pass_slots(device, shape)));
 }
 inline size_t boundaries_bytes(const Cuda& device, const MixerShape& shape) {
   return aligned(most_pieces(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
@@ -169,7 +171,8 @@ inline size_t transitions_bytes(const Cuda& device, const MixerShape& shape) {
 }
 
 inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
-// In front of the pieces' matrices: what the backward pass leaves, or what a forward that saves nothing needs.
+// In front of the pieces' matrices: what the backward pass leaves, or what a forward that saves nothing
+// needs.
 inline size_t scratch_before_pieces(const MixerShape& shape) {
   return std::max(pass_bytes(shape), prepared_bytes(shape));
 }
@@ -256,7 +259,8 @@ void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, co
   });
 }
 
-// From transitions and ends from zero: the states at all pieces' starts, or (backward) their gradients at the ends.
+// From transitions and ends from zero: the states at all pieces' starts, or (backward) their gradients at the
+// ends.
 inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
   if (pieces.count < 3) return;
   const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
@@ -277,7 +281,8 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
       const int slices_k = divide_up(shape.head_dim_k, 16 * warps);
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (pieces.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces, slices_v);
+      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces,
+                                                         slices_v);
     };
     if (has_warpgroup_products())
       return launch(forward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1, false>::kBytes);
@@ -296,9 +301,10 @@ inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const 
     constexpr int DK = decltype(head_dim)::value;
     const auto launch = [&](auto kernel, int warps, int bytes) {
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * (pieces.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates, sizes(shape),
-                                                         pieces, s);
+      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v,
+                      shape.batch * (pieces.count - 1));
+      kernel<<<grid, 32 * warps, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates,
+                                                         sizes(shape), pieces, s);
     };
     if (has_warpgroup_products())
       return launch(backward_pass_warpgroup_kernel<DK, 1, true>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
@@ -318,8 +324,8 @@ inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qk
       constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
       const auto kernel = forward_pass_warpgroup_kernel<DK, kGroups>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), pieces,
-                                                            s);
+      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape),
+                                                            pieces, s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
@@ -327,8 +333,8 @@ inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qk
       const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
       allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
       const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
-      forward_pass_kernel<DK>
-          <<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), pieces, s);
+      forward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates,
+                                                                          sizes(shape), pieces, s);
     });
   }
   launched("forward_pass_kernel");

@@ -57,7 +57,7 @@ inline int64_t most_pieces(int64_t tokens, int heads, int slices, int slots) {
   return std::min<int64_t>(slots / slices, heads * tokens * 3 / 704);
 }
 
-constexpr int kMostHeadDimK = 256;
+constexpr int kMostHeadDimK = 256;  // require_head_dims
 constexpr int kJoinRows = 8, kJoinThreads = 512, kJoinAhead = 32;
 constexpr int kJoinTotals = kJoinRows * kMostHeadDimK / kJoinThreads;
 
@@ -65,6 +65,10 @@ constexpr int kJoinTotals = kJoinRows * kMostHeadDimK / kJoinThreads;
 // of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all pieces. A thread: a
 // column of dk and a part of the sum over dk; then of the total, a column of some of the rows. What a step
 // reads of memory does not wait for the step before: as much of it as registers hold is sent for ahead.
+//
+// Floor: a chain of count - 2 steps, each a multiprocessor's 16 dk^2 FLOP and two barriers; the matrices,
+// read from the L2 cache by each block, are a few MB. With loads one after another 2.5 us a step on an H200
+// at dk = 32; not measured as it is now (dev/log.md).
 template <bool kBackward>
 __global__ void __launch_bounds__(kJoinThreads) join_pieces_kernel(Pieces pieces, Sizes size) {
   __shared__ __align__(16) float rows[kJoinRows][kMostHeadDimK];

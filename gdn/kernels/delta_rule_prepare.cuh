@@ -228,7 +228,7 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
   __syncthreads();
   for (int i = threadIdx.x; i < kGates; i += kPrepareThreads) gates_out[number * kGates + i] = gates[i];
 
-  // (from lane 0: so the compiler knows that a warp's lanes agree)
+  // this warp's rows; from lane 0, so that the compiler knows a warp's lanes to agree
   const int warp = __shfl_sync(~0u, row_block(number), 0), lane = threadIdx.x % 32, first = 16 * warp;
   float qk[8][4] = {}, kk[8][4] = {};
   const uint32_t q_rows = walk_rows(q + first * ld, ld), k_rows = walk_rows(k + first * ld, ld);
