@@ -188,15 +188,6 @@ inline int prepare_tiles_bytes(int dk) {
 }
 inline int prepare_shared_bytes(int dk) { return kGates * 4 + prepare_tiles_bytes(dk); }
 
-// Which 16 rows this warp has of chunk `number`. A warp's work grows with the number of its rows' blocks on
-// and below the diagonal, 1, 2, 3 and 4, and each of a multiprocessor's four schedulers takes the warps of one
-// index of all its blocks: always in the same order, that of the last warps would have about a third of the
-// instructions, that of the first a sixth. So the order turns from block to block, by the top two bits of
-// number times 2^32 / 1.618 (of numbers any distance apart, as many get each turn).
-__device__ inline int row_block(int64_t number) {
-  return (threadIdx.x / 32 + (uint32_t(number) * 2654435769u >> 30)) % 4;
-}
-
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
 //   P_ij = s D_ij (q_i . k_j), i >= j     gates: beta, e^G, e^{G_C - G}, G
@@ -208,8 +199,7 @@ __device__ inline int row_block(int64_t number) {
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
 // Reached on an H100: 0.077 ms, 65% of the floor as dev/bench_delta_rule counts it; issue slots 46%, occupancy
-// 28%; on an H200 0.075 ms, and 0.314 (57%) with 16/32 heads of 128: all before the rows turned (row_block,
-// dev/log.md).
+// 28%; on an H200 0.075 ms, and 0.314 (57%) with 16/32 heads of 128.
 static __global__ void __launch_bounds__(kPrepareThreads, 5)
     prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
@@ -228,8 +218,7 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
   __syncthreads();
   for (int i = threadIdx.x; i < kGates; i += kPrepareThreads) gates_out[number * kGates + i] = gates[i];
 
-  // this warp's rows; from lane 0, so that the compiler knows a warp's lanes to agree
-  const int warp = __shfl_sync(~0u, row_block(number), 0), lane = threadIdx.x % 32, first = 16 * warp;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 16 * warp;  // this warp's rows
   float qk[8][4] = {}, kk[8][4] = {};
   const uint32_t q_rows = walk_rows(q + first * ld, ld), k_rows = walk_rows(k + first * ld, ld);
   const uint32_t k_columns = walk_columns(k, ld);
