@@ -264,8 +264,11 @@ void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, co
 inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
   if (pieces.count < 3) return;
   const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
-  const auto kernel = backward ? join_pieces_kernel<true> : join_pieces_kernel<false>;
-  kernel<<<grid, kJoinThreads, 0, device.stream>>>(pieces, sizes(shape));
+  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
+    constexpr int kColumns = join_columns(decltype(head_dim)::value);
+    const auto kernel = backward ? join_pieces_kernel<kColumns, true> : join_pieces_kernel<kColumns, false>;
+    kernel<<<grid, kJoinThreads, 0, device.stream>>>(pieces, sizes(shape));
+  });
   launched("join_pieces_kernel");
 }
 
@@ -284,8 +287,19 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
       kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces,
                                                          slices_v);
     };
-    if (has_warpgroup_products())
-      return launch(forward_state_warpgroup_kernel<DK>, 4, 2 * WarpgroupStage<DK, 1, false>::kBytes);
+    if (has_warpgroup_products()) {  // one warpgroup, if then each multiprocessor has a block at most
+      const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
+      const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = pieces.count - 1;
+      const int64_t blocks =
+          int64_t(shape.batch) * shape.heads_v * (ends_count * slices_v + (ends_count - 1) * slices_k);
+      using Single = WarpgroupStage<DK, 1, false>;
+      if (blocks <= device.multiprocessors)
+        return launch(forward_state_warpgroup_kernel<DK, 1>, 4,
+                      std::max(2 * Single::kBytes, shared_bytes_limit() / 2 + 1));
+      constexpr int kGroups = DK < 128 ? 1 : 2;
+      return launch(forward_state_warpgroup_kernel<DK, kGroups>, 4 * kGroups,
+                    2 * WarpgroupStage<DK, kGroups, false>::kBytes);
+    }
     const int warps = pass_warps(device, shape, DK, pieces.count);
     launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });

@@ -57,77 +57,96 @@ inline int64_t most_pieces(int64_t tokens, int heads, int slices, int slots) {
   return std::min<int64_t>(slots / slices, heads * tokens * 3 / 704);
 }
 
-constexpr int kMostHeadDimK = 256;  // require_head_dims
-constexpr int kJoinRows = 8, kJoinThreads = 512, kJoinAhead = 32;
-constexpr int kJoinTotals = kJoinRows * kMostHeadDimK / kJoinThreads;
+constexpr int kJoinRows = 8, kJoinThreads = 512;
+constexpr int join_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : DK; }
 
 // The boundary of piece p + 1 += that of p times M_p^T, p = 1, 2, ..., or (kBackward) that of p - 1 += that
 // of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all pieces. A thread: a
-// column of dk and a part of the sum over dk; then of the total, a column of some of the rows. What a step
-// reads of memory does not wait for the step before: as much of it as registers hold is sent for ahead.
+// column of dk (of kColumns compiled ones) and a part of the sum over dk; then of the total, the column
+// in some of the rows. What a step reads of memory does not wait for the step before: registers hold the
+// thread's part of the matrices of the next steps (kAhead numbers in all), and what the totals add to.
 //
 // Floor: a chain of count - 2 steps, each a multiprocessor's 16 dk^2 FLOP and two barriers; the matrices,
-// read from the L2 cache by each block, are a few MB. With loads one after another 2.5 us a step on an H200
-// at dk = 32; not measured as it is now (dev/log.md).
-template <bool kBackward>
-__global__ void __launch_bounds__(kJoinThreads) join_pieces_kernel(Pieces pieces, Sizes size) {
-  __shared__ __align__(16) float rows[kJoinRows][kMostHeadDimK];
+// read from the L2 cache by each block, are a few MB.
+template <int kColumns, bool kBackward>
+__global__ void __launch_bounds__(kJoinThreads, kColumns < 128 ? 2 : 1)
+    join_pieces_kernel(Pieces pieces, Sizes size) {
+  constexpr int kParts = kJoinThreads / kColumns, kEach = kColumns / kParts;
+  constexpr int kAhead = kEach < 32 ? kEach : 32, kSteps = kAhead < 8 ? 4 : kAhead < 32 ? 2 : 1;
+  constexpr int kVector = kEach < 4 ? kEach : 4, kTotals = (kJoinRows + kParts - 1) / kParts;
+  struct __align__(4 * kVector) Vector {
+    float x[kVector];
+  };
+  __shared__ __align__(16) float rows[kJoinRows][kColumns];
   __shared__ float partial[kJoinRows][kJoinThreads];
   const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kJoinRows, dk = size.dk;
-  const int columns = (dk + 31) / 32 * 32, parts = kJoinThreads / columns;
-  const int each = ((dk + parts - 1) / parts + 3) / 4 * 4;  // of a part's rows of the matrix
-  const int part = threadIdx.x / columns, column = threadIdx.x % columns;
-  const int begin = part * each, end = part < parts && column < dk ? min(begin + each, dk) : begin;
-  const int64_t offset = int64_t(first) * dk;
+  const int part = threadIdx.x / kColumns, column = threadIdx.x % kColumns, begin = part * kEach;
+  const int64_t offset = int64_t(first) * dk + column;
   const auto piece_at = [&](int step) { return kBackward ? pieces.count - 1 - step : step; };
-  // the matrix of a step, from row i on
-  const auto read_matrix = [&](float(&x)[kJoinAhead], int step, int i) {
-    const float* m = pieces.transition(b, h, piece_at(step), size) + (kBackward ? dk * dk : 0) + column;
+  // of a step's matrix, rows begin + i on
+  const auto read_matrix = [&](float(&x)[kAhead], int step, int i) {
+    if (step > pieces.count - 2) return;
+    const float* m =
+        pieces.transition(b, h, piece_at(step), size) + (kBackward ? dk * dk : 0) + (begin + i) * dk + column;
 #pragma unroll
-    for (int j = 0; j < kJoinAhead; j++) x[j] = i + j < end ? m[(i + j) * dk] : 0.f;
+    for (int j = 0; j < kAhead; j++) x[j] = column < dk && begin + i + j < dk ? m[j * dk] : 0.f;
   };
-  // f(r, c, at, k) of this thread's k-th row and column of the total, at `at` from the block's first row
-  const auto for_my_totals = [&](const auto& f) {
+  // f(r, k) for each row of this thread's totals
+  const auto for_my_rows = [&](const auto& f) {
 #pragma unroll
-    for (int k = 0; k < kJoinTotals; k++) {
-      const int index = threadIdx.x + k * kJoinThreads, r = index / columns, c = index % columns;
-      if (r < kJoinRows && c < dk && first + r < size.dv) f(r, c, r * dk + c, k);
+    for (int k = 0; k < kTotals; k++) {
+      const int r = part + k * kParts;
+      if (r < kJoinRows && column < dk && first + r < size.dv) f(r, k);
     }
+  };
+  const auto boundary = [&](int step) { return pieces.boundary(b, h, piece_at(step), size) + offset; };
+  const auto read_boundary = [&](float(&x)[kTotals], int step) {
+    if (step > pieces.count - 1) return;
+    const float* from = boundary(step);
+    for_my_rows([&](int r, int k) { x[k] = from[r * dk]; });
   };
 
-  for (int i = threadIdx.x; i < kJoinRows * kMostHeadDimK; i += kJoinThreads) (&rows[0][0])[i] = 0.f;
-  __syncthreads();
-  const float* start = pieces.boundary(b, h, piece_at(1), size) + offset;
-  for_my_totals([&](int r, int c, int at, int) { rows[r][c] = start[at]; });
-  float x[kJoinAhead];
-  read_matrix(x, 1, begin);
-  __syncthreads();
-  for (int step = 1; step < pieces.count - 1; step++) {
-    float* to = pieces.boundary(b, h, piece_at(step + 1), size) + offset;
-    float total[kJoinTotals], sum[kJoinRows] = {};
-    for_my_totals([&](int, int, int at, int k) { total[k] = to[at]; });
-    for (int i = begin; i < end; i += kJoinAhead) {
-      if (i > begin) read_matrix(x, step, i);
+  for (int i = threadIdx.x; i < kJoinRows * kColumns; i += kJoinThreads) (&rows[0][0])[i] = 0.f;
+  float total[kTotals], matrix[kSteps][kAhead], added[kSteps][kTotals];
+  read_boundary(total, 1);
 #pragma unroll
-      for (int j = 0; j < kJoinAhead; j += 4) {
-        if (i + j >= end) break;
+  for (int s = 0; s < kSteps; s++) read_matrix(matrix[s], 1 + s, 0), read_boundary(added[s], 2 + s);
+  __syncthreads();
+  for_my_rows([&](int r, int k) { rows[r][column] = total[k]; });
+  __syncthreads();
+  for (int next = 1; next < pieces.count - 1; next += kSteps) {
 #pragma unroll
-        for (int r = 0; r < kJoinRows; r++) {
-          const float4 y = *reinterpret_cast<const float4*>(&rows[r][i + j]);
-          sum[r] += y.x * x[j] + y.y * x[j + 1] + y.z * x[j + 2] + y.w * x[j + 3];
-        }
+    for (int s = 0; s < kSteps; s++) {
+      const int step = next + s;
+      if (step > pieces.count - 2) break;
+      float sum[kJoinRows] = {};
+#pragma unroll
+      for (int i = 0; i < kEach; i += kAhead) {
+        if (i > 0) read_matrix(matrix[s], step, i);
+#pragma unroll
+        for (int j = 0; j < kAhead; j += kVector)
+#pragma unroll
+          for (int r = 0; r < kJoinRows; r++) {
+            const Vector y = *reinterpret_cast<const Vector*>(&rows[r][begin + i + j]);
+#pragma unroll
+            for (int e = 0; e < kVector; e++) sum[r] += y.x[e] * matrix[s][j + e];
+          }
       }
-    }
-    if (step + 1 < pieces.count - 1) read_matrix(x, step + 1, begin);
+      read_matrix(matrix[s], step + kSteps, 0);
 #pragma unroll
-    for (int r = 0; r < kJoinRows; r++) partial[r][threadIdx.x] = sum[r];
-    __syncthreads();
-    for_my_totals([&](int r, int c, int at, int k) {
-      for (int p = 0; p < parts; p++) total[k] += partial[r][p * columns + c];
-      rows[r][c] = total[k];
-      to[at] = total[k];
-    });
-    __syncthreads();
+      for (int r = 0; r < kJoinRows; r++) partial[r][threadIdx.x] = sum[r];
+      __syncthreads();
+      float* to = boundary(step + 1);
+      for_my_rows([&](int r, int k) {
+        float x = added[s][k];
+#pragma unroll
+        for (int p = 0; p < kParts; p++) x += partial[r][p * kColumns + column];
+        rows[r][column] = x;
+        to[r * dk] = x;
+      });
+      read_boundary(added[s], step + 1 + kSteps);
+      __syncthreads();
+    }
   }
 }
 
