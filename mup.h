@@ -363,8 +363,14 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // learning rate falls by 0.58 octaves to d = 512, at a cost of 0.004: exponents hold in the limit of large
 // d, and the base must not be far from it. What had hidden SGD's transfer is no exponent: a momentum of 0.98,
 // whose 50 steps are half the warm-up of a run this short (losses 0.1 higher, spikes), and an embedding that
-// moves too fast for its size (-init_of embedding=4). With GPT-2's 50304 tokens SGD's loss is still too
-// noisy to tell.
+// moves too fast for its size (-init_of embedding=4).
+//
+// With GPT-2's 50304 tokens SGD's transfer is not shown (dev/results/2026-11-28_h200_third; two seeds). What
+// made wide models fail there first is the embedding: with a quarter of the base's learning rate d = 256 ends
+// at 4.56 and d = 1024 at 5.11, with a sixteenth at 4.57 and 4.27. With that the grid's best is 12.8 at 256
+// and 6.4 at 512 and 1024, where 12.8 costs 0.09 and 0.13; and if gains and taps go four times slower, 12.8
+// is better than 6.4 at 1024 too, at 4.229. These are the tensors whose learning rate the table above lets
+// grow as d. The exponents come from gradients Theta(1/d), which finite widths only approach: question 1.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
 // every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of

@@ -120,15 +120,12 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
   const int warps = 4, threads = 32 * warps;
   const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)), slices_k = unsigned(divide_up(dk, 16 * warps));
   const emulator::Dim join = {unsigned(divide_up(dv, kJoinRows)), h, b};
-  constexpr int kGroups = DK < 128 ? 1 : 2;  // of forward_state_warpgroup_kernel
-  const unsigned groups = warpgroups ? kGroups : 1;
-  const unsigned states_v = divide_up(slices_v, groups), states_k = divide_up(slices_k, groups);
   if (n > 1) {
-    emulator::launch({states_v + states_k, h, b * (n - 1)}, threads * int(groups), [&] {
+    emulator::launch({slices_v + slices_k, h, b * (n - 1)}, threads, [&] {
       if (warpgroups)
-        forward_state_warpgroup_kernel<DK, kGroups>(qkv, N, G, size, pieces, int(states_v));
+        forward_state_warpgroup_kernel<DK>(qkv, N, G, size, pieces, int(slices_v));
       else
-        forward_state_kernel<DK>(qkv, N, G, size, pieces, int(states_v));
+        forward_state_kernel<DK>(qkv, N, G, size, pieces, int(slices_v));
     });
     emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<join_columns(DK), false>(pieces, size); });
   }
@@ -141,9 +138,9 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
   std::fill(boundaries.begin(), boundaries.end(), unset);
   std::fill(transitions.begin(), transitions.end(), unset);
   if (n > 1) {
-    emulator::launch({states_k, h, b * (n - 1)}, threads * int(groups), [&] {  // transitions alone
+    emulator::launch({slices_k, h, b * (n - 1)}, threads, [&] {  // transitions alone
       if (warpgroups)
-        forward_state_warpgroup_kernel<DK, kGroups>(qkv, N, G, size, pieces, 0);
+        forward_state_warpgroup_kernel<DK>(qkv, N, G, size, pieces, 0);
       else
         forward_state_kernel<DK>(qkv, N, G, size, pieces, 0);
     });

@@ -287,18 +287,16 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
       kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces,
                                                          slices_v);
     };
-    if (has_warpgroup_products()) {  // one warpgroup, if then each multiprocessor has a block at most
+    if (has_warpgroup_products()) {
+      // Two blocks fit a multiprocessor, and some would get two where each could have its own: those of the
+      // first piece's transitions end at once, and others take their place elsewhere.
       const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
       const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = pieces.count - 1;
       const int64_t blocks =
           int64_t(shape.batch) * shape.heads_v * (ends_count * slices_v + (ends_count - 1) * slices_k);
-      using Single = WarpgroupStage<DK, 1, false>;
-      if (blocks <= device.multiprocessors)
-        return launch(forward_state_warpgroup_kernel<DK, 1>, 4,
-                      std::max(2 * Single::kBytes, shared_bytes_limit() / 2 + 1));
-      constexpr int kGroups = DK < 128 ? 1 : 2;
-      return launch(forward_state_warpgroup_kernel<DK, kGroups>, 4 * kGroups,
-                    2 * WarpgroupStage<DK, kGroups, false>::kBytes);
+      const int bytes = 2 * WarpgroupStage<DK, 1, false>::kBytes, alone = shared_bytes_limit() / 2 + 1;
+      return launch(forward_state_warpgroup_kernel<DK>, 4,
+                    blocks <= device.multiprocessors ? std::max(bytes, alone) : bytes);
     }
     const int warps = pass_warps(device, shape, DK, pieces.count);
     launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));

@@ -109,6 +109,7 @@ __device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t 
 // and becoming fp16; `values` as in PassStage, [64, 64 groups + 8]; gates [4,64]. Without q: neither q nor P.
 template <int DK, int kGroups, bool kWithQ = true>
 struct WarpgroupStage {
+  static_assert(kWithQ || kGroups == 1, "a warpgroup each copies q and k");
   static constexpr int kThreads = 128 * kGroups, kKeyTiles = (DK + kTileRow - 1) / kTileRow;
   static constexpr int kValuesStride = 64 * kGroups + 8, kPairs = kWithQ ? 2 : 1;
   static constexpr int kMatrices = kPairs * kKeyTiles * kTileBytes, kValues = kMatrices + kPairs * kTileBytes;
@@ -135,23 +136,16 @@ __device__ inline int thread_again() {
 }
 
 // A warp's part of q and k: f(width, which, tile) for each of those in the stage, if there is one warpgroup,
-// or for its warpgroup's (of k alone, every other tile), and each of its tiles. Of each the warp has 16 rows,
-// `width` columns (64, or 32 in the last).
+// or for its warpgroup's, and each of its tiles. Of each the warp has 16 rows, `width` columns (64, or 32 in
+// the last).
 template <int DK, int kGroups, bool kWithQ, class F>
 __device__ inline void for_my_keys(int thread, const F& f) {
-  constexpr int kPairs = kWithQ ? 2 : 1;
-  const int group = kGroups == 2 ? thread / 128 : 0;
 #pragma unroll
-  for (int i = 0; i < (kPairs == kGroups ? 1 : kPairs); i++) {
-    const int which = kPairs == 2 && kGroups == 2 ? group : i;
+  for (int i = 0; i < WarpgroupStage<DK, kGroups, kWithQ>::kPairs / kGroups; i++) {
+    const int which = kGroups == 2 ? thread / 128 : i;
 #pragma unroll
-    for (int tile = 0; tile <= (DK - 1) / 64; tile++) {
-      if (kPairs < kGroups && tile % 2 != group) continue;
-      if (64 * tile + 64 <= DK)
-        f(std::integral_constant<int, 64>(), which, tile);
-      else
-        f(std::integral_constant<int, 32>(), which, tile);
-    }
+    for (int tile = 0; tile < DK / 64; tile++) f(std::integral_constant<int, 64>(), which, tile);
+    if (DK % 64 != 0) f(std::integral_constant<int, 32>(), which, DK / 64);
   }
 }
 
@@ -585,20 +579,20 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
 #endif
 }
 
-// What forward_state_kernel computes and writes; a block: 64 or 128 rows of the state, or of M^T. The stage
-// has no q.
-template <int DK, int kGroups>
-__global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
+// What forward_state_kernel computes and writes; a block: 64 rows of the state, or of M^T. The stage has no
+// q: at dk = 128 two blocks fit in a multiprocessor.
+template <int DK>
+__global__ void __launch_bounds__(128, pass_blocks(DK))
     forward_state_warpgroup_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
                                    Pieces pieces, int slices_v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Stage = WarpgroupStage<DK, kGroups, false>;
+  using Stage = WarpgroupStage<DK, 1, false>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
   PassBlock block = pass_block(size, pieces, 0, pieces.count - 1);
   const bool transition = int(blockIdx.x) >= slices_v;
   const int warp = threadIdx.x / 32;
-  const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 * kGroups + 16 * warp;
+  const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
   if (transition && block.piece == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const act* values = qkv + size.v_column(block.h);
