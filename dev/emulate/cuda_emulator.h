@@ -192,6 +192,8 @@ inline void launch(Dim grid, int threads, const std::function<void()>& call) {
 
 }  // namespace emulator
 
+inline float __expf(float x) { return std::exp(x); }
+
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 inline void __syncwarp() { emulator::wait(emulator::warp_barriers[threadIdx.x / 32]); }
 

@@ -180,13 +180,48 @@ __device__ inline void solve_by_blocks(__half* out, act* tiles, float* transpose
   }
 }
 
+// kk and qk, a warp's rows of k.k and q.k, become L and P: times D_ij = e^{G_i - G_j} and s D_ij, zeros above
+// the diagonal. In blocks before the diagonal's, whose rows start at token r, D_ij is e^{G_i - G_r} times
+// e^{G_r - G_j}, both at most 1: an exponential a row and a column in place of one an entry. __expf is off by
+// 1e-7 at most, where the results are rounded to fp16 or, on the way to N, to twice bf16.
+__device__ inline void multiply_by_decay(float (&kk)[8][4], float (&qk)[8][4], const float* G,
+                                         float* column_decay, float s, int warp) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
+  for (int j = lane; j < first; j += 32) column_decay[j] = __expf(fminf(G[first] - G[j], 0.f));
+  const float upper = __expf(fminf(G[first + g] - G[first], 0.f)),
+              lower = __expf(fminf(G[first + g + 8] - G[first], 0.f));
+  __syncwarp();
+#pragma unroll
+  for (int t = 0; t < 8; t++) {
+    if (t / 2 > warp) continue;
+    if (t / 2 < warp) {
+      const float2 column = *reinterpret_cast<const float2*>(column_decay + 8 * t + c);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float decay = (e < 2 ? upper : lower) * (e % 2 ? column.y : column.x);
+        kk[t][e] *= decay;
+        qk[t][e] *= s * decay;
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = g + 8 * (e / 2), j = 8 * (t % 2) + c + e % 2;
+        const float decay = i >= j ? __expf(fminf(G[first + i] - G[first + j], 0.f)) : 0.f;
+        kk[t][e] = i > j ? decay * kk[t][e] : 0.f;
+        qk[t][e] = i >= j ? s * decay * qk[t][e] : 0.f;
+      }
+    }
+  }
+}
+
 constexpr int kPrepareThreads = 128;
 
 // q and k, afterwards N and the blocks on L's diagonal.
 inline int prepare_tiles_bytes(int dk) {
   return std::max(2 * kChunk * (dk + 8) * 2, 3 * kChunk * kSquareStride * 2 + 4 * 16 * kBlockStride * 4);
 }
-inline int prepare_shared_bytes(int dk) { return kGates * 4 + prepare_tiles_bytes(dk); }
+// The gates, and multiply_by_decay's 64 numbers for each warp.
+inline int prepare_shared_bytes(int dk) { return (kGates + 4 * kChunk) * 4 + prepare_tiles_bytes(dk); }
 
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
@@ -206,7 +241,8 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
   extern __shared__ __align__(16) unsigned char shared[];
   const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), ld = size.dk + 8;
   float* gates = reinterpret_cast<float*>(shared);
-  act *q = reinterpret_cast<act*>(gates + kGates), *k = q + kChunk * ld;
+  float* column_decay = gates + kGates;
+  act *q = reinterpret_cast<act*>(column_decay + 4 * kChunk), *k = q + kChunk * ld;
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
   const act* inputs = qkv + row * size.channels;
@@ -218,7 +254,7 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
   __syncthreads();
   for (int i = threadIdx.x; i < kGates; i += kPrepareThreads) gates_out[number * kGates + i] = gates[i];
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = 16 * warp;  // this warp's rows
+  const int warp = threadIdx.x / 32, first = 16 * warp;  // this warp's rows
   float qk[8][4] = {}, kk[8][4] = {};
   const uint32_t q_rows = walk_rows(q + first * ld, ld), k_rows = walk_rows(k + first * ld, ld);
   const uint32_t k_columns = walk_columns(k, ld);
@@ -234,18 +270,7 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
       mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b_k);
     }
   }
-  const float* G = gates + kLogDecay * kChunk;
-#pragma unroll
-  for (int t = 0; t < 8; t++) {
-    if (t / 2 > warp) continue;
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int i = first + lane / 4 + 8 * (e / 2), j = 8 * t + 2 * (lane % 4) + e % 2;
-      const float decay = i >= j ? expf(fminf(G[i] - G[j], 0.f)) : 0.f;
-      kk[t][e] = i > j ? decay * kk[t][e] : 0.f;
-      qk[t][e] = i >= j ? s * decay * qk[t][e] : 0.f;
-    }
-  }
+  multiply_by_decay(kk, qk, gates + kLogDecay * kChunk, column_decay + kChunk * warp, s, warp);
   __half* out = matrices + number * 2 * kSquare;
   store_lower_blocks(out + kSquare, qk, warp);
   __syncthreads();  // q and k become N and the blocks on L's diagonal
