@@ -9,7 +9,8 @@ learning rates, after the mean difference between seeds is taken out, so that it
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
 A learning rate at which a seed diverged is not a point of the parabola; it is marked at the top of the plot.
-The column "within" asks for |shift| <= 0.5 and regret <= 0.01; "?": the minimum is not inside the grid.
+The column "within" asks for |shift| <= 0.5 and regret <= 0.01; "?": the minimum is not inside the grid, or one of
+the three losses is more than 0.5 above the lowest, so that the parabola says little of its bottom.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from common import Error, Parser, import_pyplot, number, read_csv, run_main, sav
 COLUMNS = ["param", "optimizer", "width", "lr", "seed", "val_loss", "status", "options"]
 ORDER = ["adamw", "sgd", "sp", "mup0", "mup"]
 WANTED_SHIFT, WANTED_REGRET = 0.5, 0.01
+FAR = 0.5  # nats above the lowest loss, where a learning rate is beyond what can be trained, and no parabola holds
 Losses = dict[float, float]  # learning rate -> loss
 
 
@@ -73,8 +75,8 @@ class Minimum:
 
     @property
     def bracketed(self) -> bool:
-        """Whether a higher loss was measured on both sides, so that shift and regret are more than bounds."""
-        return self.a is not None and "edge" not in self.note and "outside" not in self.note
+        """Whether higher losses were measured on both sides, not far above: shift and regret are more than bounds."""
+        return self.a is not None and not any(word in self.note for word in ("edge", "outside", "above the lowest"))
 
     def loss(self, x: float) -> float:
         return self.c + self.a * (x - self.x0) ** 2 if self.a is not None else math.nan
@@ -111,12 +113,13 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
     first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
     around, three = lrs[first : first + 3], sorted(lowest)
     fit = parabola(losses, around)  # of the three lowest points, unless one of them is no neighbour
+    height = max(losses[lr] for lr in around) - losses[best]
     if three != [lr for lr in lrs if three[0] <= lr <= three[-1]]:
         notes.append("three lowest points are not neighbours")
     elif three != around:
         of_three = parabola(losses, three)
         if of_three and math.log2(three[0]) <= of_three[0] <= math.log2(three[-1]):
-            fit = of_three
+            fit, height = of_three, max(losses[lr] for lr in three) - losses[best]
         else:
             notes.append("three lowest points on one side")
     if fit is None:
@@ -125,6 +128,8 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
     x0, c, a = fit
     if not math.log2(lrs[0]) <= x0 <= math.log2(lrs[-1]):
         notes.append("parabola's minimum outside the grid")
+    if height > FAR:
+        notes.append(f"parabola through a loss {height:.1f} above the lowest")
     return Minimum(x0, c, a, "; ".join(notes))
 
 

@@ -488,6 +488,13 @@ class Minima(unittest.TestCase):
         self.assertEqual(straight.x0, 2)
         self.assertFalse(straight.bracketed)
 
+    def test_a_loss_far_above(self) -> None:
+        # beyond what can be trained: the parabola is drawn, but shift and regret are not to be trusted
+        far = find_minimum({6.4: 4.565, 12.8: 4.454, 25.6: 6.495, 51.2: 21.0})
+        self.assertEqual(far.note, "parabola through a loss 2.0 above the lowest")
+        self.assertFalse(far.bracketed)
+        self.assertTrue(find_minimum({6.4: 4.565, 12.8: 4.454, 25.6: 4.9, 51.2: 21.0}).bracketed)
+
     def test_points_that_are_not_neighbours(self) -> None:
         losses = {1.0: 1.2, 2.0: 0.9, 4.0: 1.2, 8.0: 1.1, 16.0: 2.0}  # 4 is high, or 8 low
         m = find_minimum(losses)
