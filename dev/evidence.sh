@@ -13,8 +13,9 @@
 #   fixed      mup x AdamW with heads of 64, whose number grows
 #   seeds      a second seed at the best learning rate of each width and its neighbours (of adamw and sgd)
 #   questions  the open questions of mup.h: 1 gains and taps, 3 decay, 4 eps at d = 256 and 1024 around the best learning
-#              rate; 2 gates like output weights, there too, and gradients at the gates of models trained with SGD,
-#              d = 256, 512, 1024
+#              rate; 2 gates like output weights, there too
+#   gradients  of all tensors, of models trained with SGD to the end of the warm-up, d = 256, 512, 1024: slopes of their
+#              sizes against the width (open question 2, and what learning rates that grow with the width rest on)
 #   tuned      d = 2048 at the best learning rate of d = 256 (mup, AdamW), at half of it, and at twice
 #   bytes_sgd  {sp, mup0, mup} x SGD on the text's bytes (L = 4, T = 256, 32 sequences), d = 256, 512, 1024, two seeds, with
 #              SGD's constants of dev/tuning.md and momentum 0.9
@@ -136,7 +137,6 @@ questions() {
   adamw_lrs=$(of_best "$OUT/adamw.csv" adamw mup "$WIDE")
   sgd_lrs=$(of_best "$OUT/sgd.csv" sgd mup "$WIDE")
   local mup="--params mup --widths $BASE,$WIDE"
-  gate_gradients
   sweep question1_adamw 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -gains hidden"
   sweep question1_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "$TOKENS_SGD -gains hidden"
   sweep question2_sgd 1.5 "$mup --optimizers sgd --lrs $sgd_lrs" "$TOKENS_SGD -gates output"
@@ -145,21 +145,21 @@ questions() {
   sweep question4 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -eps 1e-15"
 }
 
-# Gradients at a, b and A_log of models trained for a third of the steps, on a batch of 8 sequences, at seeds of their own
-gate_gradients() {
+# On a batch of 8 sequences, at seeds of their own
+gradients() {
   local width lr models
-  [ -e "$OUT/question2_slopes.csv" ] && return
+  [ -e "$OUT/gradients_slopes.csv" ] && return
   models=$(mktemp -d)
   lr=$(of_best "$OUT/sgd.csv" sgd mup "$BASE" best)
   for width in "${WIDTHS[@]}"; do
-    in_time 1.5 ./train_gdn "${SHARDS[@]}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 3))" -opt sgd \
-      $TOKENS_SGD -warmup "$((STEPS / 10))" -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" \
+    in_time 1.5 ./train_gdn "${SHARDS[@]}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 2 + 1))" -opt sgd \
+      $TOKENS_SGD -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" \
       >"$models/w$width.txt"
   done
-  in_time 0.7 "$PYTHON" scripts/coord_check.py -o "$OUT/question2" --widths "$(IFS=,; echo "${WIDTHS[*]}")" --params mup \
+  in_time 0.7 "$PYTHON" scripts/coord_check.py -o "$OUT/gradients" --widths "$(IFS=,; echo "${WIDTHS[*]}")" --params mup \
     --growth head_dim --optimizers sgd --seeds 1,2,3,4 --tolerance 9 -- -i "$DATA/books_val_*.bin" -L 8 -T 512 -B 8 \
-    -lr 0 -logit_factor 4 "${MORE[@]}" -load "$models/w{width}" >"$OUT/question2.txt"
-  grep -E "grad:(a_proj|b_proj|A_log|dt_bias) " "$OUT/question2.txt"
+    -lr 0 -logit_factor 4 "${MORE[@]}" -load "$models/w{width}" >"$OUT/gradients.txt"
+  grep -E "grad:" "$OUT/gradients.txt"
   rm -rf "$models"
 }
 
@@ -238,9 +238,9 @@ plots() {
 
 for stage in "$@"; do
   case $stage in
-    coord | adamw | sgd | fixed | seeds | questions | tuned | bytes_sgd | bytes_adamw | bytes_fixed | bytes_questions | plots) ;;
+    coord | adamw | sgd | fixed | seeds | questions | gradients | tuned | bytes_sgd | bytes_adamw | bytes_fixed | bytes_questions | plots) ;;
     *)
-      echo "evidence.sh: stage '$stage': expected coord, adamw, sgd, fixed, seeds, questions, tuned, bytes_sgd, bytes_adamw, bytes_fixed, \
+      echo "evidence.sh: stage '$stage': expected coord, adamw, sgd, fixed, seeds, questions, gradients, tuned, bytes_sgd, bytes_adamw, bytes_fixed, \
 bytes_questions or plots" >&2
       exit 1
       ;;
