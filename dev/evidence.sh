@@ -24,7 +24,8 @@
 #   bytes_questions  the open questions 1 to 4 as above, at d = 256 and 1024, two seeds
 #   plots      figures and tables of what is there (no GPU)
 # Settings: MINUTES=9.2 of wall time in a call, PER_GPU=1 runs at once on a GPU (BYTES_PER_GPU=3), CUDA_VISIBLE_DEVICES
-# (default: all GPUs), PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken as it is.
+# (default: all GPUs), PYTHON=python3, SEED=43 for the stage seeds, STEPS=1000, WIDTHS="256 512 1024". ./train_gdn is taken
+# as it is.
 set -uo pipefail
 [ $# -ge 3 ] || { sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0" >&2; exit 1; }
 DATA=$(realpath "$1") && mkdir -p "$2" && OUT=$(realpath "$2") || exit 1
@@ -145,7 +146,8 @@ questions() {
   sweep question4 1.5 "$mup --optimizers adamw --lrs $adamw_lrs" "$TOKENS_ADAMW -eps 1e-15"
 }
 
-# On a batch of 8 sequences, at seeds of their own
+# Slopes of the gradients' sizes, on a batch of 8 sequences for each of four seeds, of models trained to the peak of the
+# learning rate
 gradients() {
   local width lr models
   [ -e "$OUT/gradients_slopes.csv" ] && return
@@ -153,8 +155,7 @@ gradients() {
   lr=$(of_best "$OUT/sgd.csv" sgd mup "$BASE" best)
   for width in "${WIDTHS[@]}"; do
     in_time 1.5 ./train_gdn "${SHARDS[@]}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 2 + 1))" -opt sgd \
-      $TOKENS_SGD -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" \
-      >"$models/w$width.txt"
+      $TOKENS_SGD -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" >"$models/w$width.txt"
   done
   in_time 0.7 "$PYTHON" scripts/coord_check.py -o "$OUT/gradients" --widths "$(IFS=,; echo "${WIDTHS[*]}")" --params mup \
     --growth head_dim --optimizers sgd --seeds 1,2,3,4 --tolerance 9 -- -i "$DATA/books_val_*.bin" -L 8 -T 512 -B 8 \

@@ -28,7 +28,7 @@ from common import Error, Parser, import_pyplot, number, read_csv, run_main, sav
 COLUMNS = ["param", "optimizer", "width", "lr", "seed", "val_loss", "status", "options"]
 ORDER = ["adamw", "sgd", "sp", "mup0", "mup"]
 WANTED_SHIFT, WANTED_REGRET = 0.5, 0.01
-FAR = 0.5  # nats above the lowest loss, where a learning rate is beyond what can be trained, and no parabola holds
+FAR = 0.5  # nats above the lowest loss: beyond what can be trained, where no parabola holds
 Losses = dict[float, float]  # learning rate -> loss
 
 
@@ -112,14 +112,14 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
         return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
     first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
     around, three = lrs[first : first + 3], sorted(lowest)
-    fit = parabola(losses, around)  # of the three lowest points, unless one of them is no neighbour
-    height = max(losses[lr] for lr in around) - losses[best]
+    used = around  # the three lowest points, unless one of them is no neighbour
+    fit = parabola(losses, used)
     if three != [lr for lr in lrs if three[0] <= lr <= three[-1]]:
         notes.append("three lowest points are not neighbours")
     elif three != around:
         of_three = parabola(losses, three)
         if of_three and math.log2(three[0]) <= of_three[0] <= math.log2(three[-1]):
-            fit, height = of_three, max(losses[lr] for lr in three) - losses[best]
+            fit, used = of_three, three
         else:
             notes.append("three lowest points on one side")
     if fit is None:
@@ -128,6 +128,7 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
     x0, c, a = fit
     if not math.log2(lrs[0]) <= x0 <= math.log2(lrs[-1]):
         notes.append("parabola's minimum outside the grid")
+    height = max(losses[lr] for lr in used) - losses[best]
     if height > FAR:
         notes.append(f"parabola through a loss {height:.1f} above the lowest")
     return Minimum(x0, c, a, "; ".join(notes))

@@ -288,8 +288,9 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
                                                          slices_v);
     };
     if (has_warpgroup_products()) {
-      // Two blocks fit a multiprocessor, and some would get two where each could have its own: those of the
-      // first piece's transitions end at once, and others take their place elsewhere.
+      // Where each block can have a multiprocessor of its own it asks for so much shared memory that none
+      // takes a second. Else some would: the first piece's transitions, which nobody needs, are blocks that
+      // end at once, but have a multiprocessor when the last blocks look for one.
       const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
       const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = pieces.count - 1;
       const int64_t blocks =

@@ -57,13 +57,14 @@ inline int64_t most_pieces(int64_t tokens, int heads, int slices, int slots) {
 }
 
 constexpr int kJoinRows = 8, kJoinThreads = 512;
+// Columns of dk that join_pieces_kernel is compiled for, a power of two.
 constexpr int join_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : DK; }
 
 // The boundary of piece p + 1 += that of p times M_p^T, p = 1, 2, ..., or (kBackward) that of p - 1 += that
 // of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all pieces. A thread: a
 // column of dk (of kColumns compiled ones) and a part of the sum over dk; then of the total, the column
-// in some of the rows. What a step reads of memory does not wait for the step before: registers hold the
-// thread's part of the matrices of the next steps (kAhead numbers in all), and what the totals add to.
+// in some of the rows. What a step reads of memory does not wait for the step before: registers hold, of each
+// of the next kSteps steps, kAhead numbers of the thread's part of the matrix, and what the totals add to.
 //
 // Floor: a chain of count - 2 steps, each a multiprocessor's 16 dk^2 FLOP and two barriers; the matrices,
 // read from the L2 cache by each block, are a few MB. Reached on an H200: 0.5 us a step at dk = 32.

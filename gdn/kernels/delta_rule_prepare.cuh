@@ -183,7 +183,8 @@ __device__ inline void solve_by_blocks(__half* out, act* tiles, float* transpose
 // kk and qk, a warp's rows of k.k and q.k, become L and P: times D_ij = e^{G_i - G_j} and s D_ij, zeros above
 // the diagonal. In blocks before the diagonal's, whose rows start at token r, D_ij is e^{G_i - G_r} times
 // e^{G_r - G_j}, both at most 1: an exponential a row and a column in place of one an entry. __expf is off by
-// 1e-7 at most, where the results are rounded to fp16 or, on the way to N, to twice bf16.
+// little more than 1e-7, where the results are rounded to fp16 or, on the way to N, to twice bf16.
+// column_decay: this warp's 64 numbers in shared memory.
 __device__ inline void multiply_by_decay(float (&kk)[8][4], float (&qk)[8][4], const float* G,
                                          float* column_decay, float s, int warp) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
@@ -233,8 +234,9 @@ inline int prepare_shared_bytes(int dk) { return (kGates + 4 * kChunk) * 4 + pre
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
-// Reached on an H100: 0.077 ms, 65% of the floor as dev/bench_delta_rule counts it; issue slots 46%, occupancy
-// 28%; on an H200 0.075 ms, and 0.314 (57%) with 16/32 heads of 128.
+// Reached on an H100: 0.077 ms, 65% of the floor as dev/bench_delta_rule counts it; issue slots 46%,
+// occupancy 28%; on an H200 0.075 ms, and 0.314 (57%) with 16/32 heads of 128: all with an exponential an
+// entry, before multiply_by_decay (dev/log.md).
 static __global__ void __launch_bounds__(kPrepareThreads, 5)
     prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
