@@ -5,7 +5,8 @@
 
 Reads CSVs of sweep.py; one panel per optimizer, parametrization and kind of heads. From a parabola through
 the three lowest points of loss against log2(lr), losses averaged over seeds (where a seed has only some of the
-learning rates, after the mean difference between seeds is taken out, so that it bends no curve):
+learning rates, after the mean difference between seeds is taken out, so that it bends no curve; losses more than 0.5
+above a seed's lowest do not count for it):
     shift(d)  = log2( best lr at d / best lr at the base width )
     regret(d) = loss at d with the lr that was best at the base width, minus the best loss at d
 A learning rate at which a seed diverged is not a point of the parabola; it is marked at the top of the plot.
@@ -45,13 +46,16 @@ class Curve:
         return {lr: [losses[lr] for losses in self.by_seed.values() if lr in losses] for lr in lrs}
 
     def offsets(self) -> dict[int, float]:
-        """Each seed's mean difference from the seed that has the most points, over the points of both."""
+        """Each seed's mean difference from the seed that has the most points, over the points that both could train."""
         if not self.by_seed:
             return {}
-        reference = max(self.by_seed.values(), key=len)
-        differences = {
-            seed: [y - reference[lr] for lr, y in losses.items() if lr in reference and lr not in self.bad_lrs]
+        trained = {
+            seed: {lr: y for lr, y in losses.items() if lr not in self.bad_lrs and y <= min(losses.values()) + FAR}
             for seed, losses in self.by_seed.items()
+        }
+        reference = trained[max(self.by_seed, key=lambda seed: len(self.by_seed[seed]))]
+        differences = {
+            seed: [y - reference[lr] for lr, y in losses.items() if lr in reference] for seed, losses in trained.items()
         }
         return {seed: statistics.fmean(d) if d else 0.0 for seed, d in differences.items()}
 

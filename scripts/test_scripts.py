@@ -530,13 +530,19 @@ class Minima(unittest.TestCase):
         self.assertAlmostEqual(of_wide.regret, 0.08 * 0.25)
         self.assertAlmostEqual(of_wide.grid_regret, 0)  # x = -8 and -9 are as good
 
-
     def test_a_seed_with_some_of_the_points_bends_nothing(self) -> None:
         full = parabola(-8.3, 0.04, 4.0, range(-11, -5))
         some = {lr: y + 0.3 for lr, y in full.items() if 2.0**-9 <= lr <= 2.0**-7}
         m = find_minimum(Curve({1: full, 2: some}).mean())
         self.assertAlmostEqual(m.x0, -8.3)
         self.assertAlmostEqual(m.c, 4.15)
+
+    def test_a_learning_rate_that_is_too_high_says_nothing_of_the_difference_between_seeds(self) -> None:
+        full = parabola(-8.3, 0.04, 4.0, range(-11, -5))
+        some = {lr: full[lr] for lr in (2.0**-9, 2.0**-8)} | {2.0**-5: 4.7}
+        m = find_minimum(Curve({1: full | {2.0**-5: 7.0}, 2: some}).mean())
+        self.assertAlmostEqual(m.x0, -8.3)
+        self.assertAlmostEqual(m.c, 4.0)
 
 
 class Plots(InFolder):
