@@ -68,44 +68,56 @@ __device__ inline void store_lower_blocks(__half* to, const float (&x)[8][4], in
     }
 }
 
-// One 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i} L_ik beta_k
-// N_kj. A warp: column lane % 16, the lower lanes write bf16 high and fp16, the upper bf16 low. transposed: L's
-// block, [column][kBlockStride rows].
+// Blocks of L on the diagonal, each transposed: [16 columns][kBlockStride rows].
 constexpr int kBlockStride = 20;
+constexpr int kDiagonalBlock = 16 * kBlockStride;  // floats
 
-__device__ inline void solve_diagonal_block(__half* fp16, act* high, act* low, const float* transposed,
-                                            const float* beta) {
-  const int lane = threadIdx.x % 32, j = lane % 16;
-  act* to = lane < 16 ? high : low;
+// Row block `warp` of L, its block on the diagonal.
+__device__ inline void store_diagonal_block(float* diagonals, const float (&x)[8][4], int warp) {
+  float* to = diagonals + warp * kDiagonalBlock;
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
+#pragma unroll
+  for (int t = 0; t < 8; t++)
+    if (t / 2 == warp)
+#pragma unroll
+      for (int e = 0; e < 4; e++) to[(8 * (t % 2) + c + e % 2) * kBlockStride + g + 8 * (e / 2)] = x[t][e];
+}
+
+// A column of a 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i} L_ik
+// beta_k N_kj. l: L's block, transposed; to the column's places in N's three forms.
+__device__ inline void solve_diagonal_column(__half* fp16, act* high, act* low, const float* l,
+                                             const float* beta, int j) {
   float sum[16];
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {
-    const float4 l = *reinterpret_cast<const float4*>(transposed + j * kBlockStride + i);
-    sum[i] = l.x, sum[i + 1] = l.y, sum[i + 2] = l.z, sum[i + 3] = l.w;
+    const float4 x = *reinterpret_cast<const float4*>(l + j * kBlockStride + i);
+    sum[i] = x.x, sum[i + 1] = x.y, sum[i + 2] = x.z, sum[i + 3] = x.w;
   }
 #pragma unroll
   for (int k = 0; k < 16; k++) {  // sum[k] is done: off the rows below
     const float x = beta[k] * sum[k];
 #pragma unroll
     for (int i = k / 4 * 4; i < 16; i += 4) {
-      const float4 l = *reinterpret_cast<const float4*>(transposed + k * kBlockStride + i);
-      if (i > k) sum[i] -= l.x * x;
-      if (i + 1 > k) sum[i + 1] -= l.y * x;
-      if (i + 2 > k) sum[i + 2] -= l.z * x;
-      if (i + 3 > k) sum[i + 3] -= l.w * x;
+      const float4 y = *reinterpret_cast<const float4*>(l + k * kBlockStride + i);
+      if (i > k) sum[i] -= y.x * x;
+      if (i + 1 > k) sum[i + 1] -= y.y * x;
+      if (i + 2 > k) sum[i + 2] -= y.z * x;
+      if (i + 3 > k) sum[i + 3] -= y.w * x;
     }
-    const float rounded = __bfloat162float(__float2bfloat16_rn(sum[k]));
-    to[k * kSquareStride + j] = __float2bfloat16_rn(lane < 16 ? rounded : sum[k] - rounded);
-    if (lane < 16) fp16[k * kSquareStride + j] = __float2half_rn(sum[k]);
+    const act rounded = __float2bfloat16_rn(sum[k]);
+    high[k * kSquareStride] = rounded;
+    low[k * kSquareStride] = __float2bfloat16_rn(sum[k] - __bfloat162float(rounded));
+    fp16[k * kSquareStride] = __float2half_rn(sum[k]);
   }
 }
 
 // N from L by blocks of 16, x being row block `warp` of L and what is left of it:
 //   N_ii by substitution        N_ij = (I - N_ii diag(beta_i)) (L_ij - sum_{k=j}^{i-1} L_ik diag(beta_k)
 //   N_kj)
-// The products on tensor cores, operands bf16 high + low, sums fp32. N comes out in shared memory, fp16, bf16
+// The products on tensor cores, operands bf16 high + low, sums fp32; the substitution in the two warps that have
+// the fewest products, a lane for each column of the four blocks. N comes out in shared memory, fp16, bf16
 // high and bf16 low [3][64, kSquareStride] at `tiles`, and as fp16 in memory.
-__device__ inline void solve_by_blocks(__half* out, act* tiles, float* transposed, float (&x)[8][4],
+__device__ inline void solve_by_blocks(__half* out, act* tiles, const float* diagonals, float (&x)[8][4],
                                        const float* beta, int warp) {
   __half* fp16 = reinterpret_cast<__half*>(tiles);
   act *high = tiles + kChunk * kSquareStride, *low = high + kChunk * kSquareStride;
@@ -120,18 +132,13 @@ __device__ inline void solve_by_blocks(__half* out, act* tiles, float* transpose
           *reinterpret_cast<const uint4*>(fp16 + row * kSquareStride + column);
     }
   };
-  act *diagonal_high = high + first * kSquareStride + first,
-      *diagonal_low = low + first * kSquareStride + first;
-  transposed += warp * 16 * kBlockStride;
-#pragma unroll
-  for (int t = 0; t < 8; t++)
-    if (t / 2 == warp)
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        transposed[(8 * (t % 2) + c + e % 2) * kBlockStride + g + 8 * (e / 2)] = x[t][e];
-  __syncwarp();
-  solve_diagonal_block(fp16 + first * kSquareStride + first, diagonal_high, diagonal_low, transposed,
-                       beta + first);
+  const act *diagonal_high = high + first * kSquareStride + first,
+            *diagonal_low = low + first * kSquareStride + first;
+  if (warp < 2) {
+    const int block = 2 * warp + lane / 16, j = lane % 16, at = 16 * block * kSquareStride + 16 * block + j;
+    solve_diagonal_column(fp16 + at, high + at, low + at, diagonals + block * kDiagonalBlock,
+                          beta + 16 * block, j);
+  }
   if (warp == 0) write_out();
 #pragma unroll
   for (int k = 0; k < 3; k++) {
@@ -217,12 +224,14 @@ __device__ inline void multiply_by_decay(float (&kk)[8][4], float (&qk)[8][4], c
 
 constexpr int kPrepareThreads = 128;
 
-// q and k, afterwards N and the blocks on L's diagonal.
+// q and k, afterwards N.
 inline int prepare_tiles_bytes(int dk) {
-  return std::max(2 * kChunk * (dk + 8) * 2, 3 * kChunk * kSquareStride * 2 + 4 * 16 * kBlockStride * 4);
+  return std::max(2 * kChunk * (dk + 8) * 2, 3 * kChunk * kSquareStride * 2);
 }
-// The gates, and multiply_by_decay's 64 numbers for each warp.
-inline int prepare_shared_bytes(int dk) { return (kGates + 4 * kChunk) * 4 + prepare_tiles_bytes(dk); }
+// The gates, multiply_by_decay's 64 numbers for each warp, and the blocks on L's diagonal.
+constexpr int kDecayAt = kGates, kDiagonalsAt = kDecayAt + 4 * kChunk;
+constexpr int kPrepareFloats = kDiagonalsAt + 4 * kDiagonalBlock;
+inline int prepare_shared_bytes(int dk) { return 4 * kPrepareFloats + prepare_tiles_bytes(dk); }
 
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
@@ -234,17 +243,17 @@ inline int prepare_shared_bytes(int dk) { return (kGates + 4 * kChunk) * 4 + pre
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
-// Reached on an H100: 0.077 ms, 65% of the floor as dev/bench_delta_rule counts it; issue slots 46%,
-// occupancy 28%; on an H200 0.075 ms, and 0.314 (57%) with 16/32 heads of 128: all with an exponential an
-// entry, before multiply_by_decay (dev/log.md).
+// Reached on an H200: 0.067 ms, 75% of the floor as dev/bench_delta_rule counts it, and 0.285 (63%) with 16/32
+// heads of 128. What it waits for there, by ncu on an earlier version (0.312 ms): issue slots 57% busy, no
+// eligible warp in 42% of the cycles, occupancy 29% by registers and shared memory, DRAM 24%.
 static __global__ void __launch_bounds__(kPrepareThreads, 5)
     prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
   const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), ld = size.dk + 8;
   float* gates = reinterpret_cast<float*>(shared);
-  float* column_decay = gates + kGates;
-  act *q = reinterpret_cast<act*>(column_decay + 4 * kChunk), *k = q + kChunk * ld;
+  float *column_decay = gates + kDecayAt, *diagonals = gates + kDiagonalsAt;
+  act *q = reinterpret_cast<act*>(gates + kPrepareFloats), *k = q + kChunk * ld;
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
   const act* inputs = qkv + row * size.channels;
@@ -273,11 +282,11 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
     }
   }
   multiply_by_decay(kk, qk, gates + kLogDecay * kChunk, column_decay + kChunk * warp, s, warp);
+  store_diagonal_block(diagonals, kk, warp);
   __half* out = matrices + number * 2 * kSquare;
   store_lower_blocks(out + kSquare, qk, warp);
-  __syncthreads();  // q and k become N and the blocks on L's diagonal
-  float* transposed = reinterpret_cast<float*>(q + 3 * kChunk * kSquareStride);
-  solve_by_blocks(out, q, transposed, kk, gates + kBeta * kChunk, warp);
+  __syncthreads();  // q and k become N
+  solve_by_blocks(out, q, diagonals, kk, gates + kBeta * kChunk, warp);
 }
 
 }  // namespace delta_rule
