@@ -365,12 +365,15 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // whose 50 steps are half the warm-up of a run this short (losses 0.1 higher, spikes), and an embedding that
 // moves too fast for its size (-init_of embedding=4).
 //
-// With GPT-2's 50304 tokens SGD's transfer is not shown (dev/results/2026-11-28_h200_third; two seeds). What
-// made wide models fail there first is the embedding: with a quarter of the base's learning rate d = 256 ends
-// at 4.56 and d = 1024 at 5.11, with a sixteenth at 4.57 and 4.27. With that the grid's best is 12.8 at 256
-// and 6.4 at 512 and 1024, where 12.8 costs 0.09 and 0.13; and if gains and taps go four times slower, 12.8
-// is better than 6.4 at 1024 too, at 4.229. These are the tensors whose learning rate the table above lets
-// grow as d. The exponents come from gradients Theta(1/d), which finite widths only approach: question 1.
+// With GPT-2's 50304 tokens (dev/results/2026-11-28_h200_fourth; two seeds) what made wide models fail
+// first is the embedding: with a quarter of the base's learning rate d = 256 ends at 4.56 and d = 1024 at
+// 5.11, with a sixteenth at 4.57 and 4.27. What made two seeds differ by 0.11 at d = 512 is the size at
+// which hidden weights start. kBaseStd is a third of d^-1/2 at the base, so each of them shrinks what
+// passes through it and the gradients of its neighbours, to which AdamW is blind and SGD is not. With four
+// times that (-init_of hidden=4) seeds differ by 0.01, and of learning rates a factor 2 apart 12.8 is the
+// best at 256, 512 and 1024: 4.468, 4.323, 4.200. Half of it costs 0.165, 0.153, 0.135; twice of it cannot
+// be trained at any width. That edge is not at one place: at 18.1 (one seed) 256 and 512 end 0.06 and 0.21
+// higher, 1024 0.009 lower.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
 // every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of
@@ -378,11 +381,12 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // fan-in). Measured (bytes of books, base 256, d = 1024, two seeds; dev/results/2026-11-28_h200_second):
 // as hidden weights they cost 0.0022, 0.0001, 0.0018 under AdamW at 2e-3, 4e-3, 8e-3 and 0.0025, 0.0064,
 // 0.0091 under SGD at 0.4, 0.8, 1.6. The rule of [TP5] is better, and stays.
-// With GPT-2's tokens there is a hint of the contrary under SGD (above). Gradients of models after 200 steps
-// of SGD (bytes, d = 128 to 512, lr 0.2, one seed; dev/results/2026-11-28_cpu) have slopes -0.9 to -1.3 for
-// the norms' gains and -1.06 for the embedding, as derived, but -0.6 for the taps of v and the output gain,
-// whose updates then grow as d^0.4; near the edge of what can be trained (lr 0.8) most fall more slowly than
-// 1/d.
+// With GPT-2's tokens, and hidden weights twice kBaseStd, gains and taps are what fails first at lr 25.6:
+// at a quarter of their learning rate d = 256 ends at 4.64 there, without at 6.6 (two seeds), but no lower
+// than it does at 12.8. Gradients of models after 200 steps of SGD (bytes, d = 128 to 512, lr 0.2, one
+// seed; dev/results/2026-11-28_cpu) have slopes -0.9 to -1.3 for the norms' gains and -1.06 for the
+// embedding, as derived, but -0.6 for the taps of v and the output gain, whose updates then grow as d^0.4;
+// near the edge of what can be trained (lr 0.8) most fall more slowly than 1/d.
 //
 // Open question 3: decay. AdamW shrinks a weight by lr decay a step with the tensor's own lr, so hidden
 // weights forget over 1 / (lr decay) ~ d steps. The independent form keeps lr decay constant in d: divide the

@@ -49,7 +49,7 @@ SHARDS=(-i "$DATA/books_train_*.bin" -j "$DATA/books_val_*.bin")
 ADAMW_LRS=5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 SGD_LRS=1.6,3.2,6.4,12.8,25.6,51.2
 # The base's constants for GPT-2's tokens (dev/tuning.md)
 TOKENS_ADAMW="-logit_factor 4"
-TOKENS_SGD="-mom 0.95 -clip 0.25 -logit_factor 4 -init_of hidden=2 -lr_of embedding=0.0625 -warmup $((STEPS / 2))"
+TOKENS_SGD="-mom 0.95 -clip 0.25 -logit_factor 4 -init_of hidden=4 -lr_of embedding=0.0625 -warmup $((STEPS / 2))"
 read -r -a MORE <<<"${OPTIONS:-}"  # of train_gdn's options, to try the script out on a small machine
 SCHEDULE=(-n "$STEPS" -warmup "$((STEPS / 10))" "${MORE[@]}")
 cut_off=0 problems=0
