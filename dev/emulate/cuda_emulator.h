@@ -2,8 +2,10 @@
 // gdn/cuda_device.cuh, and with these functions in place of their assembly. A thread is a fiber, a block's threads take
 // turns, and change places where they wait for each other or exchange registers. Blocks run one after another.
 //
-// It shows what a kernel computes, on machines without a GPU. It does not show speed, nor a missing wait: copies and
-// products of a warpgroup are done at once here, on a GPU later.
+// It shows what a kernel computes, on machines without a GPU, and not its speed. Copies to shared memory and products
+// of a warpgroup, which a GPU does some time between their start and the wait for them, are done at once, or, if
+// `late`, at the wait, of what registers and memory hold then; and then the last threads go first. So a missing wait
+// or barrier mostly shows, in one of the two.
 #pragma once
 
 #include <setjmp.h>
@@ -14,6 +16,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -112,18 +115,41 @@ using std::min;
 
 namespace emulator {
 
+inline bool late = false;
+
+// A thread's copies or products that were started, in groups; `open` of the newest are in none yet.
+struct Pending {
+  std::deque<std::function<void()>> work;
+  std::deque<size_t> groups;
+  size_t open = 0;
+
+  void add(const std::function<void()>& f) {
+    if (!late) return f();
+    work.push_back(f);
+    open++;
+  }
+  void close() { groups.push_back(open), open = 0; }
+  void do_all_but(size_t newest) {
+    for (; groups.size() > newest; groups.pop_front())
+      for (size_t i = 0; i < groups.front(); i++) {
+        work.front()();
+        work.pop_front();
+      }
+  }
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf at;
   std::vector<char> stack;
   bool begun, done;
+  Pending copies, products;
 };
 inline std::vector<Fiber> fibers;
 inline int current;
 inline ucontext_t scheduler_start;
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
-
 inline void yield() {
   if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
 }
@@ -165,6 +191,7 @@ inline void run_block(int threads, const std::function<void()>& call) {
   for (Fiber& fiber : fibers) {
     fiber.stack.resize(1 << 17);
     fiber.begun = fiber.done = false;
+    fiber.copies = fiber.products = {};
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.data();
     fiber.start.uc_stack.ss_size = fiber.stack.size();
@@ -172,11 +199,15 @@ inline void run_block(int threads, const std::function<void()>& call) {
     makecontext(&fiber.start, run_fiber, 0);
   }
   for (int left = threads; left > 0;)
-    for (int i = 0; i < threads; i++)
-      if (!fibers[size_t(i)].done) {
-        resume(i);
-        left -= fibers[size_t(i)].done;
-      }
+    for (int turn = 0; turn < threads; turn++) {
+      const int i = late ? threads - 1 - turn : turn;
+      if (fibers[size_t(i)].done) continue;
+      resume(i);
+      left -= fibers[size_t(i)].done;
+    }
+  for (const Fiber& fiber : fibers)
+    if (!fiber.copies.work.empty() || !fiber.products.work.empty())
+      throw std::logic_error("copies or products that nobody waited for");
 }
 
 // kernel<<<grid, threads>>>
@@ -272,6 +303,22 @@ inline uint16_t load_16_bits(uint32_t address) {
 inline float number(uint16_t x, bool fp16) { return fp16 ? __half2float({x}) : __bfloat162float({x}); }
 inline uint16_t half_of(uint32_t word, int which) { return uint16_t(word >> 16 * which); }
 
+inline Pending& copies() { return fibers[size_t(current)].copies; }
+inline Pending& products() { return fibers[size_t(current)].products; }
+inline void copy(void* to, const void* from, size_t bytes, bool valid) {
+  copies().add([=] {
+    if (valid)
+      std::memcpy(to, from, bytes);
+    else
+      std::memset(to, 0, bytes);
+  });
+}
+// cp.async.wait_all: of those in no group, too
+inline void copies_arrived() {
+  copies().close();
+  copies().do_all_but(0);
+}
+
 inline void ldmatrix(uint32_t (&r)[4], uint32_t address, bool transposed) {
   const Words* all = warp_share({address});
   const int g = int(threadIdx.x % 32 / 4), c = int(threadIdx.x % 4);
@@ -321,7 +368,7 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 
 // d [16 rows of this warp, 8 tiles columns] = a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
 // in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_passes_wgmma.cuh).
-inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
+inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
   const Words* all = warp_share({a[0], a[1], a[2], a[3]});
   float rows[2][16];
   rows_of_a(rows, all, true);
@@ -338,6 +385,10 @@ inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t des
       d[t][e] = float((add ? d[t][e] : 0) + sum);
     }
   warp_read();
+}
+inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
+  const uint32_t(*operand)[4] = &a;  // what it holds when the product is done
+  products().add([=] { wgmma_now(d, tiles, *operand, descriptor, add, by_n); });
 }
 
 }  // namespace emulator

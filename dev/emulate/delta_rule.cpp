@@ -215,8 +215,19 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
   const Results reference = outputs(shape, o, dqkv, dg, dbeta);
 
   for (const bool warpgroups : {false, true}) {
-    const Results whole = run<DK>(shape, in, shape.chunks(), warpgroups);
-    const Results cut = run<DK>(shape, in, piece_chunks, warpgroups);
+    const auto in_pieces_of = [&](int chunks) {
+      emulator::late = true;
+      const Results late = run<DK>(shape, in, chunks, warpgroups);
+      emulator::late = false;
+      const Results results = run<DK>(shape, in, chunks, warpgroups);
+      for (int i = 0; i < kResults; i++) {
+        const bool same = std::memcmp(late.of[i].data(), results.of[i].data(), 8 * results.of[i].size()) == 0;
+        const double error = same ? 0 : relative_error(late.of[i], results.of[i]);
+        expect(same, "copies and products late against at once", kNames[i], error, 0);
+      }
+      return results;
+    };
+    const Results whole = in_pieces_of(shape.chunks()), cut = in_pieces_of(piece_chunks);
     std::printf("%-8s B=%d T=%d Hk=%d Hv=%d dk=%d dv=%d, decay %g: ", warpgroups ? "wgmma" : "mma.sync", batch, tokens,
                 heads_k, heads_v, dk, dv, double(decay));
     for (int i = 0; i < kOutputs; i++)

@@ -5,8 +5,9 @@
 
 It compiles gdn/kernels/delta_rule_*.cuh with g++ and cuda_emulator.h; functions that are assembly are replaced by the
 emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma, gradients_kernel, and the passes over
-pieces of a sequence. So a wrong index or equation is found on a machine without a GPU; a missing wait is not. Under a
-minute.
+pieces of a sequence. So a wrong index or equation is found on a machine without a GPU; and, since copies and products
+are done at once in one run and as late as a wait allows in a second, whose bits must be the same, most missing waits
+and barriers. About a minute.
 """
 
 import argparse
@@ -27,16 +28,16 @@ MMA = {
     "mma_bf16": "emulator::mma(c, a, b0, b1, false);",
     "mma_fp16": "emulator::mma(c, a, b0, b1, true);",
     "transpose_8x8": "return emulator::transpose_8x8(x);",
-    "copy_16_bytes": "if (valid) std::memcpy(to, from, 16); else std::memset(to, 0, 16);",
-    "copy_4_bytes": "std::memcpy(to, from, 4);",
-    "copies_issued": "",
-    "copies_arrived": "",
-    "copies_arrived_but_one": "",
+    "copy_16_bytes": "emulator::copy(to, from, 16, valid);",
+    "copy_4_bytes": "emulator::copy(to, from, 4, true);",
+    "copies_issued": "emulator::copies().close();",
+    "copies_arrived": "emulator::copies_arrived();",
+    "copies_arrived_but_one": "emulator::copies().do_all_but(1);",
 }
 WGMMA = {
     "products_begin": "",
-    "products_issued": "",
-    "products_done": "",
+    "products_issued": "emulator::products().close();",
+    "products_done": "emulator::products().do_all_but(pending);",
     "publish_to_products": "",
     "pin": "",
     "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN);",
