@@ -365,15 +365,15 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // whose 50 steps are half the warm-up of a run this short (losses 0.1 higher, spikes), and an embedding that
 // moves too fast for its size (-init_of embedding=4).
 //
-// With GPT-2's 50304 tokens (dev/results/2026-11-28_h200_fourth; two seeds) what made wide models fail
-// first is the embedding: with a quarter of the base's learning rate d = 256 ends at 4.56 and d = 1024 at
-// 5.11, with a sixteenth at 4.57 and 4.27. What made two seeds differ by 0.11 at d = 512 is the size at
-// which hidden weights start. kBaseStd is a third of d^-1/2 at the base, so each of them shrinks what
-// passes through it and the gradients of its neighbours, to which AdamW is blind and SGD is not. With four
-// times that (-init_of hidden=4) seeds differ by 0.01, and of learning rates a factor 2 apart 12.8 is the
-// best at 256, 512 and 1024: 4.468, 4.323, 4.200. Half of it costs 0.165, 0.153, 0.135; twice of it cannot
-// be trained at any width. That edge is not at one place: at 18.1 (one seed) 256 and 512 end 0.06 and 0.21
-// higher, 1024 0.009 lower.
+// With GPT-2's 50304 tokens (dev/results/2026-11-28_h200_fourth; two seeds) what made wide models fail first
+// is the embedding: with a quarter of the base's learning rate d = 256 ends at 4.56 and d = 1024 at 5.11,
+// with a sixteenth at 4.57 and 4.27. What made two seeds differ by 0.11 at d = 512 is the size at which
+// hidden weights start. kBaseStd is a third of d^-1/2 at the base, so each of them shrinks what passes
+// through it and the gradients of its neighbours, to which AdamW is blind and SGD is not. With four times
+// that (-init_of hidden=4; on the built-in stories no gain, 2026-11-28_cpu) seeds differ by 0.01, and of
+// learning rates a factor 2 apart 12.8 is the best at 256, 512 and 1024: 4.468, 4.323, 4.200. Half of it
+// costs 0.165, 0.153, 0.135; at twice of it five runs of six end at 6.4 or more. That edge is not at one
+// place: at 18.1 (one seed) 256 and 512 end 0.06 and 0.21 higher, 1024 0.009 lower.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
 // every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of

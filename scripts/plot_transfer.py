@@ -76,11 +76,7 @@ class Minimum:
     c: float
     a: float | None
     note: str
-
-    @property
-    def bracketed(self) -> bool:
-        """Whether higher losses were measured on both sides, not far above: shift and regret are more than bounds."""
-        return self.a is not None and not any(word in self.note for word in ("edge", "outside", "above the lowest"))
+    bracketed: bool  # higher losses were measured on both sides, not far above: shift and regret are more than bounds
 
     def loss(self, x: float) -> float:
         return self.c + self.a * (x - self.x0) ** 2 if self.a is not None else math.nan
@@ -107,13 +103,15 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
     lowest = sorted(losses, key=losses.__getitem__)[:3]
     best, lrs = lowest[0], sorted(losses)
     notes = []
-    if any(lr > best for lr in bad_lrs) and best == lrs[-1]:
+    next_to_diverged = best == lrs[-1] and any(lr > best for lr in bad_lrs)
+    at_edge = best in (lrs[0], lrs[-1]) and not next_to_diverged
+    if next_to_diverged:
         notes.append("minimum next to a diverged lr")
-    elif best in (lrs[0], lrs[-1]):
+    if at_edge:
         notes.append(f"minimum at the grid's {'lower' if best == lrs[0] else 'upper'} edge")
     if len(lowest) < 3:
         notes.append(f"only {len(lowest)} points")
-        return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
+        return Minimum(math.log2(best), losses[best], None, "; ".join(notes), False)
     first = min(max(lrs.index(best) - 1, 0), len(lrs) - 3)
     around, three = lrs[first : first + 3], sorted(lowest)
     used = around  # the three lowest points, unless one of them is no neighbour
@@ -128,14 +126,15 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
             notes.append("three lowest points on one side")
     if fit is None:
         notes.append("three lowest points have no minimum")
-        return Minimum(math.log2(best), losses[best], None, "; ".join(notes))
+        return Minimum(math.log2(best), losses[best], None, "; ".join(notes), False)
     x0, c, a = fit
-    if not math.log2(lrs[0]) <= x0 <= math.log2(lrs[-1]):
+    inside = math.log2(lrs[0]) <= x0 <= math.log2(lrs[-1])
+    if not inside:
         notes.append("parabola's minimum outside the grid")
     height = max(losses[lr] for lr in used) - losses[best]
     if height > FAR:
         notes.append(f"parabola through a loss {height:.1f} above the lowest")
-    return Minimum(x0, c, a, "; ".join(notes))
+    return Minimum(x0, c, a, "; ".join(notes), inside and not at_edge and height <= FAR)
 
 
 @dataclass

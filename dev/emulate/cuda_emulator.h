@@ -150,6 +150,7 @@ inline int current;
 inline ucontext_t scheduler_start;
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
+
 inline void yield() {
   if (_setjmp(fibers[current].at) == 0) _longjmp(scheduler, 1);
 }
@@ -386,8 +387,9 @@ inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t
     }
   warp_read();
 }
+// The same, now or late. What d and a name has to be there until the wait.
 inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
-  const uint32_t(*operand)[4] = &a;  // what it holds when the product is done
+  const uint32_t(*operand)[4] = &a;
   products().add([=] { wgmma_now(d, tiles, *operand, descriptor, add, by_n); });
 }
 
