@@ -372,7 +372,7 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // through it and the gradients of its neighbours, to which AdamW is blind and SGD is not. With four times
 // that (-init_of hidden=4; on the built-in stories no gain, 2026-11-28_cpu) seeds differ by 0.01, and of
 // learning rates a factor 2 apart 12.8 is the best at 256, 512 and 1024: 4.468, 4.323, 4.200. Half of it
-// costs 0.165, 0.153, 0.135; at twice of it five runs of six end at 6.4 or more. That edge is not at one
+// costs 0.165, 0.153, 0.135; at twice of it five runs of six end at 6.39 or more. That edge is not at one
 // place: at 18.1 (one seed) 256 and 512 end 0.06 and 0.21 higher, 1024 0.009 lower.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
