@@ -137,8 +137,8 @@ __device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const
                                  const GradientCursor& at) {
   const act* inputs = in.qkv + at.row(size) * size.channels;
   const int n = size.rows_in(at.chunk), hk = at.key_head;
-  copy_tile(q, ld, inputs + size.q_column(hk), size.channels, kChunk, ld, n, size.dk);
-  copy_tile(q + kChunk * ld, ld, inputs + size.k_column(hk), size.channels, kChunk, ld, n, size.dk);
+  copy_tile(q, ld, inputs + size.q_column(hk), size.channels, ld, n, size.dk);
+  copy_tile(q + kChunk * ld, ld, inputs + size.k_column(hk), size.channels, ld, n, size.dk);
 }
 
 __device__ inline void copy_segment(const Segment& segment, const GradientInputs& in, const Sizes& size,
@@ -603,8 +603,8 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
         copies_issued();
       }
       copies_arrived();
-      copied_to_fp16(q, ld, kChunk, ld);
-      copied_to_fp16(k, ld, kChunk, ld);
+      copied_to_fp16(q, ld, ld);
+      copied_to_fp16(k, ld, ld);
     }
     const int lane = threadIdx.x % 32, groups = size.dv / 16;
     const int both = lane < groups ? segment.exponents[lane] + segment.d_exponents[lane] : 1 << 20;

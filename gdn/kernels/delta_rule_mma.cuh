@@ -244,39 +244,33 @@ __device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: 
 // All groups of this thread's copies but the newest have arrived.
 __device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// The block starts copying a [rows, columns] tile of 16-bit numbers to shared memory (row strides ld and stride, in
-// elements); zeros from row valid_rows and column valid_columns on. Columns in multiples of 8.
+// f(row, vector) for this thread's 16-byte vectors of a [64, columns] tile of 16-bit numbers; columns in multiples of 8.
+// Eight threads take a row, so that a thread's rows are a fixed number apart, whatever the columns.
+template <class F>
+__device__ inline void for_my_vectors(int columns, int threads, const F& f) {
+  const int first = threadIdx.x / 8, step = threads / 8;
+#pragma unroll 1
+  for (int vector = threadIdx.x % 8; vector < columns / 8; vector += 8)
+#pragma unroll 4
+    for (int row = 0; row < kChunk; row += step)
+      if (kChunk % step == 0 || row + first < kChunk) f(row + first, vector);
+}
+
+// The block, of as many threads, starts copying a [64, columns] tile of 16-bit numbers to shared memory (row strides ld
+// and stride, in elements); zeros from row valid_rows and column valid_columns on.
 template <class T>
-__device__ inline void copy_tile(T* to, int ld, const T* from, int64_t stride, int rows, int columns,
-                                 int valid_rows, int valid_columns) {
-  const int vectors = columns / 8, step_rows = blockDim.x / vectors, step_vectors = blockDim.x % vectors;
-  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
-  while (row < rows) {
-    const bool valid = row < valid_rows && 8 * vector < valid_columns;
-    copy_16_bytes(to + row * ld + 8 * vector, valid ? from + row * stride + 8 * vector : from, valid);
-    row += step_rows;
-    vector += step_vectors;
-    if (vector >= vectors) {
-      vector -= vectors;
-      row++;
-    }
-  }
+__device__ inline void copy_tile(T* to, int ld, const T* from, int64_t stride, int columns, int valid_rows,
+                                 int valid_columns, int threads = blockDim.x) {
+  for_my_vectors(columns, threads, [&](int row, int vector) {
+    copy_16_bytes(to + row * ld + 8 * vector, from + row * stride + 8 * vector,
+                  row < valid_rows && 8 * vector < valid_columns);
+  });
 }
 
 // What copy_tile copied of a bf16 tile becomes fp16, times 1: each thread what it copied itself, once its copies
 // have arrived.
-__device__ inline void copied_to_fp16(act* tile, int ld, int rows, int columns) {
-  const int vectors = columns / 8, step_rows = blockDim.x / vectors, step_vectors = blockDim.x % vectors;
-  int row = threadIdx.x / vectors, vector = threadIdx.x % vectors;
-  while (row < rows) {
-    to_fp16(tile + row * ld + 8 * vector, 1.f);
-    row += step_rows;
-    vector += step_vectors;
-    if (vector >= vectors) {
-      vector -= vectors;
-      row++;
-    }
-  }
+__device__ inline void copied_to_fp16(act* tile, int ld, int columns) {
+  for_my_vectors(columns, blockDim.x, [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
 }
 
 // The block writes zeros to `bytes` (a multiple of 16) of shared memory.

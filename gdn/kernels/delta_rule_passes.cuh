@@ -71,10 +71,10 @@ __device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
   const act* inputs = qkv + row * size.channels;
   const int n = size.rows_in(chunk), columns = 16 * block.warps;
-  copy_tile(stage.q, DK + 8, inputs + size.q_column(block.hk), size.channels, kChunk, size.dk, n, size.dk);
-  copy_tile(stage.k, DK + 8, inputs + size.k_column(block.hk), size.channels, kChunk, size.dk, n, size.dk);
+  copy_tile(stage.q, DK + 8, inputs + size.q_column(block.hk), size.channels, size.dk, n, size.dk);
+  copy_tile(stage.k, DK + 8, inputs + size.k_column(block.hk), size.channels, size.dk, n, size.dk);
   copy_tile(stage.values, columns + 8, values + row * values_stride + block.first_column, values_stride,
-            kChunk, columns, n, size.dv - block.first_column);
+            columns, n, size.dv - block.first_column);
   copy_lower_blocks(stage.squares, matrices + number * 2 * kSquare);
   for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
     copy_16_bytes(stage.gates + 4 * i, gates + number * kGates + 4 * i, true);
@@ -85,8 +85,8 @@ __device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block
 template <int DK>
 __device__ inline void receive_chunk(const PassStage& stage, const Sizes& size) {
   copies_arrived();
-  copied_to_fp16(stage.q, DK + 8, kChunk, size.dk);
-  copied_to_fp16(stage.k, DK + 8, kChunk, size.dk);
+  copied_to_fp16(stage.q, DK + 8, size.dk);
+  copied_to_fp16(stage.k, DK + 8, size.dk);
 }
 
 // c [16,64] += a b^T for 16 columns of dk; b: walk_columns at rows [64,dk] in shared memory

@@ -214,7 +214,7 @@ __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
 }
 
 // Waits for a chunk's inputs; the block and its products see them after it has synchronised. Each warp
-// converts what it copied.
+// converts what it copied, in the forward while the products run that end the chunk before.
 template <int DK, int kGroups, bool kWithQ>
 __device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage) {
   copies_arrived();
@@ -393,6 +393,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
   clear_matrices<Stage>(tiles);
   copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
              matrices, gates);
+  receive_chunk(Stage(tiles, block.first_chunk & 1));
 
   float state[DK / 8][4] = {};
   if (active && block.piece > 0)
@@ -406,7 +407,6 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     const int n = active ? size.rows_in(chunk) : 0;
     act* staging = stage.values() + 16 * warp;
     const uint32_t v_columns = walk_columns(staging, ld);
-    receive_chunk(stage);
     __syncthreads();
 
     exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
@@ -428,6 +428,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     products_begin();
     start_square<kByK>(E, a, tile_descriptor(stage.n()));
     products_issued();
+    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
     products_done<0>();
     pin(E);
     if (kQWithK) pin(O), pin(state);
@@ -438,13 +439,13 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
     operands(a, E);
     scaled_operands(update, E, stage.gates() + kToEnd * kChunk, 1.f);
-    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
     if (!kQWithK) {  // first what frees registers
       pin(state), pin(update), pin(S);
       products_begin();
       start_update_state<DK>(state, update, tile_descriptor(stage.k()));
       products_issued();
       if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
+      if (chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, (chunk + 1) & 1));
       products_done<0>();
       pin(state);
       products_begin();
@@ -463,6 +464,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
       start_update_state<DK>(state, update, tile_descriptor(stage.k()));
       products_issued();
       if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
+      if (chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, (chunk + 1) & 1));
     }
     products_done<kQWithK ? 1 : 0>();
     pin(O);
@@ -599,6 +601,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   clear_matrices<Stage>(tiles);
   copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
              matrices, gates);
+  receive_chunk(Stage(tiles, block.first_chunk & 1));
 
   float state[DK / 8][4] = {};
   if (transition)
@@ -610,7 +613,6 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const Stage stage(tiles, chunk & 1);
     const uint32_t v_columns = walk_columns(stage.values() + 16 * warp, ld);
-    receive_chunk(stage);
     __syncthreads();
 
     exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
@@ -638,6 +640,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     products_begin();
     start_update_state<DK>(state, a, tile_descriptor(stage.k()));
     products_issued();
+    if (chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, (chunk + 1) & 1));
     products_done<0>();
     pin(state);
   }

@@ -233,6 +233,25 @@ constexpr int kDecayAt = kGates, kDiagonalsAt = kDecayAt + 4 * kChunk;
 constexpr int kPrepareFloats = kDiagonalsAt + 4 * kDiagonalBlock;
 inline int prepare_shared_bytes(int dk) { return 4 * kPrepareFloats + prepare_tiles_bytes(dk); }
 
+// qk, kk [16 rows, 16 kBlocks columns] += a warp's rows of q and k times the first rows of k.
+template <int kBlocks>
+__device__ inline void add_lower_products(float (&qk)[8][4], float (&kk)[8][4], uint32_t q_rows, uint32_t k_rows,
+                                          uint32_t k_columns, int ld, int dk) {
+#pragma unroll 1
+  for (int e = 0; e < dk; e += 16) {
+    uint32_t a_q[4], a_k[4], b_k[kBlocks][4];
+    ldmatrix(a_q, q_rows + 2 * e);
+    ldmatrix(a_k, k_rows + 2 * e);
+#pragma unroll
+    for (int t = 0; t < kBlocks; t++) ldmatrix(b_k[t], k_columns + 2 * (16 * t * ld + e));
+#pragma unroll
+    for (int t = 0; t < kBlocks; t++) {
+      mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b_k[t]);
+      mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b_k[t]);
+    }
+  }
+}
+
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
 //   P_ij = s D_ij (q_i . k_j), i >= j     gates: beta, e^G, e^{G_C - G}, G
@@ -256,30 +275,31 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
   act *q = reinterpret_cast<act*>(gates + kPrepareFloats), *k = q + kChunk * ld;
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
-  const act* inputs = qkv + row * size.channels;
-  copy_tile(q, ld, inputs + size.q_column(hk), size.channels, kChunk, size.dk, n, size.dk);
-  copy_tile(k, ld, inputs + size.k_column(hk), size.channels, kChunk, size.dk, n, size.dk);
+  const act* inputs = qkv + row * size.channels + size.q_column(hk);
+  const int q_to_k = size.k_column(0) - size.q_column(0);
+  for_my_vectors(size.dk, kPrepareThreads, [&](int i, int vector) {
+    const act* from = inputs + i * size.channels + 8 * vector;
+    act* to = q + i * ld + 8 * vector;
+    copy_16_bytes(to, from, i < n);
+    copy_16_bytes(to + kChunk * ld, from + q_to_k, i < n);
+  });
   copies_issued();
   chunk_gates(gates, g + row * size.heads_v + h, beta + row * size.heads_v + h, size.heads_v, n);
   copies_arrived();
   __syncthreads();
-  for (int i = threadIdx.x; i < kGates; i += kPrepareThreads) gates_out[number * kGates + i] = gates[i];
+#pragma unroll
+  for (int i = 0; i < kGates; i += kPrepareThreads)
+    gates_out[number * kGates + i + threadIdx.x] = gates[i + threadIdx.x];
 
-  const int warp = threadIdx.x / 32, first = 16 * warp;  // this warp's rows
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), first = 16 * warp;  // its rows; known to be the warp's
   float qk[8][4] = {}, kk[8][4] = {};
   const uint32_t q_rows = walk_rows(q + first * ld, ld), k_rows = walk_rows(k + first * ld, ld);
   const uint32_t k_columns = walk_columns(k, ld);
-  for (int e = 0; e < size.dk; e += 16) {
-    uint32_t a_q[4], a_k[4], b_k[4];
-    ldmatrix(a_q, q_rows + 2 * e);
-    ldmatrix(a_k, k_rows + 2 * e);
-#pragma unroll
-    for (int t = 0; t < 4; t++) {
-      if (t > warp) continue;
-      ldmatrix(b_k, k_columns + 2 * (16 * t * ld + e));
-      mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b_k);
-      mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b_k);
-    }
+  switch (warp) {
+    case 0: add_lower_products<1>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk); break;
+    case 1: add_lower_products<2>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk); break;
+    case 2: add_lower_products<3>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk); break;
+    default: add_lower_products<4>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk);
   }
   multiply_by_decay(kk, qk, gates + kLogDecay * kChunk, column_decay + kChunk * warp, s, warp);
   store_diagonal_block(diagonals, kk, warp);
