@@ -1,5 +1,5 @@
-// Tensor-core pieces of the gated delta rule: warp-level products of 16-row tiles, fp16 or bf16 operands, fp32
-// accumulators.
+// Tensor-core pieces of the gated delta rule: warp-level products of 16-row tiles, fp16 or bf16 operands,
+// fp32 accumulators.
 //
 // mma.m16n8k16, lane = 4 g + c:
 //   A [16,16]  a0 = (row g, k 2c, 2c+1)       a1 = (row g+8, the same k)    a2, a3 = a0, a1 at k + 8
@@ -87,14 +87,14 @@ __device__ inline uint32_t pack_fp16(float x, float y) {
   return *reinterpret_cast<uint32_t*>(&word);
 }
 
-// x = high + low to 16 bits or more, both bf16.
+// x = high + low, both fp16: to 22 bits, and not below 2^-25.
 __device__ inline void split(uint32_t& high, uint32_t& low, float x, float y) {
-  high = pack_bf16(x, y);
-  const float2 h = unpack_bf16(high);
-  low = pack_bf16(x - h.x, y - h.y);
+  high = pack_fp16(x, y);
+  const float2 h = unpack_fp16(high);
+  low = pack_fp16(x - h.x, y - h.y);
 }
 
-// The bf16 A operand, high and low, of two neighbouring accumulator tiles.
+// The fp16 A operand, high and low, of two neighbouring accumulator tiles.
 __device__ inline void split(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
                              const float (&right)[4]) {
   split(high[0], low[0], left[0], left[1]);
@@ -111,13 +111,13 @@ __device__ inline void operand(uint32_t (&out)[4], const float (&left)[4], const
   out[3] = pack_fp16(right[2], right[3]);
 }
 
-// Two tiles += (a high + a low) (b high + b low) in bf16, without low * low
+// Two tiles += (a high + a low) (b high + b low) in fp16, without low * low
 __device__ inline void mma_pair_split(float (&left)[4], float (&right)[4], const uint32_t (&high)[4],
                                       const uint32_t (&low)[4], const uint32_t (&b_high)[4],
                                       const uint32_t (&b_low)[4]) {
-  mma_pair_bf16(left, right, high, b_high);
-  mma_pair_bf16(left, right, low, b_high);
-  mma_pair_bf16(left, right, high, b_low);
+  mma_pair(left, right, high, b_high);
+  mma_pair(left, right, low, b_high);
+  mma_pair(left, right, high, b_low);
 }
 
 // Two tiles (16 tokens from `token` on): each column times its token's gate.
@@ -244,8 +244,9 @@ __device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: 
 // All groups of this thread's copies but the newest have arrived.
 __device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// f(row, vector) for this thread's 16-byte vectors of a [64, columns] tile of 16-bit numbers; columns in multiples of 8.
-// Eight threads take a row, so that a thread's rows are a fixed number apart, whatever the columns.
+// f(row, vector) for this thread's 16-byte vectors of a [64, columns] tile of 16-bit numbers, columns in
+// multiples of
+// 8. Eight threads take a row, so that a thread's rows are a fixed number apart, whatever the columns.
 template <class F>
 __device__ inline void for_my_vectors(int columns, int threads, const F& f) {
   const int first = threadIdx.x / 8, step = threads / 8;
@@ -256,21 +257,22 @@ __device__ inline void for_my_vectors(int columns, int threads, const F& f) {
       if (kChunk % step == 0 || row + first < kChunk) f(row + first, vector);
 }
 
-// The block, of as many threads, starts copying a [64, columns] tile of 16-bit numbers to shared memory (row strides ld
-// and stride, in elements); zeros from row valid_rows and column valid_columns on.
+// The block starts copying a [64, columns] tile of 16-bit numbers to shared memory (row strides ld and
+// stride, in elements); zeros from row valid_rows and column valid_columns on.
 template <class T>
 __device__ inline void copy_tile(T* to, int ld, const T* from, int64_t stride, int columns, int valid_rows,
-                                 int valid_columns, int threads = blockDim.x) {
-  for_my_vectors(columns, threads, [&](int row, int vector) {
+                                 int valid_columns) {
+  for_my_vectors(columns, blockDim.x, [&](int row, int vector) {
     copy_16_bytes(to + row * ld + 8 * vector, from + row * stride + 8 * vector,
                   row < valid_rows && 8 * vector < valid_columns);
   });
 }
 
-// What copy_tile copied of a bf16 tile becomes fp16, times 1: each thread what it copied itself, once its copies
-// have arrived.
+// What copy_tile copied of a bf16 tile becomes fp16, times 1: each thread what it copied itself, once its
+// copies have arrived.
 __device__ inline void copied_to_fp16(act* tile, int ld, int columns) {
-  for_my_vectors(columns, blockDim.x, [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
+  for_my_vectors(columns, blockDim.x,
+                 [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
 }
 
 // The block writes zeros to `bytes` (a multiple of 16) of shared memory.

@@ -53,18 +53,17 @@ __device__ inline void chunk_gates(float* gates, const float* g, const float* be
   }
 }
 
-// Writes a warp's rows [16, 16 (warp + 1)] of a matrix from accumulators as fp16; to: the tile's row 0.
-__device__ inline void store_lower_blocks(__half* to, const float (&x)[8][4], int warp) {
+// Writes row block `block` of a matrix, packed accumulators, at most kTiles of 8 columns; to: row 0 of the
+// matrix.
+template <int kTiles>
+__device__ inline void store_row_block(__half* to, const uint32_t (&x)[8][2], int block) {
   const int g = (threadIdx.x % 32) / 4;
 #pragma unroll
   for (int row = 0; row < 2; row++)
 #pragma unroll
-    for (int t = 0; t < 8; t += 4) {
-      if (t / 2 > warp) continue;
-      uint32_t w[4];
-#pragma unroll
-      for (int e = 0; e < 4; e++) w[e] = pack_fp16(x[t + e][2 * row], x[t + e][2 * row + 1]);
-      store_32_columns(to + (16 * warp + g + 8 * row) * kChunk + 8 * t, w, 16 * (warp + 1) - 8 * t);
+    for (int t = 0; t < kTiles; t += 4) {
+      uint32_t w[4] = {x[t][row], x[t + 1][row], x[t + 2][row], x[t + 3][row]};
+      store_32_columns(to + (16 * block + g + 8 * row) * kChunk + 8 * t, w, 16 * (block + 1) - 8 * t);
     }
 }
 
@@ -72,21 +71,19 @@ __device__ inline void store_lower_blocks(__half* to, const float (&x)[8][4], in
 constexpr int kBlockStride = 20;
 constexpr int kDiagonalBlock = 16 * kBlockStride;  // floats
 
-// Row block `warp` of L, its block on the diagonal.
-__device__ inline void store_diagonal_block(float* diagonals, const float (&x)[8][4], int warp) {
-  float* to = diagonals + warp * kDiagonalBlock;
+__device__ inline void store_diagonal_block(float* to, const float (&left)[4], const float (&right)[4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll
-  for (int t = 0; t < 8; t++)
-    if (t / 2 == warp)
-#pragma unroll
-      for (int e = 0; e < 4; e++) to[(8 * (t % 2) + c + e % 2) * kBlockStride + g + 8 * (e / 2)] = x[t][e];
+  for (int e = 0; e < 4; e++) {
+    float* at = to + (c + e % 2) * kBlockStride + g + 8 * (e / 2);
+    at[0] = left[e], at[8 * kBlockStride] = right[e];
+  }
 }
 
-// A column of a 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i} L_ik
-// beta_k N_kj. l: L's block, transposed; to the column's places in N's three forms.
-__device__ inline void solve_diagonal_column(__half* fp16, act* high, act* low, const float* l,
-                                             const float* beta, int j) {
+// A column of a 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i}
+// L_ik beta_k N_kj. l: L's block, transposed; to the column's places in N, high and low.
+__device__ inline void solve_diagonal_column(__half* high, __half* low, const float* l, const float* beta,
+                                             int j) {
   float sum[16];
 #pragma unroll
   for (int i = 0; i < 16; i += 4) {
@@ -104,23 +101,20 @@ __device__ inline void solve_diagonal_column(__half* fp16, act* high, act* low, 
       if (i + 2 > k) sum[i + 2] -= y.z * x;
       if (i + 3 > k) sum[i + 3] -= y.w * x;
     }
-    const act rounded = __float2bfloat16_rn(sum[k]);
+    const __half rounded = __float2half_rn(sum[k]);
     high[k * kSquareStride] = rounded;
-    low[k * kSquareStride] = __float2bfloat16_rn(sum[k] - __bfloat162float(rounded));
-    fp16[k * kSquareStride] = __float2half_rn(sum[k]);
+    low[k * kSquareStride] = __float2half_rn(sum[k] - __half2float(rounded));
   }
 }
 
-// N from L by blocks of 16, x being row block `warp` of L and what is left of it:
+// N from L by blocks of 16, x being row block `warp` of L before the diagonal and what is left of it:
 //   N_ii by substitution        N_ij = (I - N_ii diag(beta_i)) (L_ij - sum_{k=j}^{i-1} L_ik diag(beta_k)
 //   N_kj)
-// The products on tensor cores, operands bf16 high + low, sums fp32; the substitution in the two warps that have
-// the fewest products, a lane for each column of the four blocks. N comes out in shared memory, fp16, bf16
-// high and bf16 low [3][64, kSquareStride] at `tiles`, and as fp16 in memory.
-__device__ inline void solve_by_blocks(__half* out, act* tiles, const float* diagonals, float (&x)[8][4],
-                                       const float* beta, int warp) {
-  __half* fp16 = reinterpret_cast<__half*>(tiles);
-  act *high = tiles + kChunk * kSquareStride, *low = high + kChunk * kSquareStride;
+// The products on tensor cores, operands fp16 high + low, sums fp32. N_ii is there, high and low [2][64,
+// kSquareStride] at `tiles`, in shared memory; N comes out there, and its high part in memory.
+__device__ inline void solve_by_blocks(__half* out, __half* tiles, float (&x)[6][4], const float* beta,
+                                       int warp) {
+  __half *high = tiles, *low = tiles + kChunk * kSquareStride;
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
   const auto write_out = [&] {
     __syncwarp();
@@ -129,20 +123,14 @@ __device__ inline void solve_by_blocks(__half* out, act* tiles, const float* dia
       const int row = first + 4 * i + lane / 8, column = 8 * (lane % 8);
       if (column >= first + 16) continue;
       *reinterpret_cast<uint4*>(out + row * kChunk + column) =
-          *reinterpret_cast<const uint4*>(fp16 + row * kSquareStride + column);
+          *reinterpret_cast<const uint4*>(high + row * kSquareStride + column);
     }
   };
-  const act *diagonal_high = high + first * kSquareStride + first,
-            *diagonal_low = low + first * kSquareStride + first;
-  if (warp < 2) {
-    const int block = 2 * warp + lane / 16, j = lane % 16, at = 16 * block * kSquareStride + 16 * block + j;
-    solve_diagonal_column(fp16 + at, high + at, low + at, diagonals + block * kDiagonalBlock,
-                          beta + 16 * block, j);
-  }
-  if (warp == 0) write_out();
+  const int diagonal = first * kSquareStride + first;
 #pragma unroll
   for (int k = 0; k < 3; k++) {
     __syncthreads();  // row block k of N is there
+    if (k == 0 && warp == 0) write_out();
     if (warp <= k) continue;
     uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
     float scaled[2][4];
@@ -157,8 +145,8 @@ __device__ inline void solve_by_blocks(__half* out, act* tiles, const float* dia
       mma_pair_split(x[2 * j], x[2 * j + 1], a_high, a_low, b_high, b_low);
     }
     if (warp > k + 1) continue;
-    ldmatrix(a_high, walk_rows(diagonal_high, kSquareStride));
-    ldmatrix(a_low, walk_rows(diagonal_low, kSquareStride));
+    ldmatrix(a_high, walk_rows(high + diagonal, kSquareStride));
+    ldmatrix(a_low, walk_rows(low + diagonal, kSquareStride));
     const float upper = -beta[first + g], lower = -beta[first + g + 8];
 #pragma unroll
     for (int j = 0; j <= k; j++) {
@@ -181,97 +169,114 @@ __device__ inline void solve_by_blocks(__half* out, act* tiles, const float* dia
         const int at = (first + g + 8 * e) * kSquareStride + 8 * t + c;
         *reinterpret_cast<uint32_t*>(high + at) = h;
         *reinterpret_cast<uint32_t*>(low + at) = l;
-        *reinterpret_cast<uint32_t*>(fp16 + at) = pack_fp16(x[t][2 * e], x[t][2 * e + 1]);
       }
     write_out();
   }
 }
 
-// kk and qk, a warp's rows of k.k and q.k, become L and P: times D_ij = e^{G_i - G_j} and s D_ij, zeros above
-// the diagonal. In blocks before the diagonal's, whose rows start at token r, D_ij is e^{G_i - G_r} times
-// e^{G_r - G_j}, both at most 1: an exponential a row and a column in place of one an entry. __expf is off by
-// little more than 1e-7, where the results are rounded to fp16 or, on the way to N, to twice bf16.
-// column_decay: this warp's 64 numbers in shared memory.
-__device__ inline void multiply_by_decay(float (&kk)[8][4], float (&qk)[8][4], const float* G,
-                                         float* column_decay, float s, int warp) {
-  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
-  for (int j = lane; j < first; j += 32) column_decay[j] = __expf(fminf(G[first] - G[j], 0.f));
-  const float upper = __expf(fminf(G[first + g] - G[first], 0.f)),
-              lower = __expf(fminf(G[first + g + 8] - G[first], 0.f));
+// Row block kBlock of q.k or k.k [16, 16 (kBlock + 1)] times factor * D_ij, D_ij = e^{G_i - G_j}; zeros above
+// the diagonal, and on it if kStrict. In blocks before the diagonal's, whose rows start at token r, D_ij is
+// e^{G_i - G_r} times e^{G_r - G_j}, both at most 1: an exponential a row and a column in place of one an
+// entry. __expf is off by little more than 1e-7, where the results are rounded to fp16 or, on the way to N,
+// to twice fp16. column_decay: this warp's 64 numbers in shared memory.
+template <int kBlock, bool kStrict>
+__device__ inline void multiply_by_decay(float (&x)[2 * kBlock + 2][4], const float* G, float* column_decay,
+                                         float factor) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * kBlock;
   __syncwarp();
 #pragma unroll
-  for (int t = 0; t < 8; t++) {
-    if (t / 2 > warp) continue;
-    if (t / 2 < warp) {
-      const float2 column = *reinterpret_cast<const float2*>(column_decay + 8 * t + c);
+  for (int j = 0; j < first; j += 32)
+    if (j + lane < first) column_decay[j + lane] = __expf(fminf(G[first] - G[j + lane], 0.f));
+  __syncwarp();
+  const float upper = factor * __expf(fminf(G[first + g] - G[first], 0.f)),
+              lower = factor * __expf(fminf(G[first + g + 8] - G[first], 0.f));
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float decay = (e < 2 ? upper : lower) * (e % 2 ? column.y : column.x);
-        kk[t][e] *= decay;
-        qk[t][e] *= s * decay;
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int i = g + 8 * (e / 2), j = 8 * (t % 2) + c + e % 2;
-        const float decay = i >= j ? __expf(fminf(G[first + i] - G[first + j], 0.f)) : 0.f;
-        kk[t][e] = i > j ? decay * kk[t][e] : 0.f;
-        qk[t][e] = i >= j ? s * decay * qk[t][e] : 0.f;
-      }
-    }
+  for (int t = 0; t < 2 * kBlock; t++) {
+    const float2 column = *reinterpret_cast<const float2*>(column_decay + 8 * t + c);
+    x[t][0] *= upper * column.x, x[t][1] *= upper * column.y;
+    x[t][2] *= lower * column.x, x[t][3] *= lower * column.y;
   }
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int i = g + 8 * (e / 2), j = 8 * half + c + e % 2;
+      const float decay = factor * __expf(fminf(G[first + i] - G[first + j], 0.f));
+      float& y = x[2 * kBlock + half][e];
+      y = i > j || (!kStrict && i == j) ? decay * y : 0.f;
+    }
 }
 
-constexpr int kPrepareThreads = 128;
-
-// q and k, afterwards N.
-inline int prepare_tiles_bytes(int dk) {
-  return std::max(2 * kChunk * (dk + 8) * 2, 3 * kChunk * kSquareStride * 2);
-}
-// The gates, multiply_by_decay's 64 numbers for each warp, and the blocks on L's diagonal.
-constexpr int kDecayAt = kGates, kDiagonalsAt = kDecayAt + 4 * kChunk;
-constexpr int kPrepareFloats = kDiagonalsAt + 4 * kDiagonalBlock;
-inline int prepare_shared_bytes(int dk) { return 4 * kPrepareFloats + prepare_tiles_bytes(dk); }
-
-// qk, kk [16 rows, 16 kBlocks columns] += a warp's rows of q and k times the first rows of k.
-template <int kBlocks>
-__device__ inline void add_lower_products(float (&qk)[8][4], float (&kk)[8][4], uint32_t q_rows, uint32_t k_rows,
-                                          uint32_t k_columns, int ld, int dk) {
+// What warp kWarp of four makes of q.k and k.k: row block kWarp of L, which is kWarp + 1 blocks long, and row
+// block 3 - kWarp of P, so that each warp has five blocks. L before the diagonal, P packed as fp16; L's block
+// on the diagonal takes the place of the warp's rows of q, which no other warp reads.
+template <int kWarp>
+__device__ inline void lower_products(float (&L)[6][4], uint32_t (&P)[8][2], act* q, const act* k,
+                                      const float* G, float* column_decay, int ld, int dk, float s) {
+  constexpr int kRows = 3 - kWarp, kBlocks = (kWarp > kRows ? kWarp : kRows) + 1;
+  act* my_q = q + 16 * kRows * ld;
+  const uint32_t q_rows = walk_rows(my_q, ld), k_rows = walk_rows(k + 16 * kWarp * ld, ld);
+  const uint32_t k_columns = walk_columns(k, ld);
+  float qk[2 * kRows + 2][4] = {}, kk[2 * kWarp + 2][4] = {};
 #pragma unroll 1
   for (int e = 0; e < dk; e += 16) {
-    uint32_t a_q[4], a_k[4], b_k[kBlocks][4];
+    uint32_t a_q[4], a_k[4], b[kBlocks][4];
     ldmatrix(a_q, q_rows + 2 * e);
     ldmatrix(a_k, k_rows + 2 * e);
 #pragma unroll
-    for (int t = 0; t < kBlocks; t++) ldmatrix(b_k[t], k_columns + 2 * (16 * t * ld + e));
+    for (int t = 0; t < kBlocks; t++) ldmatrix(b[t], k_columns + 2 * (16 * t * ld + e));
 #pragma unroll
     for (int t = 0; t < kBlocks; t++) {
-      mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b_k[t]);
-      mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b_k[t]);
+      if (t <= kRows) mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b[t]);
+      if (t <= kWarp) mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b[t]);
     }
   }
+  multiply_by_decay<kRows, false>(qk, G, column_decay, s);
+#pragma unroll
+  for (int t = 0; t < 8; t++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) P[t][e] = t < 2 * kRows + 2 ? pack_fp16(qk[t][2 * e], qk[t][2 * e + 1]) : 0;
+  multiply_by_decay<kWarp, true>(kk, G, column_decay, 1.f);
+#pragma unroll
+  for (int t = 0; t < 2 * kWarp; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) L[t][e] = kk[t][e];
+  store_diagonal_block(reinterpret_cast<float*>(my_q), kk[2 * kWarp], kk[2 * kWarp + 1]);
+}
+
+// Shared memory: the gates, multiply_by_decay's 64 numbers for each warp, q and k, rows ld apart. The first
+// of every 16 rows of q become a block on L's diagonal; N comes behind the last of these.
+constexpr int kPrepareThreads = 128, kPrepareFloats = kGates + 4 * kChunk;
+__host__ __device__ inline int prepare_ld(int dk) { return (dk > 32 ? dk : 32) + 8; }  // 16 rows hold a block
+// N behind q's first row, in elements of q.
+__host__ __device__ inline int prepare_n_at(int ld) { return 48 * ld + 2 * kDiagonalBlock; }
+inline int prepare_shared_bytes(int dk) {
+  const int ld = prepare_ld(dk);
+  return 4 * kPrepareFloats + 2 * std::max(2 * kChunk * ld, prepare_n_at(ld) + 2 * kChunk * kSquareStride);
 }
 
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
 //   P_ij = s D_ij (q_i . k_j), i >= j     gates: beta, e^G, e^{G_C - G}, G
 // so that (I + A)^-1 = I - diag(beta) N, and neither the identity nor beta is ever rounded.
-// N and P go out as fp16 (no entry of N exceeds 1, none of P s), matrices [chunks][N, P][64,64], of which only
-// the 16x16 blocks on and below the diagonal are written; gates [chunks][4,64]. k.k and q.k are exact
-// products of bf16; N by blocks (solve_by_blocks). Each warp 16 rows.
+// N and P go out as fp16 (no entry of N exceeds 1, none of P s), matrices [chunks][N, P][64,64], of which
+// only the 16x16 blocks on and below the diagonal are written; gates [chunks][4,64]. k.k and q.k are exact
+// products of bf16 (lower_products); N by blocks (solve_by_blocks), those on the diagonal in two warps, a
+// lane for each column of the four, while the two others write the longer rows of P.
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
-// Reached on an H200: 0.067 ms, 75% of the floor as dev/bench_delta_rule counts it, and 0.285 (63%) with 16/32
-// heads of 128. What it waits for there, by ncu on an earlier version (0.312 ms): issue slots 57% busy, no
-// eligible warp in 42% of the cycles, occupancy 29% by registers and shared memory, DRAM 24%.
-static __global__ void __launch_bounds__(kPrepareThreads, 5)
+// Reached on an H200: 0.061 ms, 83% of the floor as dev/bench_delta_rule counts it (0.050), and 0.250 (71%)
+// with 16/32 heads of 128. What it waits for there, by ncu: issue slots 45% busy, no eligible warp in 54% of
+// the cycles (a quarter of the waiting is at barriers, for the warp whose turn it is in N), six blocks a
+// multiprocessor, DRAM 33%. A seventh, with 72 registers, gains nothing.
+static __global__ void __launch_bounds__(kPrepareThreads, 6)
     prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), ld = size.dk + 8;
-  float* gates = reinterpret_cast<float*>(shared);
-  float *column_decay = gates + kDecayAt, *diagonals = gates + kDiagonalsAt;
+  const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h),
+            ld = prepare_ld(size.dk);
+  float *gates = reinterpret_cast<float*>(shared), *column_decays = gates + kGates;
   act *q = reinterpret_cast<act*>(gates + kPrepareFloats), *k = q + kChunk * ld;
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
@@ -291,22 +296,38 @@ static __global__ void __launch_bounds__(kPrepareThreads, 5)
   for (int i = 0; i < kGates; i += kPrepareThreads)
     gates_out[number * kGates + i + threadIdx.x] = gates[i + threadIdx.x];
 
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), first = 16 * warp;  // its rows; known to be the warp's
-  float qk[8][4] = {}, kk[8][4] = {};
-  const uint32_t q_rows = walk_rows(q + first * ld, ld), k_rows = walk_rows(k + first * ld, ld);
-  const uint32_t k_columns = walk_columns(k, ld);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same in all lanes, as the compiler now knows
+  const float* G = gates + kLogDecay * kChunk;
+  float* column_decay = column_decays + kChunk * warp;
+  float L[6][4] = {};
+  uint32_t P[8][2];
   switch (warp) {
-    case 0: add_lower_products<1>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk); break;
-    case 1: add_lower_products<2>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk); break;
-    case 2: add_lower_products<3>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk); break;
-    default: add_lower_products<4>(qk, kk, q_rows, k_rows, k_columns, ld, size.dk);
+    case 0:
+      lower_products<0>(L, P, q, k, G, column_decay, ld, size.dk, s);
+      break;
+    case 1:
+      lower_products<1>(L, P, q, k, G, column_decay, ld, size.dk, s);
+      break;
+    case 2:
+      lower_products<2>(L, P, q, k, G, column_decay, ld, size.dk, s);
+      break;
+    default:
+      lower_products<3>(L, P, q, k, G, column_decay, ld, size.dk, s);
   }
-  multiply_by_decay(kk, qk, gates + kLogDecay * kChunk, column_decay + kChunk * warp, s, warp);
-  store_diagonal_block(diagonals, kk, warp);
-  __half* out = matrices + number * 2 * kSquare;
-  store_lower_blocks(out + kSquare, qk, warp);
+  __half *n_out = matrices + number * 2 * kSquare, *p_out = n_out + kSquare;
+  __half* N = reinterpret_cast<__half*>(q + prepare_n_at(ld));
+  if (warp >= 2) store_row_block<4>(p_out, P, 3 - warp);
   __syncthreads();  // q and k become N
-  solve_by_blocks(out, q, diagonals, kk, gates + kBeta * kChunk, warp);
+  if (warp >= 2) {
+    const int lane = threadIdx.x % 32, block = 2 * (warp - 2) + lane / 16, j = lane % 16;
+    __half* to = N + 16 * block * (kSquareStride + 1) + j;
+    solve_diagonal_column(to, to + kChunk * kSquareStride,
+                          reinterpret_cast<const float*>(q + 16 * (3 - block) * ld),
+                          gates + kBeta * kChunk + 16 * block, j);
+  } else {
+    store_row_block<8>(p_out, P, 3 - warp);
+  }
+  solve_by_blocks(n_out, N, L, gates + kBeta * kChunk, warp);
 }
 
 }  // namespace delta_rule
