@@ -46,24 +46,25 @@ if [ -z "${CUDA_VISIBLE_DEVICES:-}" ] && command -v nvidia-smi >/dev/null; then
   export CUDA_VISIBLE_DEVICES
 fi
 SHARDS=(-i "$DATA/books_train_*.bin" -j "$DATA/books_val_*.bin")
-ADAMW_LRS=5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 SGD_LRS=1.6,3.2,6.4,12.8,25.6,51.2
+ADAMW_LRS=5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2 SGD_LRS=6.4,9.05,12.8,18.1,25.6,36.2
 # The base's constants for GPT-2's tokens (dev/tuning.md)
 TOKENS_ADAMW="-logit_factor 4"
-TOKENS_SGD="-mom 0.95 -clip 0.25 -logit_factor 4 -init_of hidden=4 -lr_of embedding=0.0625 -warmup $((STEPS / 2))"
+TOKENS_SGD="-mom 0.95 -clip 0.25 -logit_factor 4 -init_of hidden=4 -warmup $((STEPS / 2)) \
+  -lr_of embedding=0.0625,conv=0.25,gain=0.25,output_gain=0.25"
 read -r -a MORE <<<"${OPTIONS:-}"  # of train_gdn's options, to try the script out on a small machine
 SCHEDULE=(-n "$STEPS" -warmup "$((STEPS / 10))" "${MORE[@]}")
 cut_off=0 problems=0
 
 minutes_left() { awk -v end="$END" -v now="$EPOCHREALTIME" 'BEGIN { printf "%.2f", (end - now) / 60 }'; }
 
-# in_time NEED COMMAND...: runs the command, if NEED minutes are left, until the time is over.
+# in_time NEED COMMAND...: runs the command, if NEED minutes are left, until the time is over; 1 if they are not.
 in_time() {
   local need=$1 left code
   left=$(minutes_left)
   shift
   if awk -v left="$left" -v need="$need" 'BEGIN { exit left >= need }'; then
     cut_off=$((cut_off + 1))
-    return
+    return 1
   fi
   timeout -k 5 -s TERM "$(awk -v left="$left" 'BEGIN { printf "%.1f", 60 * left + 15 }')" "$@"
   code=$?
@@ -72,6 +73,7 @@ in_time() {
     124 | 130 | 137) cut_off=$((cut_off + 1)) ;;
     *) problems=$((problems + 1)) ;;
   esac
+  return 0
 }
 
 # sweep NAME NEED "SWEEP'S OPTIONS" "TRAIN_GDN'S OPTIONS": more runs for OUT/NAME.csv
@@ -81,8 +83,8 @@ sweep() {
     "${SHARDS[@]}" "${SCHEDULE[@]}" $4 > >(tee -a "$OUT/log.txt")
 }
 
-# of_best CSV OPTIMIZER PARAM WIDTH: the learning rate of lowest loss and its neighbours, with commas; without such rows the
-# middle of the grid. With a fifth argument "best" only the first.
+# of_best CSV OPTIMIZER PARAM WIDTH: the learning rate of lowest loss and its neighbours on the grid, with commas; without
+# such rows the middle of the grid. With a fifth argument "best" only the first.
 of_best() {
   "$PYTHON" - "$@" "$ADAMW_LRS" "$SGD_LRS" <<'P'
 import csv, os, sys
@@ -96,7 +98,9 @@ losses = {
     if (r["optimizer"], r["param"], r["width"], r["status"], r["seed"]) == (optimizer, param, width, "ok", "42")
 }
 best = min(losses, key=losses.get) if losses else grid[len(grid) // 2]
-print(f"{best:g}" if only else f"{best / 2:g},{best:g},{best * 2:g}")
+i = min(range(len(grid)), key=lambda i: abs(grid[i] - best))
+near = [grid[i - 1] if i else best / 2, best, grid[i + 1] if i + 1 < len(grid) else best * 2]
+print(f"{best:g}" if only else ",".join(f"{lr:g}" for lr in near))
 P
 }
 
@@ -151,10 +155,11 @@ questions() {
 gradients() {
   local width lr models
   [ -e "$OUT/gradients_slopes.csv" ] && return
+  in_time 5.5 true || return  # the models are not kept
   models=$(mktemp -d)
   lr=$(of_best "$OUT/sgd.csv" sgd mup "$BASE" best)
   for width in "${WIDTHS[@]}"; do
-    in_time 1.5 ./train_gdn "${SHARDS[@]}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 2 + 1))" -opt sgd \
+    in_time 1.5 ./train_gdn "${SHARDS[@]:0:2}" -w "$width" -L 8 -heads 6 -T 512 -B 64 -n "$((STEPS / 2 + 1))" -opt sgd \
       $TOKENS_SGD -lr "$lr" -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" >"$models/w$width.txt"
   done
   in_time 0.7 "$PYTHON" scripts/coord_check.py -o "$OUT/gradients" --widths "$(IFS=,; echo "${WIDTHS[*]}")" --params mup \
