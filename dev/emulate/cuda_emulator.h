@@ -173,11 +173,13 @@ struct Barrier {
   int size, count, generation;
 };
 inline Barrier block_barrier, warp_barriers[32];
+inline int64_t steps;  // threads that ended and barriers that were passed
 inline void wait(Barrier& barrier) {
   const int generation = barrier.generation;
   if (++barrier.count == barrier.size) {
     barrier.count = 0;
     barrier.generation++;
+    steps++;
   } else {
     while (barrier.generation == generation) yield();
   }
@@ -199,13 +201,27 @@ inline void run_block(int threads, const std::function<void()>& call) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, run_fiber, 0);
   }
-  for (int left = threads; left > 0;)
-    for (int turn = 0; turn < threads; turn++) {
-      const int i = late ? threads - 1 - turn : turn;
-      if (fibers[size_t(i)].done) continue;
-      resume(i);
-      left -= fibers[size_t(i)].done;
+  // One warp, another in each block, goes as far as barriers let it; only then others move, first those of its
+  // warpgroup: it is seen to overtake wherever nothing keeps it from it. Late, chance picks who moves.
+  static unsigned blocks, chance = 1;
+  const int warps = (threads + 31) / 32, leader = int(blocks++ % unsigned(warps));
+  for (int left = threads, stuck = 0; left > 0;) {
+    const int64_t before = steps;
+    for (int turn = 0; turn < warps && steps == before; turn++) {
+      int warp = turn < 4 ? leader / 4 * 4 + (leader + turn) % 4 : (leader / 4 * 4 + turn) % ((warps + 3) / 4 * 4);
+      if (late) warp = int((chance = chance * 1664525 + 1013904223) >> 16) % warps;
+      for (int lane = 0; lane < 32; lane++) {
+        const int i = 32 * warp + (late ? 31 - lane : lane);
+        if (i >= threads || fibers[size_t(i)].done) continue;
+        resume(i);
+        if (!fibers[size_t(i)].done) continue;
+        left--;
+        steps++;
+      }
     }
+    stuck = steps == before ? stuck + 1 : 0;
+    if (stuck > 1000) throw std::logic_error("all threads wait");
+  }
   for (const Fiber& fiber : fibers)
     if (!fiber.copies.work.empty() || !fiber.products.work.empty())
       throw std::logic_error("copies or products that nobody waited for");

@@ -86,8 +86,10 @@ Results outputs(const MixerShape& shape, const Doubles& o, const Doubles& dqkv, 
            dbeta}};
 }
 
+// groups: a block's warpgroups in the passes, 0: the kernels on mma.sync
 template <int DK>
-Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool warpgroups) {
+Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, int groups) {
+  const bool warpgroups = groups > 0;
   const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, chunks = shape.chunks();
   const Sizes size = {shape.tokens, shape.heads_k, H, dk, dv, chunks, shape.conv_channels(), H / shape.heads_k};
   const size_t count = size_t(shape.batch) * H * chunks;
@@ -129,8 +131,12 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
     });
     emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<join_columns(DK), false>(pieces, size); });
   }
-  emulator::launch({slices_v, h, b * n}, threads, [&] {
-    if (warpgroups)
+  const unsigned slices = groups == 2 ? unsigned(divide_up(dv, 128)) : slices_v;
+  const int pass_threads = groups == 2 ? 256 : threads;
+  emulator::launch({slices, h, b * n}, pass_threads, [&] {
+    if (groups == 2)
+      forward_pass_warpgroup_kernel<DK, 2>(o.data(), saved, qkv, N, G, size, pieces, s);
+    else if (warpgroups)
       forward_pass_warpgroup_kernel<DK, 1>(o.data(), saved, qkv, N, G, size, pieces, s);
     else
       forward_pass_kernel<DK>(o.data(), saved, qkv, N, G, size, pieces, s);
@@ -152,8 +158,10 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, bool wa
     });
     emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<join_columns(DK), true>(pieces, size); });
   }
-  emulator::launch({slices_v, h, b * n}, threads, [&] {
-    if (warpgroups)
+  emulator::launch({slices, h, b * n}, pass_threads, [&] {
+    if (groups == 2)
+      backward_pass_warpgroup_kernel<DK, 2, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
+    else if (warpgroups)
       backward_pass_warpgroup_kernel<DK, 1, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
     else
       backward_pass_kernel<DK, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
@@ -214,12 +222,13 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
                             beta.data(), shape, s, nullptr);
   const Results reference = outputs(shape, o, dqkv, dg, dbeta);
 
-  for (const bool warpgroups : {false, true}) {
+  for (const int groups : {0, 1, 2}) {
+    if (groups == 2 && dv <= 64) continue;
     const auto in_pieces_of = [&](int chunks) {
       emulator::late = true;
-      const Results late = run<DK>(shape, in, chunks, warpgroups);
+      const Results late = run<DK>(shape, in, chunks, groups);
       emulator::late = false;
-      const Results results = run<DK>(shape, in, chunks, warpgroups);
+      const Results results = run<DK>(shape, in, chunks, groups);
       for (int i = 0; i < kResults; i++) {
         const bool same = std::memcmp(late.of[i].data(), results.of[i].data(), 8 * results.of[i].size()) == 0;
         const double error = same ? 0 : relative_error(late.of[i], results.of[i]);
@@ -228,8 +237,9 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
       return results;
     };
     const Results whole = in_pieces_of(shape.chunks()), cut = in_pieces_of(piece_chunks);
-    std::printf("%-8s B=%d T=%d Hk=%d Hv=%d dk=%d dv=%d, decay %g: ", warpgroups ? "wgmma" : "mma.sync", batch, tokens,
-                heads_k, heads_v, dk, dv, double(decay));
+    const char* const kernels = groups == 0 ? "mma.sync" : groups == 1 ? "wgmma" : "wgmma, 2";
+    std::printf("%-8s B=%d T=%d Hk=%d Hv=%d dk=%d dv=%d, decay %g: ", kernels, batch, tokens, heads_k, heads_v, dk, dv,
+                double(decay));
     for (int i = 0; i < kOutputs; i++)
       std::printf("%s %.2e ", kNames[i], relative_error(whole.of[i], reference.of[i]));
     std::printf("\n  in %d pieces:", divide_up(shape.chunks(), piece_chunks));
@@ -258,7 +268,10 @@ int main() {
   check<32>(2, 500, 1, 2, 16, 48, 2, 0.02f);  // ragged, grouped value heads, fewer columns than a slice has
   check<64>(1, 330, 1, 1, 64, 80, 2, 1.f);
   check<96>(1, 330, 1, 1, 80, 16, 2, 0.001f);
+  check<96>(1, 200, 1, 2, 80, 112, 2, 0.3f);
   check<128>(1, 400, 1, 1, 128, 128, 2, 0.01f);
+  check<128>(2, 40, 1, 1, 128, 128, 1, 0.01f);
+  check<128>(1, 190, 1, 1, 112, 128, 1, 0.01f);
   check<192>(1, 270, 1, 1, 176, 64, 1, 0.01f);
   check<256>(1, 270, 1, 1, 256, 32, 2, 0.01f);
   std::printf("%s\n", failures == 0 ? "all as expected" : "FAILED");

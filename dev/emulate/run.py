@@ -4,10 +4,11 @@
     python3 dev/emulate/run.py
 
 It compiles gdn/kernels/delta_rule_*.cuh with g++ and cuda_emulator.h; functions that are assembly are replaced by the
-emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma, gradients_kernel, and the passes over
-pieces of a sequence. So a wrong index or equation is found on a machine without a GPU; and, since copies and products
-are done at once in one run and as late as a wait allows in a second, whose bits must be the same, most missing waits
-and barriers. About a minute.
+emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma with one and with two warpgroups,
+gradients_kernel, and the passes over pieces of a sequence. So a wrong index or equation is found on a machine without a
+GPU; and most missing waits and barriers, for there are two runs whose bits must be the same: in one copies and products
+are done at once and one warp runs ahead of all others as far as barriers let it, in the other they are done as late as a
+wait allows and chance picks who moves. Two minutes.
 """
 
 import argparse
