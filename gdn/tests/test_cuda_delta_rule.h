@@ -261,7 +261,8 @@ TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
   };
   int seed = 1;
   for (const MixerShape& shape : shapes)
-    for (int regime = 0; regime < kRegimes; regime++) check_against_recurrence(device, shape, Regime(regime), seed++);
+    for (int regime = 0; regime < kRegimes; regime++)
+      check_against_recurrence(device, shape, Regime(regime), seed++);
 }
 
 // Many chunks: errors of the state and its gradient have time to add up.
@@ -284,6 +285,47 @@ TEST_CASE("cuda delta rule: many chunks") {
 }
 
 #ifndef GDN_READABLE
+
+// More blocks than multiprocessors: the passes' take two warpgroups on Hopper, of every compiled size of dk.
+const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
+                                     make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
+                                     make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
+                                     make_shape(1, 190, 1, 1, 256, 256)};
+
+TEST_CASE("cuda delta rule: two warpgroups a block") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: two warpgroups a block")) return;
+  Cuda device;
+  device.multiprocessors = 1;
+  int seed = 500;
+  for (const MixerShape& shape : kTwoWarpgroups) {
+    REQUIRE(gdn::delta_rule::pass_groups(device, shape, 1) == 2);
+    for (int regime = 0; regime < kRegimes; regime++)
+      check_against_recurrence(device, shape, Regime(regime), seed++);
+  }
+}
+
+// What a model computes when nothing will go backward, with one warpgroup a block, in pieces, and with two.
+TEST_CASE("cuda delta rule: o with nothing saved") {
+  if (gdn_tests::skip_without_gpu("cuda delta rule: o with nothing saved")) return;
+  const auto check = [](Cuda& device, const MixerShape& shape) {
+    const Inputs in = make_inputs(shape, kInitial, 1);
+    const GpuResults trained = run_on_gpu(device, shape, in);
+    const auto qkv = upload(device, to_act(in.qkv));
+    const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
+    const auto o = poisoned<act>(device, trained.o.size());
+    const auto scratch = poisoned<uint8_t>(device, gated_delta_rule_scratch_bytes(device, shape));
+    gated_delta_rule_forward(device, o.get(), nullptr, qkv.get(), g.get(), beta.get(), shape, in.s,
+                             scratch.get());
+    const auto alone = download(device, o);
+    INFO(describe(shape));
+    CHECK(std::memcmp(alone.data(), trained.o.data(), alone.size() * sizeof(act)) == 0);
+  };
+  Cuda device;
+  check(device, make_shape(2, 200, 1, 2, 64, 128));
+  check(device, make_shape(1, 1000, 1, 2, 64, 128));
+  device.multiprocessors = 1;
+  for (const MixerShape& shape : kTwoWarpgroups) check(device, shape);
+}
 
 // Few heads and a long sequence: the passes take pieces of it side by side (delta_rule_pieces.cuh). Lengths
 // leave a last piece with fewer chunks, and a last chunk with fewer tokens.
@@ -346,7 +388,8 @@ TEST_CASE("cuda delta rule: memory for the pieces of every smaller batch") {
         for (int tokens = 1; tokens < 9000; tokens += 61)
           for (int batch = 1; batch < 9; batch++) {
             const auto x = cut_into_pieces((tokens + 63) / 64, batch * heads * slices, slots);
-            if (x.count > 1) CHECK(batch * heads * x.count <= most_pieces(batch * tokens, heads, slices, slots));
+            if (x.count > 1)
+              CHECK(batch * heads * x.count <= most_pieces(batch * tokens, heads, slices, slots));
           }
 }
 
