@@ -388,8 +388,8 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // fan-in). Measured (bytes of books, base 256, d = 1024, two seeds; dev/results/2026-11-28_h200_second):
 // as hidden weights they cost 0.0022, 0.0001, 0.0018 under AdamW at 2e-3, 4e-3, 8e-3 and 0.0025, 0.0064,
 // 0.0091 under SGD at 0.4, 0.8, 1.6. The rule of [TP5] is better, and stays.
-// With GPT-2's tokens gains and taps are what fails first under SGD (section 5's table): their constant at the
-// base wants to be smaller, their exponent does not. Gradients of models after 200 steps of SGD (bytes, d = 128
+// With GPT-2's tokens gains and taps are what fails first under SGD (above): their constant at the base wants to
+// be smaller; with exponents as derived the best learning rate then stays where it is. Gradients of models after 200 steps of SGD (bytes, d = 128
 // to 512, lr 0.2, one seed; dev/results/2026-11-28_cpu) have slopes -0.9 to -1.3 for the norms' gains and -1.06
 // for the embedding, as derived, but -0.6 for the taps of v and the output gain, whose updates then grow as
 // d^0.4; near the edge of what can be trained (lr 0.8) most fall more slowly than 1/d. So they do with GPT-2's

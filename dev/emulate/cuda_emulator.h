@@ -4,8 +4,8 @@
 //
 // It shows what a kernel computes, on machines without a GPU, and not its speed. Copies to shared memory and products
 // of a warpgroup, which a GPU does some time between their start and the wait for them, are done at once, or, if
-// `late`, at the wait, of what registers and memory hold then; and then the last threads go first. So a missing wait
-// or barrier mostly shows, in one of the two.
+// `late`, at the wait, of what registers and memory hold then. Which warp goes on is decided against the kernel
+// (run_block). So a missing wait or barrier mostly shows, in one of the two.
 #pragma once
 
 #include <setjmp.h>
@@ -204,12 +204,15 @@ inline void run_block(int threads, const std::function<void()>& call) {
   // One warp, another in each block, goes as far as barriers let it; only then others move, first those of its
   // warpgroup: it is seen to overtake wherever nothing keeps it from it. Late, chance picks who moves.
   static unsigned blocks, chance = 1;
-  const int warps = (threads + 31) / 32, leader = int(blocks++ % unsigned(warps));
+  const int warps = (threads + 31) / 32, in_fours = (warps + 3) / 4 * 4, leader = int(blocks++ % unsigned(warps));
   for (int left = threads, stuck = 0; left > 0;) {
     const int64_t before = steps;
-    for (int turn = 0; turn < warps && steps == before; turn++) {
-      int warp = turn < 4 ? leader / 4 * 4 + (leader + turn) % 4 : (leader / 4 * 4 + turn) % ((warps + 3) / 4 * 4);
-      if (late) warp = int((chance = chance * 1664525 + 1013904223) >> 16) % warps;
+    for (int turn = 0; turn < in_fours && steps == before; turn++) {
+      chance = chance * 1664525 + 1013904223;
+      const int group = leader / 4 * 4;
+      const int warp = late       ? int(chance >> 16) % warps
+                       : turn < 4 ? group + (leader + turn) % 4
+                                  : (group + turn) % in_fours;
       for (int lane = 0; lane < 32; lane++) {
         const int i = 32 * warp + (late ? 31 - lane : lane);
         if (i >= threads || fibers[size_t(i)].done) continue;

@@ -245,8 +245,8 @@ __device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: 
 __device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 // f(row, vector) for this thread's 16-byte vectors of a [64, columns] tile of 16-bit numbers, columns in
-// multiples of
-// 8. Eight threads take a row, so that a thread's rows are a fixed number apart, whatever the columns.
+// multiples of 8; threads in multiples of 8. Eight of them take a row, so that a thread's rows are a fixed
+// number apart, whatever the columns.
 template <class F>
 __device__ inline void for_my_vectors(int columns, int threads, const F& f) {
   const int first = threadIdx.x / 8, step = threads / 8;

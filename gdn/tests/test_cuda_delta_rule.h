@@ -247,6 +247,12 @@ void check_against_recurrence(Cuda& device, const MixerShape& shape, Regime regi
   }
 }
 
+// Each with the next seed.
+void check_every_regime(Cuda& device, const MixerShape& shape, int& seed) {
+  for (int regime = 0; regime < kRegimes; regime++)
+    check_against_recurrence(device, shape, Regime(regime), seed++);
+}
+
 TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: forward and backward against the recurrence")) return;
   Cuda device;
@@ -260,9 +266,7 @@ TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
       make_shape(1, 130, 2, 2, 176, 64),  make_shape(1, 130, 1, 2, 192, 64),
   };
   int seed = 1;
-  for (const MixerShape& shape : shapes)
-    for (int regime = 0; regime < kRegimes; regime++)
-      check_against_recurrence(device, shape, Regime(regime), seed++);
+  for (const MixerShape& shape : shapes) check_every_regime(device, shape, seed);
 }
 
 // Many chunks: errors of the state and its gradient have time to add up.
@@ -270,8 +274,8 @@ TEST_CASE("cuda delta rule: long sequences") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: long sequences")) return;
   Cuda device;
   const MixerShape shape = make_shape(1, 777, 1, 1, 64, 48);
-  for (int regime = 0; regime < kRegimes; regime++)
-    check_against_recurrence(device, shape, Regime(regime), 100 + regime);
+  int seed = 100;
+  check_every_regime(device, shape, seed);
 }
 
 // More chunks than multiprocessors: blocks that take several in turn reuse everything they have.
@@ -286,7 +290,7 @@ TEST_CASE("cuda delta rule: many chunks") {
 
 #ifndef GDN_READABLE
 
-// More blocks than multiprocessors: the passes' take two warpgroups on Hopper, of every compiled size of dk.
+// More blocks of the passes than multiprocessors: on Hopper they have two warpgroups then. Every compiled dk.
 const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
                                      make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
                                      make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
@@ -299,8 +303,7 @@ TEST_CASE("cuda delta rule: two warpgroups a block") {
   int seed = 500;
   for (const MixerShape& shape : kTwoWarpgroups) {
     REQUIRE(gdn::delta_rule::pass_groups(device, shape, 1) == 2);
-    for (int regime = 0; regime < kRegimes; regime++)
-      check_against_recurrence(device, shape, Regime(regime), seed++);
+    check_every_regime(device, shape, seed);
   }
 }
 
@@ -341,8 +344,7 @@ TEST_CASE("cuda delta rule: a sequence cut into pieces") {
   int seed = 300;
   for (const MixerShape& shape : kCut) {
     REQUIRE(gdn::delta_rule::cut(device, shape).count >= 3);
-    for (int regime = 0; regime < kRegimes; regime++)
-      check_against_recurrence(device, shape, Regime(regime), seed++);
+    check_every_regime(device, shape, seed);
   }
 }
 
