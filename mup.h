@@ -343,9 +343,10 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // Measured (AdamW, 33M tokens of books, 1,000 steps, fixed heads): with logits of factor 4 (section 3; two
 // seeds, dev/results/2026-11-27_h100_second) the best learning rates at d = 256, 512, 1024 and 2048 are
 // 5.4e-3, 5.1e-3, 4.5e-3 and 4.4e-3, and the one of 256 costs 0.0002, 0.0021 and 0.0028 at the others; on a
-// grid of factors of two 4e-3 is the best at all four. With factor 1 (dev/results/2026-11-27_h100, two seeds
-// 0.03 apart) 4e-3 is the best at 256 and 512, and 0.003 from the best at 1024. Under sp (one seed) it costs
-// 0.022 at 512 and 0.044 at 1024, where half of it is best.
+// grid of factors of two 4e-3 is the best at all four. Heads of one size (64; one seed, 2026-11-29_h200):
+// 5.6e-3, 4.9e-3 and 4.6e-3 at 256, 512 and 1024, costs 0.0006 and 0.0021. With factor 1
+// (dev/results/2026-11-27_h100, two seeds 0.03 apart) 4e-3 is the best at 256 and 512, and 0.003 from the
+// best at 1024. Under sp (one seed) it costs 0.022 at 512 and 0.044 at 1024, where half of it is best.
 //
 // Measured (bytes of the same books, 8 million of them, 1,000 steps, two seeds; constants of the base and
 // tables in dev/results/2026-11-28_h200_second): best learning rates at d = 256, 512 and 1024, and what the
@@ -373,14 +374,14 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // that (-init_of hidden=4; on the built-in stories no gain, 2026-11-28_cpu) seeds differ by 0.01, but right
 // above the best learning rate, 12.8, is a cliff: at 25.6 five runs of six end at 6.39 or more. The cliff is
 // made by gains and taps. With a quarter of their learning rate, at every width, the curves are parabolas
-// (dev/results/2026-11-28_h200_fifth; two seeds, 18.1 the best of 12.8, 18.1 and 25.6 at every width):
+// (dev/results/2026-11-29_h200; two seeds under mup, under mup0 and sp at the best of each width):
 //
-//   d       best lr   best loss   shift            regret
-//   256     17.8      4.439
-//   512     17.1      4.276       -0.06 +- 0.02    0.0013
-//   1024    16.1      4.151       -0.14 +- 0.04    0.0085
+//         best lr at d = 256, 512, 1024  best loss              shift                          regret
+//   mup   17.8, 17.1, 16.1               4.439, 4.276, 4.151    -0.06 +- 0.02, -0.14 +- 0.04   0.0013, 0.0085
+//   mup0  17.8, 16.6, 14.1               4.439, 4.283, 4.204    -0.10, -0.33                   0.0027, 0.0165
+//   sp    17.8, 17.8, 10.3               4.439, 4.426, 4.628     0.00, -0.78                   0.0000, 0.1284
 //
-// mup0 at 512, one seed: -0.05 and 0.0008, 0.016 above mup; sp there 4.469 and 4.475 at 12.8 and 25.6.
+// Here mup0 can be told from mup: it ends 0.05 higher at d = 1024, and its best learning rate begins to move.
 //
 // Open question 1: conv taps and gains. One tap moves one channel, so that lr = Theta(1) under AdamW moves
 // every channel by Theta(1): rules as for any vector of d coordinates in [TP5]. The code the authors of
@@ -388,13 +389,14 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // fan-in). Measured (bytes of books, base 256, d = 1024, two seeds; dev/results/2026-11-28_h200_second):
 // as hidden weights they cost 0.0022, 0.0001, 0.0018 under AdamW at 2e-3, 4e-3, 8e-3 and 0.0025, 0.0064,
 // 0.0091 under SGD at 0.4, 0.8, 1.6. The rule of [TP5] is better, and stays.
-// With GPT-2's tokens gains and taps are what fails first under SGD (above): their constant at the base wants to
-// be smaller; with exponents as derived the best learning rate then stays where it is. Gradients of models after 200 steps of SGD (bytes, d = 128
-// to 512, lr 0.2, one seed; dev/results/2026-11-28_cpu) have slopes -0.9 to -1.3 for the norms' gains and -1.06
-// for the embedding, as derived, but -0.6 for the taps of v and the output gain, whose updates then grow as
-// d^0.4; near the edge of what can be trained (lr 0.8) most fall more slowly than 1/d. So they do with GPT-2's
-// tokens at the best learning rate (500 steps at lr 18.1, d = 256 to 1024, 2026-11-28_h200_fifth): embedding
-// -0.98, norms' gains -0.54 to -1.29, the MLP's weights -0.64 to -0.80.
+// With GPT-2's tokens gains and taps are what fails first under SGD (above): their constant at the base wants
+// to be smaller; with exponents as derived the best learning rate then stays where it is. Gradients of models
+// after 200 steps of SGD (bytes, d = 128 to 512, lr 0.2, one seed; dev/results/2026-11-28_cpu) have slopes
+// -0.9 to -1.3 for the norms' gains and -1.06 for the embedding, as derived, but -0.6 for the taps of v and
+// the output gain, whose updates then grow as d^0.4; near the edge of what can be trained (lr 0.8) most fall
+// more slowly than 1/d. So they do with GPT-2's tokens at the best learning rate (500 steps at lr 18.1, d =
+// 256 to 1024, four batches, 2026-11-29_h200): embedding -0.98, norms' gains -0.59 to -1.32, the MLP's
+// weights -0.65 to -0.80.
 //
 // Open question 3: decay. AdamW shrinks a weight by lr decay a step with the tensor's own lr, so hidden
 // weights forget over 1 / (lr decay) ~ d steps. The independent form keeps lr decay constant in d: divide the
