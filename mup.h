@@ -394,9 +394,9 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 // after 200 steps of SGD (bytes, d = 128 to 512, lr 0.2, one seed; dev/results/2026-11-28_cpu) have slopes
 // -0.9 to -1.3 for the norms' gains and -1.06 for the embedding, as derived, but -0.6 for the taps of v and
 // the output gain, whose updates then grow as d^0.4; near the edge of what can be trained (lr 0.8) most fall
-// more slowly than 1/d. So they do with GPT-2's tokens at the best learning rate (500 steps at lr 18.1, d =
-// 256 to 1024, four batches, 2026-11-29_h200): embedding -0.98, norms' gains -0.59 to -1.32, the MLP's
-// weights -0.65 to -0.80.
+// more slowly than 1/d. So they do with GPT-2's tokens at the best learning rate (500 steps at lr 18.1,
+// d = 256 to 1024, four batches, dev/results/2026-11-29_h200): embedding -0.98, norms' gains -0.59 to -1.32,
+// the MLP's weights -0.65 to -0.80.
 //
 // Open question 3: decay. AdamW shrinks a weight by lr decay a step with the tensor's own lr, so hidden
 // weights forget over 1 / (lr decay) ~ d steps. The independent form keeps lr decay constant in d: divide the
