@@ -341,12 +341,14 @@ inline Growth growth(const Mup& m, TensorClass cls) {
 //   output gain          0     0     -1       -1            0     +1        +1          +1/2
 //
 // Measured (AdamW, 33M tokens of books, 1,000 steps, fixed heads): with logits of factor 4 (section 3; two
-// seeds, dev/results/2026-11-27_h100_second) the best learning rates at d = 256, 512, 1024 and 2048 are
-// 5.4e-3, 5.1e-3, 4.5e-3 and 4.4e-3, and the one of 256 costs 0.0002, 0.0021 and 0.0028 at the others; on a
-// grid of factors of two 4e-3 is the best at all four. Heads of one size (64; one seed, 2026-11-29_h200):
-// 5.6e-3, 4.9e-3 and 4.6e-3 at 256, 512 and 1024, costs 0.0006 and 0.0021. With factor 1
-// (dev/results/2026-11-27_h100, two seeds 0.03 apart) 4e-3 is the best at 256 and 512, and 0.003 from the
-// best at 1024. Under sp (one seed) it costs 0.022 at 512 and 0.044 at 1024, where half of it is best.
+// seeds at the best, dev/results/2026-11-29_h200_second) the best learning rates at d = 256, 512, 1024 and
+// 2048 are 5.4e-3, 5.1e-3, 4.5e-3 and 4.4e-3, and the one of 256 costs 0.0002, 0.0021 and 0.0028 at the
+// others; on a grid of factors of two 4e-3 is the best at all four. Under sp they are 5.4e-3, 3.7e-3 and
+// 2.2e-3, costs 0.008 and 0.066 (0.028 on the grid), and d = 1024 ends at 3.942, where mup has 3.902. Heads
+// of one size (64; two seeds at the best): 5.6e-3, 4.9e-3 and 4.6e-3 at 256, 512 and 1024, costs 0.0006 and
+// 0.0021. With factor 1 (dev/results/2026-11-27_h100, two seeds 0.03 apart) 4e-3 is the best at 256 and 512,
+// and 0.003 from the best at 1024. Under sp (one seed) it costs 0.022 at 512 and 0.044 at 1024, where half
+// of it is best.
 //
 // Measured (bytes of the same books, 8 million of them, 1,000 steps, two seeds; constants of the base and
 // tables in dev/results/2026-11-28_h200_second): best learning rates at d = 256, 512 and 1024, and what the
