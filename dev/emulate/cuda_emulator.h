@@ -108,6 +108,24 @@ inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(std::fmax(__low2float(a), __low2float(b)),
                                std::fmax(__high2float(a), __high2float(b)));
 }
+inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(std::fmin(__low2float(a), __low2float(b)),
+                               std::fmin(__high2float(a), __high2float(b)));
+}
+inline __nv_bfloat162 __hneg2(__nv_bfloat162 x) {
+  return {{uint16_t(x.x.bits ^ 0x8000)}, {uint16_t(x.y.bits ^ 0x8000)}};
+}
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return __floats2bfloat162_rn(__low2float(a) * __low2float(b), __high2float(a) * __high2float(b));
+}
+inline __half2 __hmax2(__half2 a, __half2 b) {
+  return __floats2half2_rn(std::fmax(__half2float(a.x), __half2float(b.x)), std::fmax(__half2float(a.y), __half2float(b.y)));
+}
+inline __half2 __hmin2(__half2 a, __half2 b) {
+  return __floats2half2_rn(std::fmin(__half2float(a.x), __half2float(b.x)), std::fmin(__half2float(a.y), __half2float(b.y)));
+}
+inline __half2 __hneg2(__half2 x) { return {{uint16_t(x.x.bits ^ 0x8000)}, {uint16_t(x.y.bits ^ 0x8000)}}; }
+inline float __fdividef(float x, float y) { return x / y; }
 using std::max;
 using std::min;
 
@@ -172,17 +190,26 @@ inline void resume(int i) {
 struct Barrier {
   int size, count, generation;
 };
-inline Barrier block_barrier, warp_barriers[32];
-inline int64_t steps;  // threads that ended and barriers that were passed
+inline Barrier block_barrier, warp_barriers[32], meetings[16];
+inline int64_t steps;                   // threads that ended and barriers that were passed
+inline bool arrive(Barrier& barrier) {  // whether the last
+  if (++barrier.count < barrier.size) return false;
+  barrier.count = 0;
+  barrier.generation++;
+  steps++;
+  return true;
+}
 inline void wait(Barrier& barrier) {
   const int generation = barrier.generation;
-  if (++barrier.count == barrier.size) {
-    barrier.count = 0;
-    barrier.generation++;
-    steps++;
-  } else {
+  if (!arrive(barrier))
     while (barrier.generation == generation) yield();
-  }
+}
+// Of `threads` of the block's: bar.sync, bar.arrive
+inline Barrier& meeting(int which, int threads) {
+  Barrier& barrier = meetings[which];
+  if (barrier.count > 0 && barrier.size != threads) throw std::logic_error("a meeting of two sizes");
+  barrier.size = threads;
+  return barrier;
 }
 
 inline void run_block(int threads, const std::function<void()>& call) {
@@ -190,6 +217,7 @@ inline void run_block(int threads, const std::function<void()>& call) {
   blockDim.x = unsigned(threads);
   block_barrier = {threads, 0, 0};
   for (Barrier& barrier : warp_barriers) barrier = {32, 0, 0};
+  for (Barrier& barrier : meetings) barrier = {0, 0, 0};
   fibers.resize(size_t(threads));
   for (Fiber& fiber : fibers) {
     fiber.stack.resize(1 << 17);
@@ -228,6 +256,8 @@ inline void run_block(int threads, const std::function<void()>& call) {
   for (const Fiber& fiber : fibers)
     if (!fiber.copies.work.empty() || !fiber.products.work.empty())
       throw std::logic_error("copies or products that nobody waited for");
+  for (const Barrier& barrier : meetings)
+    if (barrier.count != 0) throw std::logic_error("a meeting that did not take place");
 }
 
 // kernel<<<grid, threads>>>
@@ -298,6 +328,8 @@ inline int __reduce_min_sync(unsigned, int x) {
   emulator::warp_read();
   return least;
 }
+inline uint32_t __reduce_max_sync(unsigned, uint32_t x);
+inline bool __any_sync(unsigned, bool x) { return __reduce_max_sync(~0u, x) != 0; }
 inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   const emulator::Words* all = emulator::warp_share({x});
   uint32_t largest = 0;
@@ -386,9 +418,10 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   warp_read();
 }
 
-// d [16 rows of this warp, 8 tiles columns] = a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
+// d [16 rows of this warp, 8 tiles columns] = sign a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
 // in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_passes_wgmma.cuh).
-inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
+inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n,
+                      int sign) {
   const Words* all = warp_share({a[0], a[1], a[2], a[3]});
   float rows[2][16];
   rows_of_a(rows, all, true);
@@ -402,14 +435,15 @@ inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t
         address ^= (address >> 7 & 7) << 4;
         sum += double(rows[e / 2][k]) * number(load_16_bits(address), true);
       }
-      d[t][e] = float((add ? d[t][e] : 0) + sum);
+      d[t][e] = float((add ? d[t][e] : 0) + sign * sum);
     }
   warp_read();
 }
 // The same, now or late. What d and a name has to be there until the wait.
-inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n) {
+inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n,
+                  int sign) {
   const uint32_t(*operand)[4] = &a;
-  products().add([=] { wgmma_now(d, tiles, *operand, descriptor, add, by_n); });
+  products().add([=] { wgmma_now(d, tiles, *operand, descriptor, add, by_n, sign); });
 }
 
 }  // namespace emulator

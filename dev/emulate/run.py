@@ -30,6 +30,7 @@ MMA = {
     "mma_fp16": "emulator::mma(c, a, b0, b1, true);",
     "transpose_8x8": "return emulator::transpose_8x8(x);",
     "copy_16_bytes": "emulator::copy(to, from, 16, valid);",
+    "store_16_bytes": "const uint32_t words[4] = {x, y, z, w}; std::memcpy(to, words, 16);",
     "copy_4_bytes": "emulator::copy(to, from, 4, true);",
     "copies_issued": "emulator::copies().close();",
     "copies_arrived": "emulator::copies_arrived();",
@@ -41,9 +42,14 @@ WGMMA = {
     "products_done": "emulator::products().do_all_but(pending);",
     "publish_to_products": "",
     "pin": "",
-    "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN);",
-    "wgmma_32": "emulator::wgmma(d, 4, a, b, true, kMajor == kByN);",
+    "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN, kSign);",
+    "wgmma_32": "emulator::wgmma(d, 4, a, b, true, kMajor == kByN, kSign);",
     "thread_again": "return int(threadIdx.x);",
+    "meet": "emulator::wait(emulator::meeting(meeting, threads));",
+    "pass_by": "emulator::arrive(emulator::meeting(meeting, threads));",
+    "keep": "",
+    "give_registers": "",
+    "take_registers": "",
 }
 
 

@@ -242,10 +242,15 @@ inline void prepare(Cuda& device, const act* qkv, const float* g, const float* b
 }
 
 // Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
-// loads, unless one each gives no multiprocessor a second block or leaves none idle.
+// loads and a block of two takes 1.5 times as long as one of one, not twice; or one, where that leaves so many
+// more blocks to share the work that it ends earlier.
 inline int pass_groups(const Cuda& device, const MixerShape& shape, int pieces) {
   const int slices = divide_up(shape.head_dim_v, 64);
-  return slices % 2 != 0 || shape.batch * pieces * shape.heads_v * slices <= device.multiprocessors ? 1 : 2;
+  const int64_t slots = int64_t(device.multiprocessors) * pass_blocks(shape.head_dim_k);
+  const auto rounds = [&](int groups) {
+    return divide_up<int64_t>(int64_t(shape.batch) * pieces * shape.heads_v * divide_up(slices, groups), slots);
+  };
+  return 2 * rounds(1) < 3 * rounds(2) ? 1 : 2;
 }
 
 // Calls launch with dk's compiled size, a pass's warpgroups, and the grid.
@@ -312,17 +317,18 @@ inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const 
   const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     constexpr int DK = decltype(head_dim)::value;
-    const auto launch = [&](auto kernel, int warps, int bytes) {
+    const auto launch = [&](auto kernel, int warps, int threads, int bytes) {
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v,
                       shape.batch * (pieces.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates,
+      kernel<<<grid, threads, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates,
                                                          sizes(shape), pieces, s);
     };
     if (has_warpgroup_products())
-      return launch(backward_pass_warpgroup_kernel<DK, 1, true>, 4, 2 * WarpgroupStage<DK, 1>::kBytes);
+      return launch(backward_pass_warpgroup_kernel<DK, 1, true>, 4, pass_threads(DK, 1),
+                    pass_stages(DK) * WarpgroupStage<DK, 1>::kBytes);
     const int warps = pass_warps(device, shape, DK, pieces.count);
-    launch(backward_pass_kernel<DK, true>, warps, 2 * pass_stage_bytes(DK, warps));
+    launch(backward_pass_kernel<DK, true>, warps, 32 * warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("backward_pass_kernel of states");
 }
@@ -334,11 +340,11 @@ inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qk
   if (has_warpgroup_products()) {
     with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
+      constexpr int bytes = pass_stages(DK) * WarpgroupStage<DK, kGroups>::kBytes;
       const auto kernel = forward_pass_warpgroup_kernel<DK, kGroups>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape),
-                                                            pieces, s);
+      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(o, saved, qkv, matrices, gates,
+                                                                        sizes(shape), pieces, s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
@@ -361,11 +367,11 @@ inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qk
   if (has_warpgroup_products()) {
     with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = 2 * WarpgroupStage<DK, kGroups>::kBytes;
+      constexpr int bytes = pass_stages(DK) * WarpgroupStage<DK, kGroups>::kBytes;
       const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups, false>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, 128 * kGroups, bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices, gates,
-                                                            sizes(shape), pieces, s);
+      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(
+          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), pieces, s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {

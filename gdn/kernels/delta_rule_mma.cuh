@@ -81,6 +81,11 @@ __device__ inline uint32_t pack_bf16(float x, float y) {  // x in the low half
   __nv_bfloat162 word = __floats2bfloat162_rn(x, y);
   return *reinterpret_cast<uint32_t*>(&word);
 }
+// Two bf16 times a power of two: exact.
+__device__ inline uint32_t scale_bf16(uint32_t x, float factor) {
+  const __nv_bfloat162 y = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&x), __float2bfloat162_rn(factor));
+  return *reinterpret_cast<const uint32_t*>(&y);
+}
 __device__ inline float2 unpack_fp16(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
 __device__ inline uint32_t pack_fp16(float x, float y) {
   __half2 word = __floats2half2_rn(x, y);
@@ -236,6 +241,12 @@ __device__ inline void copy_16_bytes(void* to, const void* from, bool valid) {
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// Four words to global memory, as one instruction: from the C++ ptxas made four of a state's first store,
+// each a quarter of 16 sectors, which the L2 cache has to put together (the backward pass +8%, measured).
+__device__ inline void store_16_bytes(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
 __device__ inline void copy_4_bytes(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
@@ -243,6 +254,12 @@ __device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" :
 __device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // All groups of this thread's copies but the newest have arrived.
 __device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
+// `rows` rows of `stride` numbers on: one instruction, where rows are a constant.
+template <class T>
+__device__ inline T* rows_on(T* from, int rows, int stride) {
+  return from + int64_t(rows) * stride;
+}
 
 // f(row, vector) for this thread's 16-byte vectors of a [64, columns] tile of 16-bit numbers, columns in
 // multiples of 8; threads in multiples of 8. Eight of them take a row, so that a thread's rows are a fixed

@@ -142,11 +142,14 @@ __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a
   }
 }
 
-__device__ inline uint32_t pack_as(const act*, float x, float y) { return pack_bf16(x, y); }
-__device__ inline uint32_t pack_as(const __half*, float x, float y) { return pack_fp16(x, y); }
+// x, y times factor, a power of two: for fp16, where sums of products are in range, that is 1.
+__device__ inline uint32_t pack_as(const act*, float x, float y, float factor) {
+  return scale_bf16(pack_bf16(x, y), factor);
+}
+__device__ inline uint32_t pack_as(const __half*, float x, float y, float) { return pack_fp16(x, y); }
 
 // factor * x [16 of dv, 64 tokens] as rows of tokens in `staging`, the warp's own 16 columns of a shared tile
-// with row stride ld; 16-bit numbers of type T.
+// with row stride ld; 16-bit numbers of type T; factor as above.
 template <class T>
 __device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4], float factor) {
   __syncwarp();
@@ -156,7 +159,7 @@ __device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4]
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const float(&tile)[4] = x[t + i / 2];
-      w[i] = pack_as(static_cast<T*>(nullptr), factor * tile[2 * (i % 2)], factor * tile[2 * (i % 2) + 1]);
+      w[i] = pack_as(static_cast<T*>(nullptr), tile[2 * (i % 2)], tile[2 * (i % 2) + 1], factor);
     }
     store_transposed(staging + 8 * t * ld, ld, w);
   }
@@ -165,13 +168,14 @@ __device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4]
 // Writes what stage_tokens left to rows [tokens, 16] of `to`, the first n.
 template <class T>
 __device__ inline void write_tokens(T* to, int64_t stride, int n, const act* staging, int ld) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32, row = lane / 2, column = 8 * (lane % 2), step = int(stride);
   __syncwarp();
+  to = rows_on(to + column, row, step);
+  staging += row * ld + column;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const int row = 16 * i + lane / 2, column = 8 * (lane % 2);
-    const uint4 word = *reinterpret_cast<const uint4*>(staging + row * ld + column);
-    if (row < n) *reinterpret_cast<uint4*>(to + row * stride + column) = word;
+  for (int i = 0; i < kChunk; i += 16) {
+    const uint4 word = *reinterpret_cast<const uint4*>(staging + i * ld);
+    if (row + i < n) *reinterpret_cast<uint4*>(rows_on(to, i, step)) = word;
   }
 }
 
@@ -183,13 +187,15 @@ __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, 
   write_tokens(to, stride, n, staging, ld);
 }
 
-// Of a grid [slices, value heads, sequences x count], count pieces of each sequence from `first` on.
-__device__ inline PassBlock pass_block(const Sizes& size, const Pieces& pieces, int first, int count) {
+// Of a grid [slices, value heads, sequences x count], count pieces of each sequence from `first` on; slices
+// of 16 columns for each of `warps`.
+__device__ inline PassBlock pass_block(const Sizes& size, const Pieces& pieces, int first, int count,
+                                       int warps) {
   PassBlock block;
   block.b = blockIdx.z / count;
   block.h = blockIdx.y;
   block.hk = size.key_head(block.h);
-  block.warps = blockDim.x / 32;
+  block.warps = warps;
   block.first_column = blockIdx.x * 16 * block.warps;
   block.piece = first + blockIdx.z % count;
   block.first_chunk = block.piece * pieces.chunks;
@@ -267,16 +273,19 @@ __device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
 
 // The largest number, up to sign, of a warp's 16 columns of a bf16 tile [64, 16]; this lane's share.
 __device__ inline float largest_of_values(uint32_t columns_address, int ld) {
-  __nv_bfloat162 largest = __float2bfloat162_rn(0.f);
+  __nv_bfloat162 high = __float2bfloat162_rn(0.f), low = high;
 #pragma unroll
   for (int t = 0; t < 4; t++) {
     uint32_t v[4];
     ldmatrix_transposed(v, columns_address + 2 * 16 * t * ld);
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      largest = __hmax2(largest, __habs2(*reinterpret_cast<__nv_bfloat162*>(&v[e])));
+    for (int e = 0; e < 4; e++) {
+      const __nv_bfloat162 x = *reinterpret_cast<__nv_bfloat162*>(&v[e]);
+      high = __hmax2(high, x), low = __hmin2(low, x);
+    }
   }
-  return fmaxf(__low2float(largest), __high2float(largest));
+  high = __hmax2(high, __hneg2(low));
+  return fmaxf(__low2float(high), __high2float(high));
 }
 
 // Before a chunk: the state, which is times 2^exponent, is brought into a range where it and the chunk's
@@ -293,20 +302,21 @@ __device__ inline int bring_into_range(float (&state)[DK / 8][4], float largest_
   return e;
 }
 
-// R = unit V - e^G (K S), in place from c = K S. All [16 of dv, 64 tokens]
+// R = unit V - e^G (K S), in place from c = K S. All [16 of dv, 64 tokens]; unit: a power of two
 __device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t v_columns, int ld,
                                  float unit) {
+  const float* from_start = gates + kFromStart * kChunk + 2 * (threadIdx.x & 3);
 #pragma unroll
   for (int t = 0; t < 4; t++) {
-    scale_tokens(c[2 * t], c[2 * t + 1], gates + kFromStart * kChunk, 16 * t, -1.f);
     uint32_t v[4];
     ldmatrix_transposed(v, v_columns + 2 * 16 * t * ld);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const float2 x = unpack_bf16(v[e]);
+      const float2 x = unpack_bf16(scale_bf16(v[e], unit));
+      const float2 gate = *reinterpret_cast<const float2*>(from_start + 16 * t + 8 * (e / 2));
       float(&tile)[4] = c[2 * t + e / 2];
-      tile[2 * (e % 2)] += unit * x.x;
-      tile[2 * (e % 2) + 1] += unit * x.y;
+      tile[2 * (e % 2)] = fmaf(-gate.x, tile[2 * (e % 2)], x.x);
+      tile[2 * (e % 2) + 1] = fmaf(-gate.y, tile[2 * (e % 2) + 1], x.y);
     }
   }
 }
@@ -369,7 +379,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
                         Sizes size, Pieces pieces, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
+  const PassBlock block = pass_block(size, pieces, 0, pieces.count, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
@@ -482,7 +492,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
                          const float* gates, Sizes size, Pieces pieces, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates);
+  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -560,7 +570,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
                          Pieces pieces, int slices_v) {
   extern __shared__ __align__(16) unsigned char shared[];
-  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1);
+  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8;
   const bool transition = int(blockIdx.x) >= slices_v;
   const int row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 16 * block.warps + 16 * warp;

@@ -77,31 +77,50 @@ enum Major { kByK = 0, kByN = 1 };
 
 #define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 
-// d [64,64], eight accumulator tiles, += a b, or = a b where not `add`
-template <Major kMajor>
+// d [64,64], eight accumulator tiles, += kSign a b, or = kSign a b where not `add`
+template <Major kMajor, int kSign = 1>
 __device__ inline void wgmma_64(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}\n"
+      "{%32, %33, %34, %35}, %36, p, %39, 1, %38;\n}\n"
       : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(kMajor)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(kMajor)), "n"(kSign));
 }
 
-// d [64,32] += a b
-template <Major kMajor>
+// d [64,32] += kSign a b
+template <Major kMajor, int kSign = 1>
 __device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, 1, 1, 1, %21;\n"
+      "{%16, %17, %18, %19}, %20, 1, %22, 1, %21;\n"
       : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kMajor)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kMajor)), "n"(kSign));
 }
 
 #undef GDN_TILE
+
+// ---- meetings of `threads` of a block's threads; 0 is __syncthreads
+
+__device__ inline void meet(int meeting, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
+}
+// Is counted, and goes on.
+__device__ inline void pass_by(int meeting, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
+}
+// The warpgroup's registers a thread from here on, fewer or more.
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 // ---- a chunk's inputs
 
@@ -117,8 +136,9 @@ struct WarpgroupStage {
   static_assert(kBytes % 1024 == 0, "tiles are aligned to eight rows");
 
   unsigned char* at;
+  int index;
 
-  __device__ WarpgroupStage(unsigned char* shared, int index) : at(shared + index * kBytes) {}
+  __device__ WarpgroupStage(unsigned char* shared, int i) : at(shared + i * kBytes), index(i) {}
   __device__ unsigned char* keys(int which) const { return at + which * kKeyTiles * kTileBytes; }
   __device__ unsigned char* q() const { return keys(0); }
   __device__ unsigned char* k() const { return keys(kPairs - 1); }
@@ -135,58 +155,75 @@ __device__ inline int thread_again() {
   return x;
 }
 
-// A warp's part of q and k: f(width, which, tile) for each of those in the stage, if there is one warpgroup,
-// or for its warpgroup's, and each of its tiles. Of each the warp has 16 rows, `width` columns (64, or 32 in
-// the last).
-template <int DK, int kGroups, bool kWithQ, class F>
+// Keeps the compiler from computing a pointer anew where it is used.
+template <class T>
+__device__ inline void keep(T*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
+
+// A warp's part of q and k where `kCopiers` warpgroups copy: f(width, which, tile) for each of those in the
+// stage, if there is one warpgroup, or for its warpgroup's, and each of its tiles. Of each the warp has 16
+// rows, `width` columns (64, or 32 in the last).
+template <int DK, int kCopiers, bool kWithQ, class F>
 __device__ inline void for_my_keys(int thread, const F& f) {
 #pragma unroll
-  for (int i = 0; i < WarpgroupStage<DK, kGroups, kWithQ>::kPairs / kGroups; i++) {
-    const int which = kGroups == 2 ? thread / 128 : i;
+  for (int i = 0; i < (kWithQ ? 2 : 1) / kCopiers; i++) {
+    const int which = kCopiers == 2 ? thread / 128 : i;
 #pragma unroll
     for (int tile = 0; tile < DK / 64; tile++) f(std::integral_constant<int, 64>(), which, tile);
     if (DK % 64 != 0) f(std::integral_constant<int, 32>(), which, DK / 64);
   }
 }
 
-// The block starts copying a chunk's inputs; values as in copy_chunk.
-template <int DK, int kGroups, bool kWithQ>
+// `kCopiers` warpgroups, of which `thread` is one's, start copying a chunk's inputs; values as in copy_chunk.
+template <int DK, int kGroups, bool kWithQ, int kCopiers>
 __device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
                                   const Sizes& size, int chunk, const act* qkv, const act* values,
-                                  int64_t values_stride, const __half* matrices, const float* gates) {
+                                  int64_t values_stride, const __half* matrices, const float* gates,
+                                  std::integral_constant<int, kCopiers>) {
   using Stage = WarpgroupStage<DK, kGroups, kWithQ>;
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
-  const int thread = thread_again(), lane = thread % 32, first = 16 * (thread / 32 % 4),
-            n = size.rows_in(chunk);
+  const int thread = thread_again() & (128 * kCopiers - 1), lane = thread % 32,
+            first = 16 * (thread / 32 % 4), n = size.rows_in(chunk);
   const act* inputs =
       qkv + (row + first) * size.channels + (kWithQ ? size.q_column(block.hk) : size.k_column(block.hk));
   const int q_to_k = size.k_column(0) - size.q_column(0);
-  for_my_keys<DK, kGroups, kWithQ>(thread, [&](auto width, int which, int tile) {
-    constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
-    const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
-    const act* from = inputs + r * size.channels + which * q_to_k + column;
-    unsigned char* to = stage.keys(which) + tile * kTileBytes + 2 * kTileRow * first;
-    const int at = swizzled(r, vector), rows = column < size.dk ? n - first - r : 0;
+  const int values_step = int(values_stride);
+  const auto copy = [&](auto all) {  // 64 rows, or n of them and zeros
+    constexpr bool whole = decltype(all)::value;
+    for_my_keys<DK, kCopiers, kWithQ>(thread, [&](auto width, int which, int tile) {
+      constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
+      const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
+      const act* from = rows_on(inputs, r, size.channels) + which * q_to_k + column;
+      unsigned char* to = stage.keys(which) + tile * kTileBytes + 2 * kTileRow * first;
+      const int at = swizzled(r, vector);
+      const bool valid = column < size.dk;
 #pragma unroll
-    for (int i = 0; i < 16; i += kRows)  // four rows on, the swizzle's third bit is the other
-      copy_16_bytes(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, from + i * size.channels, i < rows);
-  });
-  {
-    constexpr int kVectors = 8 * kGroups;
+      for (int i = 0; i < 16; i += kRows)  // four rows on, the swizzle's third bit is the other
+        copy_16_bytes(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, rows_on(from, i, size.channels),
+                      valid && (whole || first + r + i < n));
+    });
+    constexpr int kVectors = 8 * kGroups, kRows = 128 * kCopiers / kVectors;
     const int r = thread / kVectors, column = 8 * (thread % kVectors);
-    const int rows = column < size.dv - block.first_column ? n - r : 0;
+    const bool valid = column < size.dv - block.first_column;
     const act* from = values + (row + r) * values_stride + block.first_column + column;
     act* to = stage.values() + r * Stage::kValuesStride + column;
 #pragma unroll
-    for (int i = 0; i < kChunk; i += 16)
-      copy_16_bytes(to + i * Stage::kValuesStride, from + i * values_stride, i < rows);
-  }
+    for (int i = 0; i < kChunk; i += kRows)
+      copy_16_bytes(to + i * Stage::kValuesStride, rows_on(from, i, values_step),
+                    valid && (whole || r + i < n));
+  };
+  if (n == kChunk)
+    copy(std::true_type());
+  else
+    copy(std::false_type());
   {
     const int r = thread / 8, vector = thread % 8;
     const __half* from = matrices + number * 2 * kSquare + r * kChunk + 8 * vector;
     unsigned char* to = stage.n() + swizzled(r, vector);
+    keep(from), keep(to);
 #pragma unroll
-    for (int i = 0; i < kChunk; i += 16 * kGroups) {
+    for (int i = 0; i < kChunk; i += 16 * kCopiers) {
       if (vector / 2 > (r + i) / 16) continue;  // above the diagonal, where the tiles stay zero
       copy_16_bytes(to + 2 * kTileRow * i, from + i * kChunk, true);
       if (kWithQ) copy_16_bytes(to + 2 * kTileRow * i + kTileBytes, from + i * kChunk + kSquare, true);
@@ -195,6 +232,15 @@ __device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& sta
   if (thread < kGates / 4)
     copy_16_bytes(stage.gates() + 4 * thread, gates + number * kGates + 4 * thread, true);
   copies_issued();
+}
+
+// All of the block, which has no other warpgroups.
+template <int DK, int kGroups, bool kWithQ>
+__device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
+                                  const Sizes& size, int chunk, const act* qkv, const act* values,
+                                  int64_t values_stride, const __half* matrices, const float* gates) {
+  copy_chunk(stage, block, size, chunk, qkv, values, values_stride, matrices, gates,
+             std::integral_constant<int, kGroups>());
 }
 
 // Four words of eight bf16 each, 32 neighbouring columns -> fp16 in the order of positions.
@@ -213,14 +259,14 @@ __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
   for (int j = 0; j < 4; j++) x[j] = make_uint4(w[j][0], w[j][1], w[j][2], w[j][3]);
 }
 
-// Waits for a chunk's inputs; the block and its products see them after it has synchronised. Each warp
-// converts what it copied, in the forward while the products run that end the chunk before.
-template <int DK, int kGroups, bool kWithQ>
-__device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage) {
-  copies_arrived();
+// What a warp copied of q and k becomes fp16; the block and its products see it after they have synchronised.
+template <int DK, int kGroups, bool kWithQ, int kCopiers>
+__device__ inline void convert_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage,
+                                     std::integral_constant<int, kCopiers>) {
   __syncwarp();
-  const int thread = thread_again(), lane = thread % 32, first = 16 * (thread / 32 % 4);
-  for_my_keys<DK, kGroups, kWithQ>(thread, [&](auto width, int which, int tile) {
+  const int thread = thread_again() & (128 * kCopiers - 1), lane = thread % 32,
+            first = 16 * (thread / 32 % 4);
+  for_my_keys<DK, kCopiers, kWithQ>(thread, [&](auto width, int which, int tile) {
     constexpr int kParts = decltype(width)::value / 32;  // of 32 columns
     const int r = lane / kParts, vector = 4 * (lane % kParts);
     if (r >= 16) return;
@@ -236,38 +282,168 @@ __device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& 
   publish_to_products();
 }
 
-// ---- products with the state
-
-// Writes 32 columns of the warp's state, held as two A operands over positions, to rows [16 of dv, dk] of
-// `to`.
-__device__ inline void store_32_of_positions(__half* to, int dk, int column, const uint32_t (&left)[4],
-                                             const uint32_t (&right)[4]) {
-  const int lane = threadIdx.x % 32, g = lane / 4, at = column + 8 * (lane % 4);
-  if (at >= dk) return;
-#pragma unroll
-  for (int half = 0; half < 2; half++)
-    *reinterpret_cast<uint4*>(to + (g + 8 * half) * dk + at) =
-        make_uint4(left[half], left[half + 2], right[half], right[half + 2]);
+// Waits for a chunk's inputs. Each warp converts what it copied, in the forward while the products run that
+// end the chunk before.
+template <int DK, int kGroups, bool kWithQ>
+__device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage) {
+  copies_arrived();
+  convert_chunk(stage, std::integral_constant<int, kGroups>());
 }
 
-// Starts what reads the state [64 of dv, dk] at a chunk's start, in one walk over it:
-//   operands: the state's; written to `to`, rows [16 of dv, dk] of this warp, where that is not null
+// ---- carriers
+//
+// Where registers and shared memory allow it, a block has one more warpgroup, the carriers: they bring
+// inputs, a chunk or two ahead, and take what is staged in `values` out. The others do nothing but a chunk's
+// products, whose chain is what a pass takes: 3 stages, each used in turn.
+
+__host__ __device__ constexpr bool carried(int DK) { return pass_blocks(DK) == 1 && DK <= 128; }
+__host__ __device__ constexpr int pass_threads(int DK, int groups) { return 128 * (groups + carried(DK)); }
+__host__ __device__ constexpr int pass_stages(int DK) { return carried(DK) ? 3 : 2; }
+
+// Of a stage: the inputs are there (one for each warpgroup that waits for them); all are done with them.
+enum Meeting { kReady = 1, kDone = 7 };
+constexpr int kCarrierRegisters = 56, kOtherRegisters = 224;
+
+// What carriers do; f(i), of the i-th of a pass's chunks: copy starts copying its inputs, write takes its
+// results out.
+template <int DK, int kGroups, class Copy, class Write>
+__device__ inline void carry(unsigned char* tiles, int chunks, const Copy& copy, const Write& write) {
+  using Stage = WarpgroupStage<DK, kGroups>;
+  constexpr int kStages = pass_stages(DK), kThreads = pass_threads(DK, kGroups);
+  constexpr auto kCopiers = std::integral_constant<int, 1>();
+  int now = 0, before = kStages - 1;  // stages
+  for (int i = 0; i < chunks + kStages; i++) {
+    if (i >= kStages) {
+      meet(kDone + now, kThreads);
+      write(i - kStages, Stage(tiles, now));
+    }
+    if (i < chunks) copy(i, Stage(tiles, now));
+    if (i > 0 && i <= chunks) {
+      if (i < chunks)
+        copies_arrived_but_one();
+      else
+        copies_arrived();
+      convert_chunk(Stage(tiles, before), kCopiers);
+      for (int group = 0; group < kGroups; group++) pass_by(kReady + kStages * group + before, 256);
+    }
+    before = now;
+    now = now + 1 < kStages ? now + 1 : 0;
+  }
+}
+
+// What a warpgroup does that has no columns, where dv is an odd number of slices.
+template <int DK, int kGroups>
+__device__ inline void attend(int chunks) {
+  constexpr int kStages = pass_stages(DK);
+  for (int i = 0, now = 0; i < chunks; i++) {
+    meet(kReady + kStages * (int(threadIdx.x) / 128) + now, 256);
+    pass_by(kDone + now, pass_threads(DK, kGroups));
+    now = now + 1 < kStages ? now + 1 : 0;
+  }
+}
+
+// Carriers write a chunk's results, staged as rows of tokens, to rows [tokens, ..] of `to`, the first n, as
+// many columns as there are.
+template <int DK, int kGroups>
+__device__ inline void write_results(act* to, int64_t stride, int n, int columns,
+                                     const WarpgroupStage<DK, kGroups>& stage) {
+  constexpr int kVectors = 8 * kGroups, kRows = 128 / kVectors;
+  const int thread = thread_again() & 127, r = thread / kVectors, column = 8 * (thread % kVectors);
+  if (column >= columns) return;
+  const act* from = stage.values() + r * stage.kValuesStride + column;
+  to += r * stride + column;
+  const int step = int(stride);
+  const auto write = [&](auto all) {
+#pragma unroll
+    for (int i = 0; i < kChunk; i += kRows)
+      if (decltype(all)::value || r + i < n)
+        *reinterpret_cast<uint4*>(rows_on(to, i, step)) =
+            *reinterpret_cast<const uint4*>(from + i * stage.kValuesStride);
+  };
+  if (n == kChunk)
+    write(std::true_type());
+  else
+    write(std::false_type());
+}
+
+// ---- products with the state
+
+// Writes 32 columns of the warp's state from `column` on, held as two A operands over positions, to rows [16
+// of dv, dk]; `to` is this lane's place in the first 32.
+__device__ inline void store_32_of_positions(__half* to, int dk, int column, const uint32_t (&left)[4],
+                                             const uint32_t (&right)[4]) {
+  if (column + 8 * (int(threadIdx.x) % 4) >= dk) return;
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    store_16_bytes(rows_on(to, 8 * half, dk) + column, left[half], left[half + 2], right[half],
+                   right[half + 2]);
+}
+__device__ inline __half* place_of_positions(__half* to, int dk) {
+  const int lane = threadIdx.x % 32;
+  return to + lane / 4 * dk + 8 * (lane % 4);
+}
+
+// Operands first to end, an even number of both, of the state's; `to` is row 0 of the warp's [16 of dv, dk].
+template <int DK>
+__device__ inline void store_positions_of(__half* to, int dk, const uint32_t (&operands)[DK / 16][4],
+                                          int first, int end) {
+  __half* place = place_of_positions(to, dk);
+#pragma unroll
+  for (int i = first; i < end; i += 2) store_32_of_positions(place, dk, 16 * i, operands[i], operands[i + 1]);
+}
+
+// Whether registers hold all of the state's operands beside the state: then these tell its range, at half the
+// instructions.
+__device__ constexpr bool operands_first(int DK) { return DK <= 128; }
+
+template <int DK>
+__device__ inline void state_operands(uint32_t (&operands)[DK / 16][4], const float (&state)[DK / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < DK / 16; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
+}
+
+// bring_into_range, and the state's operands.
+template <int DK>
+__device__ inline int operands_in_range(uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
+                                        float largest_value, int exponent) {
+  // Once, rarely twice: halves that are all 0, or one that overflowed, say too little.
+#pragma unroll 1
+  for (bool again = false;; again = true) {
+    state_operands<DK>(operands, state);
+    __half2 high = __float2half2_rn(0.f), low = high;
+#pragma unroll
+    for (int i = 0; i < DK / 16; i++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const __half2 x = *reinterpret_cast<const __half2*>(&operands[i][e]);
+        high = __hmax2(high, x), low = __hmin2(low, x);
+      }
+    const float2 largest = __half22float2(__hmax2(high, __hneg2(low)));
+    const float largest_state = fmaxf(largest.x, largest.y);
+    const int e = range_exponent(fmaxf(power_of_two(exponent) * largest_value, largest_state), exponent);
+    if (again || (e == exponent && __any_sync(~0u, largest_state > 0))) return exponent;
+    exponent = bring_into_range<DK>(state, largest_value, exponent);
+  }
+}
+
+// Starts what reads the state [64 of dv, dk] at a chunk's start:
+//   operands: the state's (made here where not operands_first); written to `to`, rows [16 of dv, dk] of this
+//   warp, where that is not null
 //   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the
 //   newest from_q = state Q^T (kWithQ), done with the newest group
 template <int DK, bool kWithQ>
 __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
                                         uint32_t (&operands)[DK / 16][4], const float (&state)[DK / 8][4],
                                         uint64_t k, uint64_t q, __half* to, int dk) {
+  constexpr int kAtOnce = operands_first(DK) ? DK / 16 : 4;  // else a tile
 #pragma unroll
-  for (int first = 0; first < DK / 16; first += 4) {  // a tile
-    const bool last = first + 4 >= DK / 16;
-    const int end = last ? DK / 16 : first + 4;
+  for (int first = 0; first < DK / 16; first += kAtOnce) {
+    const bool last = first + kAtOnce >= DK / 16;
+    const int end = last ? DK / 16 : first + kAtOnce;
+    if (!operands_first(DK))
 #pragma unroll
-    for (int i = first; i < end; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
-    if (to)
-#pragma unroll
-      for (int i = first; i < end; i += 2)
-        store_32_of_positions(to, dk, 16 * i, operands[i], operands[i + 1]);
+      for (int i = first; i < end; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
+    if (to) store_positions_of<DK>(to, dk, operands, first, end);
 #pragma unroll
     for (int i = first; i < end; i++) pin(operands[i]);
     products_begin();
@@ -283,6 +459,16 @@ __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8
   }
 }
 
+// One or the other.
+template <int DK>
+__device__ inline int in_range(uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
+                               float largest_value, int exponent) {
+  if constexpr (operands_first(DK))
+    return operands_in_range<DK>(operands, state, largest_value, exponent);
+  else
+    return bring_into_range<DK>(state, largest_value, exponent);
+}
+
 // Starts out [64,64 tokens] = operands [64, dk] rows [64 tokens, dk]^T
 template <int DK>
 __device__ inline void start_read_operands(float (&out)[8][4], const uint32_t (&operands)[DK / 16][4],
@@ -291,26 +477,27 @@ __device__ inline void start_read_operands(float (&out)[8][4], const uint32_t (&
   for (int i = 0; i < DK / 16; i++) wgmma_64<kByK>(out, operands[i], rows + columns_16(i), i > 0);
 }
 
-// Starts state [64, dk] += a [64, 64 tokens] rows [64 tokens, dk]
-template <int DK>
+// Starts state [64, dk] += kSign a [64, 64 tokens] rows [64 tokens, dk]
+template <int DK, int kSign = 1>
 __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint32_t (&a)[4][4],
                                           uint64_t rows) {
 #pragma unroll
   for (int tile = 0; tile < DK / 64; tile++)
 #pragma unroll
     for (int p = 0; p < 4; p++)
-      wgmma_64<kByN>(state + 8 * tile, a[p], rows + tile * kNextTile + p * kRows16, 1);
+      wgmma_64<kByN, kSign>(state + 8 * tile, a[p], rows + tile * kNextTile + p * kRows16, 1);
   if (DK % 64 != 0)
 #pragma unroll
     for (int p = 0; p < 4; p++)
-      wgmma_32<kByN>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16);
+      wgmma_32<kByN, kSign>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16);
 }
 
-// Starts c [64, 64 tokens] += a [64, 64 tokens] m^T (kByK) or a m (kByN), m [64,64] one tile
-template <Major kMajor>
+// Starts c [64, 64 tokens] += kSign a [64, 64 tokens] m^T (kByK) or a m (kByN), m [64,64] one tile
+template <Major kMajor, int kSign = 1>
 __device__ inline void start_square(float (&c)[8][4], const uint32_t (&a)[4][4], uint64_t m) {
 #pragma unroll
-  for (int p = 0; p < 4; p++) wgmma_64<kMajor>(c, a[p], m + p * (kMajor == kByK ? kColumns16 : kRows16), 1);
+  for (int p = 0; p < 4; p++)
+    wgmma_64<kMajor, kSign>(c, a[p], m + p * (kMajor == kByK ? kColumns16 : kRows16), 1);
 }
 
 // The operands of x [64, 64 tokens] times factor * gate.
@@ -365,9 +552,9 @@ __device__ inline void store_positions(float* to, const float (&state)[DK / 8][4
 }
 
 // Zeros above the diagonal of N and P, where nothing is ever copied.
-template <class Stage>
+template <class Stage, int kStages = 2>
 __device__ inline void clear_matrices(unsigned char* shared) {
-  for (int i = 0; i < 2; i++) clear_shared(Stage(shared, i).n(), Stage::kPairs * kTileBytes);
+  for (int i = 0; i < kStages; i++) clear_shared(Stage(shared, i).n(), Stage::kPairs * kTileBytes);
   __syncthreads();
 }
 
@@ -375,63 +562,102 @@ __device__ inline void clear_matrices(unsigned char* shared) {
 // dv ends within, warps compute with zeros and write nothing. Whether registers hold Q S beside K S from the
 // chunk's start on; else it is computed after E.
 __device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_blocks(DK) < 4; }
+// Whether registers are left for what could wait until a product is done. Then the state is stored in two
+// parts, each while products run: stores of all warps at once keep the memory pipe busy longer than one does.
+__device__ constexpr bool roomy(int DK, int groups) { return operands_first(DK) && q_with_k(DK, groups); }
+// The first part's operands, an even number.
+__device__ constexpr int half_of_operands(int DK) { return (DK / 16 + 3) / 4 * 2; }
 
 template <int DK, int kGroups>
-__global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
+__global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     forward_pass_warpgroup_kernel(act* o, Saved saved, const act* qkv, const __half* matrices,
                                   const float* gates, Sizes size, Pieces pieces, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
-  constexpr int ld = Stage::kValuesStride;
-  constexpr bool kQWithK = q_with_k(DK, kGroups);
-  const PassBlock block = pass_block(size, pieces, 0, pieces.count);
+  constexpr int ld = Stage::kValuesStride, kStages = pass_stages(DK);
+  constexpr bool kQWithK = q_with_k(DK, kGroups), kRoomy = roomy(DK, kGroups), kCarried = carried(DK);
+  const PassBlock block = pass_block(size, pieces, 0, pieces.count, 4 * kGroups);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
   const int64_t stride = int64_t(size.heads_v) * size.dv;
-  clear_matrices<Stage>(tiles);
-  copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
-             matrices, gates);
-  receive_chunk(Stage(tiles, block.first_chunk & 1));
+  clear_matrices<Stage, kStages>(tiles);
+  if (kCarried && warp >= 4 * kGroups) {
+    if (kGroups == 2) give_registers<kCarrierRegisters>();
+    carry<DK, kGroups>(
+        tiles, block.end_chunk - block.first_chunk,
+        [&](int i, const Stage& stage) {
+          copy_chunk(stage, block, size, block.first_chunk + i, qkv, values, size.channels, matrices, gates,
+                     std::integral_constant<int, 1>());
+        },
+        [&](int i, const Stage& stage) {
+          const int chunk = block.first_chunk + i;
+          write_results(o + size.first_row(block.b, chunk) * stride + block.h * size.dv + block.first_column,
+                        stride, size.rows_in(chunk), size.dv - block.first_column, stage);
+        });
+    return;
+  }
+  if (kCarried && kGroups == 2) {
+    if (block.first_column + 64 * (warp / 4) >= size.dv)
+      return attend<DK, kGroups>(block.end_chunk - block.first_chunk);
+    take_registers<kOtherRegisters>();
+  }
+  if (!kCarried) {
+    copy_chunk(Stage(tiles, 0), block, size, block.first_chunk, qkv, values, size.channels, matrices, gates);
+    receive_chunk(Stage(tiles, 0));
+  }
 
   float state[DK / 8][4] = {};
   if (active && block.piece > 0)
     load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
                        size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
-  for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const Stage stage(tiles, chunk & 1);
+  for (int chunk = block.first_chunk, now = 0; chunk < block.end_chunk; chunk++) {
+    const Stage stage(tiles, now);
+    now = now + 1 < kStages ? now + 1 : 0;  // the next's
     const int64_t number = size.chunk_number(block.b, block.h, chunk);
     const int64_t out = size.first_row(block.b, chunk) * stride + block.h * size.dv + column;
     const int n = active ? size.rows_in(chunk) : 0;
     act* staging = stage.values() + 16 * warp;
     const uint32_t v_columns = walk_columns(staging, ld);
-    __syncthreads();
+    if (kCarried)
+      meet(kReady + kStages * (warp / 4) + stage.index, 256);
+    else
+      __syncthreads();
 
-    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    uint32_t S[DK / 16][4];
+    exponent = in_range<DK>(S, state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {}, O[8][4] = {};
     const bool saving = active && saved.states;
     __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
-    uint32_t S[DK / 16][4];
+    constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
     start_read_state<DK, kQWithK>(E, O, S, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
-                                  state_to, size.dk);
-    if (chunk + 1 < block.end_chunk)
-      copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
-                 gates);
+                                  kHalf ? nullptr : state_to, size.dk);
+    if (kHalf && saving) store_positions_of<DK>(state_to, size.dk, S, 0, kHalf);
+    if (!kCarried && chunk + 1 < block.end_chunk)
+      copy_chunk(Stage(tiles, now), block, size, chunk + 1, qkv, values, size.channels, matrices, gates);
     uint32_t a[4][4], update[4][4];
     products_done<kQWithK ? 1 : 0>();
     pin(E), pin(state);
     residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
-    scaled_operands(a, E, stage.gates() + kBeta * kChunk, -1.f);
+    scaled_operands(a, E, stage.gates() + kBeta * kChunk, 1.f);
     pin(E), pin(a);
     products_begin();
-    start_square<kByK>(E, a, tile_descriptor(stage.n()));
+    start_square<kByK, -1>(E, a, tile_descriptor(stage.n()));
     products_issued();
+    if (kHalf && saving) store_positions_of<DK>(state_to, size.dk, S, kHalf, DK / 16);
     scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    if (kRoomy) {  // now, and not when the products are done
+      pin(state);
+      products_done<1>();
+      pin(O);
+      scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
+      pin(O);
+    }
     products_done<0>();
     pin(E);
-    if (kQWithK) pin(O), pin(state);
+    if (kQWithK && !kRoomy) pin(O), pin(state);
     if (saving) {
       stage_tokens<__half>(staging, ld, E, 1.f);
       if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
@@ -445,7 +671,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
       start_update_state<DK>(state, update, tile_descriptor(stage.k()));
       products_issued();
       if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
-      if (chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, (chunk + 1) & 1));
+      if (!kCarried && chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, now));
       products_done<0>();
       pin(state);
       products_begin();
@@ -454,7 +680,7 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
       products_done<0>();
       pin(O);
     }
-    scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
+    if (!kRoomy) scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
     pin(O), pin(a);
     if (kQWithK) pin(state), pin(update);
     products_begin();
@@ -464,14 +690,15 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
       start_update_state<DK>(state, update, tile_descriptor(stage.k()));
       products_issued();
       if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
-      if (chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, (chunk + 1) & 1));
+      if (!kCarried && chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, now));
     }
     products_done<kQWithK ? 1 : 0>();
     pin(O);
     stage_tokens<act>(staging, ld, O, power_of_two(-exponent));
-    write_tokens(o + out, stride, n, staging, ld);
+    if (!kCarried) write_tokens(o + out, stride, n, staging, ld);
     products_done<0>();
     pin(state);
+    if (kCarried) pass_by(kDone + stage.index, pass_threads(DK, kGroups));
   }
 #endif
 }
@@ -493,49 +720,80 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
 
 // What backward_pass_kernel computes and writes.
 template <int DK, int kGroups, bool kStates>
-__global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
+__global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     backward_pass_warpgroup_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
                                    const __half* matrices, const float* gates, Sizes size, Pieces pieces,
                                    float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = WarpgroupStage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
-  constexpr int ld = Stage::kValuesStride;
-  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates);
+  constexpr int ld = Stage::kValuesStride, kBuffers = pass_stages(DK);
+  constexpr bool kRoomy = roomy(DK, kGroups), kCarried = carried(DK);
+  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates, 4 * kGroups);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
-  clear_matrices<Stage>(tiles);
-  copy_chunk(Stage(tiles, (block.end_chunk - 1) & 1), block, size, block.end_chunk - 1, qkv, values, stride,
-             matrices, gates);
+  clear_matrices<Stage, kBuffers>(tiles);
+  const int last = block.end_chunk - 1;
+  if (kCarried && warp >= 4 * kGroups) {
+    if (kGroups == 2) give_registers<kCarrierRegisters>();
+    carry<DK, kGroups>(
+        tiles, block.end_chunk - block.first_chunk,
+        [&](int i, const Stage& stage) {
+          copy_chunk(stage, block, size, last - i, qkv, values, stride, matrices, gates,
+                     std::integral_constant<int, 1>());
+        },
+        [&](int i, const Stage& stage) {
+          if (kStates) return;
+          const int chunk = last - i;
+          write_results(dqkv + size.first_row(block.b, chunk) * size.channels + size.v_column(block.h) +
+                            block.first_column,
+                        size.channels, size.rows_in(chunk), size.dv - block.first_column, stage);
+        });
+    return;
+  }
+  if (kCarried && kGroups == 2) {
+    if (block.first_column + 64 * (warp / 4) >= size.dv)
+      return attend<DK, kGroups>(block.end_chunk - block.first_chunk);
+    take_registers<kOtherRegisters>();
+  }
+  if (!kCarried) copy_chunk(Stage(tiles, 0), block, size, last, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
   if (!kStates && active && block.piece < pieces.count - 1)
     load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
                        size.dk);
   int exponent = 0;
-  for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
-    const Stage stage(tiles, chunk & 1);
+  for (int chunk = last, now = 0; chunk >= block.first_chunk; chunk--) {
+    const Stage stage(tiles, now);
+    now = now + 1 < kBuffers ? now + 1 : 0;  // the next's
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t out = row * stride + block.h * size.dv + column;
     const int n = active ? size.rows_in(chunk) : 0;
     act* staging = stage.values() + 16 * warp;
     const uint32_t do_columns = walk_columns(staging, ld);
     const float *gate = stage.gates(), *from_start = gate + kFromStart * kChunk;
-    receive_chunk(stage);
-    __syncthreads();
+    if (kCarried) {
+      meet(kReady + kBuffers * (warp / 4) + stage.index, 256);
+    } else {
+      receive_chunk(stage);
+      __syncthreads();
+    }
 
-    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
+    uint32_t dS[DK / 16][4];
+    exponent = in_range<DK>(dS, state, largest_of_values(do_columns, ld), exponent);
     float X[8][4] = {};
     __half* state_to =
         active && !kStates ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
-    uint32_t dS[DK / 16][4];
-    start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, state_to, size.dk);
+    constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
+    start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, kHalf ? nullptr : state_to,
+                                size.dk);
+    if (kHalf && state_to) store_positions_of<DK>(state_to, size.dk, dS, 0, kHalf);
     if (active && !kStates && threadIdx.x % 32 == 0)
       adjoints.exponents[(number * size.dv + column) / 16] = exponent;
-    if (chunk > block.first_chunk)
-      copy_chunk(Stage(tiles, (chunk - 1) & 1), block, size, chunk - 1, qkv, values, stride, matrices, gates);
+    if (!kCarried && chunk > block.first_chunk)
+      copy_chunk(Stage(tiles, now), block, size, chunk - 1, qkv, values, stride, matrices, gates);
     uint32_t a[4][4], update[4][4];
     output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
     products_done<0>();
@@ -547,33 +805,37 @@ __global__ void __launch_bounds__(128 * kGroups, pass_blocks(DK))
     products_issued();
     scale_state<DK>(state, from_start[kChunk - 1]);
     output_gradients<true>(update, do_columns, ld, s * power_of_two(exponent), from_start);
+    if (kRoomy) pin(state), pin(update);  // now, and not when the products are done
     products_done<0>();
     pin(X);
-    scaled_operands(a, X, gate + kBeta * kChunk, -1.f);
+    scaled_operands(a, X, gate + kBeta * kChunk, 1.f);
     pin(X), pin(a), pin(state), pin(update);
     products_begin();
-    start_square<kByN>(X, a, tile_descriptor(stage.n()));
+    start_square<kByN, -1>(X, a, tile_descriptor(stage.n()));
     products_issued();
     start_update_state<DK>(state, update, tile_descriptor(stage.q()));
     products_issued();
+    if (kHalf && state_to) store_positions_of<DK>(state_to, size.dk, dS, kHalf, DK / 16);
     products_done<1>();
     pin(X);
 
     if (!kStates) stage_tokens<__half>(staging, ld, X, 1.f);
     scale_all_tokens(X, gate + kBeta * kChunk, 1.f);
-    scaled_operands(a, X, from_start, -1.f);
+    scaled_operands(a, X, from_start, 1.f);
     pin(a);
     products_begin();
-    start_update_state<DK>(state, a, tile_descriptor(stage.k()));
+    start_update_state<DK, -1>(state, a, tile_descriptor(stage.k()));
     products_issued();
     if (!kStates) {
       write_tokens(adjoints.x + out, stride, n, staging, ld);
       stage_tokens<act>(staging, ld, X, power_of_two(-exponent));
-      write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
-                   ld);
+      if (!kCarried)
+        write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
+                     ld);
     }
     products_done<0>();
     pin(state);
+    if (kCarried) pass_by(kDone + stage.index, pass_threads(DK, kGroups));
   }
   if (kStates && active)
     store_positions<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
@@ -591,7 +853,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   using Stage = WarpgroupStage<DK, 1, false>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1);
+  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1, 4);
   const bool transition = int(blockIdx.x) >= slices_v;
   const int warp = threadIdx.x / 32;
   const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
@@ -615,9 +877,9 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     const uint32_t v_columns = walk_columns(stage.values() + 16 * warp, ld);
     __syncthreads();
 
-    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
-    float E[8][4] = {};
     uint32_t S[DK / 16][4];
+    exponent = in_range<DK>(S, state, largest_of_values(v_columns, ld), exponent);
+    float E[8][4] = {};
     start_read_state<DK, false>(E, E, S, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
     if (chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
@@ -626,12 +888,13 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     products_done<0>();
     pin(E), pin(state);
     residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
-    scaled_operands(a, E, stage.gates() + kBeta * kChunk, -1.f);
+    scaled_operands(a, E, stage.gates() + kBeta * kChunk, 1.f);
     pin(E), pin(a);
     products_begin();
-    start_square<kByK>(E, a, tile_descriptor(stage.n()));
+    start_square<kByK, -1>(E, a, tile_descriptor(stage.n()));
     products_issued();
     scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    if (operands_first(DK)) pin(state);
     products_done<0>();
     pin(E);
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);

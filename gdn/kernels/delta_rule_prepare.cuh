@@ -25,15 +25,30 @@ struct Sizes {
   __device__ int q_column(int hk) const { return hk * dk; }
   __device__ int k_column(int hk) const { return (heads_k + hk) * dk; }
   __device__ int v_column(int h) const { return 2 * heads_k * dk + h * dv; }
-  __device__ int key_head(int h) const { return h / value_heads_per_key; }
+  // h / value_heads_per_key, for less than 2^20 heads
+  __device__ int key_head(int h) const { return int(__fdividef(h + 0.5f, value_heads_per_key)); }
 };
 
-// gates [4,64] in shared memory from g and beta of one chunk; tokens past the end have g = 0, beta = 0. The
-// block's first warp does it; the caller synchronises afterwards.
-__device__ inline void chunk_gates(float* gates, const float* g, const float* beta, int stride, int n) {
+// The block's first warp starts copying g and beta of a chunk's n tokens to where chunk_gates looks for them.
+__device__ inline void copy_gate_inputs(float* gates, const float* g, const float* beta, int stride, int n) {
+  const int i = 2 * threadIdx.x;
+  if (threadIdx.x < 32) {
+    g += i * stride, beta += i * stride, gates += i;
+    if (i < n) copy_4_bytes(gates + kLogDecay * kChunk, g), copy_4_bytes(gates + kBeta * kChunk, beta);
+    if (i + 1 < n)
+      copy_4_bytes(gates + kLogDecay * kChunk + 1, g + stride),
+          copy_4_bytes(gates + kBeta * kChunk + 1, beta + stride);
+  }
+  copies_issued();
+}
+
+// gates [4,64] in shared memory from g and beta, which have arrived; tokens past the end, n, have g = 0, beta
+// = 0. The block's first warp does it; the caller synchronises afterwards.
+__device__ inline void chunk_gates(float* gates, int n) {
   if (threadIdx.x >= 32) return;
-  const int lane = threadIdx.x, i = 2 * lane;  // this lane's tokens: i, i + 1
-  const float g0 = i < n ? g[int64_t(i) * stride] : 0.f, g1 = i + 1 < n ? g[int64_t(i + 1) * stride] : 0.f;
+  const int lane = threadIdx.x, i = 2 * lane;  // this lane's tokens, as it copied them: i, i + 1
+  float* own = gates + kLogDecay * kChunk + i;
+  const float g0 = i < n ? own[0] : 0.f, g1 = i + 1 < n ? own[1] : 0.f;
   float sum = g0 + g1;  // becomes the sum of all lanes up to this one
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -46,7 +61,7 @@ __device__ inline void chunk_gates(float* gates, const float* g, const float* be
   const float G[2] = {before + g0, sum};
 #pragma unroll
   for (int e = 0; e < 2; e++) {
-    gates[kBeta * kChunk + i + e] = i + e < n ? beta[int64_t(i + e) * stride] : 0.f;
+    if (i + e >= n) gates[kBeta * kChunk + i + e] = 0.f;
     gates[kFromStart * kChunk + i + e] = expf(G[e]);
     gates[kToEnd * kChunk + i + e] = expf(fminf(total - G[e], 0.f));
     gates[kLogDecay * kChunk + i + e] = G[e];
@@ -255,6 +270,25 @@ inline int prepare_shared_bytes(int dk) {
   return 4 * kPrepareFloats + 2 * std::max(2 * kChunk * ld, prepare_n_at(ld) + 2 * kChunk * kSquareStride);
 }
 
+// The block starts copying q and k [64, dk] of a chunk, the first n rows, and zeros below; k is to_k numbers
+// behind q, there and, in rows of ld, here 64 rows.
+__device__ inline void copy_q_and_k(act* q, int ld, const act* from, int to_k, int stride, int dk, int n) {
+  const int r = threadIdx.x / 8, first = 8 * (threadIdx.x % 8);
+  constexpr int kRows = kPrepareThreads / 8;
+  from = rows_on(from, r, stride), q += r * ld;
+#pragma unroll 1
+  for (int column = first; column < dk; column += 64) {
+    const act *q_from = from + column, *k_from = q_from + to_k;
+    act *q_to = q + column, *k_to = q_to + kChunk * ld;
+#pragma unroll
+    for (int i = 0; i < kChunk; i += kRows) {
+      copy_16_bytes(q_to + i * ld, rows_on(q_from, i, stride), r + i < n);
+      copy_16_bytes(k_to + i * ld, rows_on(k_from, i, stride), r + i < n);
+    }
+  }
+  copies_issued();
+}
+
 // For each chunk and value head:
 //   L_ij = D_ij (k_i . k_j), i > j        N = (I + L diag(beta))^-1 L, strictly lower
 //   P_ij = s D_ij (q_i . k_j), i >= j     gates: beta, e^G, e^{G_C - G}, G
@@ -280,16 +314,12 @@ static __global__ void __launch_bounds__(kPrepareThreads, 6)
   act *q = reinterpret_cast<act*>(gates + kPrepareFloats), *k = q + kChunk * ld;
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
-  const act* inputs = qkv + row * size.channels + size.q_column(hk);
-  const int q_to_k = size.k_column(0) - size.q_column(0);
-  for_my_vectors(size.dk, kPrepareThreads, [&](int i, int vector) {
-    const act* from = inputs + i * size.channels + 8 * vector;
-    act* to = q + i * ld + 8 * vector;
-    copy_16_bytes(to, from, i < n);
-    copy_16_bytes(to + kChunk * ld, from + q_to_k, i < n);
-  });
-  copies_issued();
-  chunk_gates(gates, g + row * size.heads_v + h, beta + row * size.heads_v + h, size.heads_v, n);
+  // first what the longest way is made from
+  copy_gate_inputs(gates, g + row * size.heads_v + h, beta + row * size.heads_v + h, size.heads_v, n);
+  copy_q_and_k(q, ld, qkv + row * size.channels + size.q_column(hk), size.k_column(0) - size.q_column(0),
+               size.channels, size.dk, n);
+  copies_arrived_but_one();
+  chunk_gates(gates, n);
   copies_arrived();
   __syncthreads();
 #pragma unroll

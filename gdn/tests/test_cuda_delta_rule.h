@@ -294,7 +294,7 @@ TEST_CASE("cuda delta rule: many chunks") {
 const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
                                      make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
                                      make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
-                                     make_shape(1, 190, 1, 1, 256, 256)};
+                                     make_shape(1, 190, 1, 1, 256, 256), make_shape(1, 130, 1, 1, 96, 144)};
 
 TEST_CASE("cuda delta rule: two warpgroups a block") {
   if (gdn_tests::skip_without_gpu("cuda delta rule: two warpgroups a block")) return;
