@@ -119,10 +119,12 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(__low2float(a) * __low2float(b), __high2float(a) * __high2float(b));
 }
 inline __half2 __hmax2(__half2 a, __half2 b) {
-  return __floats2half2_rn(std::fmax(__half2float(a.x), __half2float(b.x)), std::fmax(__half2float(a.y), __half2float(b.y)));
+  return __floats2half2_rn(std::fmax(__half2float(a.x), __half2float(b.x)),
+                           std::fmax(__half2float(a.y), __half2float(b.y)));
 }
 inline __half2 __hmin2(__half2 a, __half2 b) {
-  return __floats2half2_rn(std::fmin(__half2float(a.x), __half2float(b.x)), std::fmin(__half2float(a.y), __half2float(b.y)));
+  return __floats2half2_rn(std::fmin(__half2float(a.x), __half2float(b.x)),
+                           std::fmin(__half2float(a.y), __half2float(b.y)));
 }
 inline __half2 __hneg2(__half2 x) { return {{uint16_t(x.x.bits ^ 0x8000)}, {uint16_t(x.y.bits ^ 0x8000)}}; }
 inline float __fdividef(float x, float y) { return x / y; }
@@ -328,8 +330,6 @@ inline int __reduce_min_sync(unsigned, int x) {
   emulator::warp_read();
   return least;
 }
-inline uint32_t __reduce_max_sync(unsigned, uint32_t x);
-inline bool __any_sync(unsigned, bool x) { return __reduce_max_sync(~0u, x) != 0; }
 inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   const emulator::Words* all = emulator::warp_share({x});
   uint32_t largest = 0;
@@ -337,6 +337,7 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   emulator::warp_read();
   return largest;
 }
+inline bool __any_sync(unsigned mask, bool x) { return __reduce_max_sync(mask, x) != 0; }
 
 // ---- in place of the kernels' assembly
 

@@ -388,10 +388,10 @@ __device__ inline __half* place_of_positions(__half* to, int dk) {
   return to + lane / 4 * dk + 8 * (lane % 4);
 }
 
-// Operands first to end, an even number of both, of the state's; `to` is row 0 of the warp's [16 of dv, dk].
+// Writes the state's operands first to end, an even number of both, to the warp's rows [16 of dv, dk].
 template <int DK>
-__device__ inline void store_positions_of(__half* to, int dk, const uint32_t (&operands)[DK / 16][4],
-                                          int first, int end) {
+__device__ inline void store_operands(__half* to, int dk, const uint32_t (&operands)[DK / 16][4], int first,
+                                      int end) {
   __half* place = place_of_positions(to, dk);
 #pragma unroll
   for (int i = first; i < end; i += 2) store_32_of_positions(place, dk, 16 * i, operands[i], operands[i + 1]);
@@ -448,7 +448,7 @@ __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8
     if (!operands_first(DK))
 #pragma unroll
       for (int i = first; i < end; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
-    if (to) store_positions_of<DK>(to, dk, operands, first, end);
+    if (to) store_operands<DK>(to, dk, operands, first, end);
 #pragma unroll
     for (int i = first; i < end; i++) pin(operands[i]);
     products_begin();
@@ -639,7 +639,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
     start_read_state<DK, kQWithK>(E, O, S, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
                                   kHalf ? nullptr : state_to, size.dk);
-    if (kHalf && saving) store_positions_of<DK>(state_to, size.dk, S, 0, kHalf);
+    if (kHalf && saving) store_operands<DK>(state_to, size.dk, S, 0, kHalf);
     if (!kCarried && chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, now), block, size, chunk + 1, qkv, values, size.channels, matrices, gates);
     uint32_t a[4][4], update[4][4];
@@ -651,7 +651,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     products_begin();
     start_square<kByK, -1>(E, a, tile_descriptor(stage.n()));
     products_issued();
-    if (kHalf && saving) store_positions_of<DK>(state_to, size.dk, S, kHalf, DK / 16);
+    if (kHalf && saving) store_operands<DK>(state_to, size.dk, S, kHalf, DK / 16);
     scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
     if (kRoomy) {  // now, and not when the products are done
       pin(state);
@@ -794,7 +794,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
     start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, kHalf ? nullptr : state_to,
                                 size.dk);
-    if (kHalf && state_to) store_positions_of<DK>(state_to, size.dk, dS, 0, kHalf);
+    if (kHalf && state_to) store_operands<DK>(state_to, size.dk, dS, 0, kHalf);
     if (active && !kStates && threadIdx.x % 32 == 0)
       adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     if (!kCarried && chunk > block.first_chunk)
@@ -820,7 +820,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     products_issued();
     start_update_state<DK>(state, update, tile_descriptor(stage.q()));
     products_issued();
-    if (kHalf && state_to) store_positions_of<DK>(state_to, size.dk, dS, kHalf, DK / 16);
+    if (kHalf && state_to) store_operands<DK>(state_to, size.dk, dS, kHalf, DK / 16);
     products_done<1>();
     pin(X);
 

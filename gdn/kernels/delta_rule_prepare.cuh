@@ -301,7 +301,7 @@ __device__ inline void copy_q_and_k(act* q, int ld, const act* from, int to_k, i
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
 // Reached on an H200: 0.054 ms, 93% of the floor as dev/bench_delta_rule counts it (0.050), and 0.236 (76%)
-// with 16/32 heads of 128. What it waits for there, by ncu: issue slots 45% busy, no eligible warp in 54% of
+// with 16/32 heads of 128. What it waits for there, by ncu: issue slots 45% busy, no eligible warp in 53% of
 // the cycles (a quarter of the waiting is at barriers, for the warp whose turn it is in N), six blocks a
 // multiprocessor, DRAM 33%. A seventh, with 72 registers, gains nothing.
 static __global__ void __launch_bounds__(kPrepareThreads, 6)
