@@ -122,69 +122,140 @@ __device__ inline void solve_diagonal_column(__half* high, __half* low, const fl
   }
 }
 
-// N from L by blocks of 16, x being row block `warp` of L before the diagonal and what is left of it:
-//   N_ii by substitution        N_ij = (I - N_ii diag(beta_i)) (L_ij - sum_{k=j}^{i-1} L_ik diag(beta_k)
-//   N_kj)
-// The products on tensor cores, operands fp16 high + low, sums fp32. N_ii is there, high and low [2][64,
-// kSquareStride] at `tiles`, in shared memory; N comes out there, and its high part in memory.
-__device__ inline void solve_by_blocks(__half* out, __half* tiles, float (&x)[6][4], const float* beta,
-                                       int warp) {
-  __half *high = tiles, *low = tiles + kChunk * kSquareStride;
-  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * warp;
+// An operand of 16x16 numbers, each fp16 high + low.
+struct SplitOperand {
+  uint32_t high[4], low[4];
+};
+
+// Block (i, j) of a matrix at `tiles`, high and low [2][64, kSquareStride] in shared memory, as the left and
+// as the right operand of a product.
+__device__ inline SplitOperand left_block(const __half* tiles, int i, int j) {
+  SplitOperand x;
+  const uint32_t at = walk_rows(tiles + 16 * (i * kSquareStride + j), kSquareStride);
+  ldmatrix(x.high, at);
+  ldmatrix(x.low, at + 2 * kChunk * kSquareStride);
+  return x;
+}
+__device__ inline SplitOperand right_block(const __half* tiles, int i, int j) {
+  SplitOperand x;
+  const uint32_t at = walk_rows(tiles + 16 * (i * kSquareStride + j), kSquareStride);
+  ldmatrix_transposed(x.high, at);
+  ldmatrix_transposed(x.low, at + 2 * kChunk * kSquareStride);
+  return x;
+}
+
+// -x diag(beta), of 16 tokens from `token` on, as the left operand; x: two accumulator tiles.
+__device__ inline SplitOperand left_operand(const float (&x)[2][4], const float* beta, int token) {
+  float scaled[2][4];
+#pragma unroll
+  for (int e = 0; e < 4; e++) scaled[0][e] = x[0][e], scaled[1][e] = x[1][e];
+  scale_tokens(scaled[0], scaled[1], beta, token, -1.f);
+  SplitOperand out;
+  split(out.high, out.low, scaled[0], scaled[1]);
+  return out;
+}
+// -diag(beta) x, as two words of each tile: rows g and g + 8.
+__device__ inline SplitOperand scaled_rows(const float (&x)[2][4], const float* beta, int token) {
+  const int g = threadIdx.x % 32 / 4;
+  const float scale[2] = {-beta[token + g], -beta[token + g + 8]};
+  SplitOperand out;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    split(out.high[i], out.low[i], scale[i % 2] * x[i / 2][2 * (i % 2)],
+          scale[i % 2] * x[i / 2][2 * (i % 2) + 1]);
+  return out;
+}
+// The same as the right operand.
+__device__ inline SplitOperand right_operand(const float (&x)[2][4], const float* beta, int token) {
+  SplitOperand out = scaled_rows(x, beta, token);
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    out.high[e] = transpose_8x8(out.high[e]), out.low[e] = transpose_8x8(out.low[e]);
+  return out;
+}
+
+__device__ inline void add_product(float (&x)[2][4], const SplitOperand& a, const SplitOperand& b) {
+  mma_pair_split(x[0], x[1], a.high, a.low, b.high, b.low);
+}
+
+// Block (i, j) of a matrix at `tiles`, from two words of each of its two tiles.
+__device__ inline void store_block(__half* tiles, int i, int j, const SplitOperand& x) {
+  const int lane = threadIdx.x % 32;
+  __half* to = tiles + (16 * i + lane / 4) * kSquareStride + 16 * j + 2 * (lane % 4);
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    const int at = e % 2 * 8 * kSquareStride + e / 2 * 8;
+    *reinterpret_cast<uint32_t*>(to + at) = x.high[e];
+    *reinterpret_cast<uint32_t*>(to + at + kChunk * kSquareStride) = x.low[e];
+  }
+}
+__device__ inline void store_block(__half* tiles, int i, int j, const float (&x)[2][4]) {
+  SplitOperand words;
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    split(words.high[e], words.low[e], x[e / 2][2 * (e % 2)], x[e / 2][2 * (e % 2) + 1]);
+  store_block(tiles, i, j, words);
+}
+
+// What a warp has of L: of row block `warp`, what lies before the diagonal. The block beside it in warps 1
+// and 3, and in 2 and 3 those under the first two.
+struct LowerRow {
+  float beside[2][4], under[2][2][4];
+};
+
+// N from L by halves: with the first and the second half of the rows of a block
+//   N_11, N_22 first      N_21 = (I - N_22 diag(beta_2)) (L_21 - L_21 diag(beta_1) N_11)
+// from blocks of 16, whose N_ii are by substitution, to 32 and to 64. The products on tensor cores, operands
+// fp16 high + low, sums fp32. N_ii is there, at `tiles` as in left_block; N comes out there, and its high
+// part in memory. Of the last step's (I - N_22 diag(beta_2)) T, T's upper rows are warp 2's, and lie, for
+// warp 3, above the diagonal.
+__device__ inline void solve_by_halves(__half* out, __half* tiles, LowerRow& x, const float* beta, int warp) {
   const auto write_out = [&] {
     __syncwarp();
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int row = first + 4 * i + lane / 8, column = 8 * (lane % 8);
-      if (column >= first + 16) continue;
+      const int row = 16 * warp + 4 * i + lane / 8, column = 8 * (lane % 8);
+      if (column >= 16 * (warp + 1)) continue;
       *reinterpret_cast<uint4*>(out + row * kChunk + column) =
-          *reinterpret_cast<const uint4*>(high + row * kSquareStride + column);
+          *reinterpret_cast<const uint4*>(tiles + row * kSquareStride + column);
     }
   };
-  const int diagonal = first * kSquareStride + first;
+  __syncthreads();  // N_ii is there
+  if (warp % 2) {
+    const SplitOperand own = left_block(tiles, warp, warp);
+    add_product(x.beside, left_operand(x.beside, beta, 16 * (warp - 1)),
+                right_block(tiles, warp - 1, warp - 1));
+    add_product(x.beside, own, right_operand(x.beside, beta, 16 * warp));
+    store_block(tiles, warp, warp - 1, x.beside);
+  }
+  SplitOperand second;  // L's block under the second
+  if (warp >= 2) {
+    second = left_operand(x.under[1], beta, 16);
+    add_product(x.under[0], left_operand(x.under[0], beta, 0), right_block(tiles, 0, 0));
+    add_product(x.under[1], second, right_block(tiles, 1, 1));
+  } else {
+    write_out();
+  }
+  __syncthreads();  // N_10 and N_32
+  if (warp >= 2) {
+    add_product(x.under[0], second, right_block(tiles, 1, 0));
+    if (warp == 2) {
 #pragma unroll
-  for (int k = 0; k < 3; k++) {
-    __syncthreads();  // row block k of N is there
-    if (k == 0 && warp == 0) write_out();
-    if (warp <= k) continue;
-    uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
-    float scaled[2][4];
+      for (int j = 0; j < 2; j++) store_block(tiles, 0, 2 + j, scaled_rows(x.under[j], beta, 32));
+    } else {
+      const SplitOperand own = left_block(tiles, 3, 3);
 #pragma unroll
-    for (int e = 0; e < 4; e++) scaled[0][e] = x[2 * k][e], scaled[1][e] = x[2 * k + 1][e];
-    scale_tokens(scaled[0], scaled[1], beta, 16 * k, -1.f);
-    split(a_high, a_low, scaled[0], scaled[1]);
-#pragma unroll
-    for (int j = 0; j <= k; j++) {
-      ldmatrix_transposed(b_high, walk_rows(high + 16 * k * kSquareStride + 16 * j, kSquareStride));
-      ldmatrix_transposed(b_low, walk_rows(low + 16 * k * kSquareStride + 16 * j, kSquareStride));
-      mma_pair_split(x[2 * j], x[2 * j + 1], a_high, a_low, b_high, b_low);
+      for (int j = 0; j < 2; j++) add_product(x.under[j], own, right_operand(x.under[j], beta, 48));
     }
-    if (warp > k + 1) continue;
-    ldmatrix(a_high, walk_rows(high + diagonal, kSquareStride));
-    ldmatrix(a_low, walk_rows(low + diagonal, kSquareStride));
-    const float upper = -beta[first + g], lower = -beta[first + g + 8];
+  }
+  __syncthreads();  // T's upper rows
+  if (warp >= 2) {
+    const SplitOperand left = left_block(tiles, warp, 2);
 #pragma unroll
-    for (int j = 0; j <= k; j++) {
+    for (int j = 0; j < 2; j++) add_product(x.under[j], left, right_block(tiles, 0, 2 + j));
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const float(&tile)[4] = x[2 * j + half];
-        split(b_high[2 * half], b_low[2 * half], upper * tile[0], upper * tile[1]);
-        split(b_high[2 * half + 1], b_low[2 * half + 1], lower * tile[2], lower * tile[3]);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; e++) b_high[e] = transpose_8x8(b_high[e]), b_low[e] = transpose_8x8(b_low[e]);
-      mma_pair_split(x[2 * j], x[2 * j + 1], a_high, a_low, b_high, b_low);
-    }
-#pragma unroll
-    for (int t = 0; t < 2 * (k + 1); t++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        uint32_t h, l;
-        split(h, l, x[t][2 * e], x[t][2 * e + 1]);
-        const int at = (first + g + 8 * e) * kSquareStride + 8 * t + c;
-        *reinterpret_cast<uint32_t*>(high + at) = h;
-        *reinterpret_cast<uint32_t*>(low + at) = l;
-      }
+    for (int j = 0; j < 2; j++) store_block(tiles, warp, j, x.under[j]);
     write_out();
   }
 }
@@ -226,20 +297,21 @@ __device__ inline void multiply_by_decay(float (&x)[2 * kBlock + 2][4], const fl
 // block 3 - kWarp of P, so that each warp has five blocks. L before the diagonal, P packed as fp16; L's block
 // on the diagonal takes the place of the warp's rows of q, which no other warp reads.
 template <int kWarp>
-__device__ inline void lower_products(float (&L)[6][4], uint32_t (&P)[8][2], act* q, const act* k,
-                                      const float* G, float* column_decay, int ld, int dk, float s) {
+__device__ inline void lower_products(LowerRow& L, uint32_t (&P)[8][2], act* q, const act* k, const float* G,
+                                      float* column_decay, int ld, int dk, float s) {
   constexpr int kRows = 3 - kWarp, kBlocks = (kWarp > kRows ? kWarp : kRows) + 1;
   act* my_q = q + 16 * kRows * ld;
-  const uint32_t q_rows = walk_rows(my_q, ld), k_rows = walk_rows(k + 16 * kWarp * ld, ld);
+  const uint32_t q_rows = walk_rows(my_q, ld);
   const uint32_t k_columns = walk_columns(k, ld);
   float qk[2 * kRows + 2][4] = {}, kk[2 * kWarp + 2][4] = {};
 #pragma unroll 1
   for (int e = 0; e < dk; e += 16) {
-    uint32_t a_q[4], a_k[4], b[kBlocks][4];
+    uint32_t a_q[4], b[kBlocks][4];
     ldmatrix(a_q, q_rows + 2 * e);
-    ldmatrix(a_k, k_rows + 2 * e);
 #pragma unroll
     for (int t = 0; t < kBlocks; t++) ldmatrix(b[t], k_columns + 2 * (16 * t * ld + e));
+    // rows of k as the left operand: the same words in another order
+    const uint32_t a_k[4] = {b[kWarp][0], b[kWarp][2], b[kWarp][1], b[kWarp][3]};
 #pragma unroll
     for (int t = 0; t < kBlocks; t++) {
       if (t <= kRows) mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b[t]);
@@ -253,9 +325,12 @@ __device__ inline void lower_products(float (&L)[6][4], uint32_t (&P)[8][2], act
     for (int e = 0; e < 2; e++) P[t][e] = t < 2 * kRows + 2 ? pack_fp16(qk[t][2 * e], qk[t][2 * e + 1]) : 0;
   multiply_by_decay<kWarp, true>(kk, G, column_decay, 1.f);
 #pragma unroll
-  for (int t = 0; t < 2 * kWarp; t++)
+  for (int t = 0; t < 2; t++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) L[t][e] = kk[t][e];
+    for (int e = 0; e < 4; e++) {
+      if (kWarp % 2) L.beside[t][e] = kk[2 * kWarp - 2 + t][e];
+      if (kWarp >= 2) L.under[0][t][e] = kk[t][e], L.under[1][t][e] = kk[2 + t][e];
+    }
   store_diagonal_block(reinterpret_cast<float*>(my_q), kk[2 * kWarp], kk[2 * kWarp + 1]);
 }
 
@@ -295,7 +370,7 @@ __device__ inline void copy_q_and_k(act* q, int ld, const act* from, int to_k, i
 // so that (I + A)^-1 = I - diag(beta) N, and neither the identity nor beta is ever rounded.
 // N and P go out as fp16 (no entry of N exceeds 1, none of P s), matrices [chunks][N, P][64,64], of which
 // only the 16x16 blocks on and below the diagonal are written; gates [chunks][4,64]. k.k and q.k are exact
-// products of bf16 (lower_products); N by blocks (solve_by_blocks), those on the diagonal in two warps, a
+// products of bf16 (lower_products); N by halves (solve_by_halves), those on the diagonal in two warps, a
 // lane for each column of the four, while the two others write the longer rows of P.
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
@@ -329,7 +404,7 @@ static __global__ void __launch_bounds__(kPrepareThreads, 6)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same in all lanes, as the compiler now knows
   const float* G = gates + kLogDecay * kChunk;
   float* column_decay = column_decays + kChunk * warp;
-  float L[6][4] = {};
+  LowerRow L = {};
   uint32_t P[8][2];
   switch (warp) {
     case 0:
@@ -357,7 +432,7 @@ static __global__ void __launch_bounds__(kPrepareThreads, 6)
   } else {
     store_row_block<8>(p_out, P, 3 - warp);
   }
-  solve_by_blocks(n_out, N, L, gates + kBeta * kChunk, warp);
+  solve_by_halves(n_out, N, L, gates + kBeta * kChunk, warp);
 }
 
 }  // namespace delta_rule
