@@ -214,6 +214,17 @@ inline Barrier& meeting(int which, int threads) {
   return barrier;
 }
 
+// bar.red.or: each meeting clears what the one after the next will hold, when nobody reads it any more.
+inline bool any_of(int which, int threads, bool x) {
+  static bool any[16][4];
+  Barrier& barrier = meeting(which, threads);
+  const int now = barrier.generation % 4;
+  any[which][(now + 2) % 4] = false;
+  any[which][now] |= x;
+  wait(barrier);
+  return any[which][now];
+}
+
 inline void run_block(int threads, const std::function<void()>& call) {
   kernel = call;
   blockDim.x = unsigned(threads);
@@ -420,31 +431,51 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
 }
 
 // d [16 rows of this warp, 8 tiles columns] = sign a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
-// in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_passes_wgmma.cuh).
-inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n,
-                      int sign) {
-  const Words* all = warp_share({a[0], a[1], a[2], a[3]});
-  float rows[2][16];
-  rows_of_a(rows, all, true);
-  const uint32_t start = uint32_t(descriptor & 0x3fff) << 4;
+// in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_wgmma.cuh). rows: of a, row g of this lane and row
+// g + 8.
+inline uint32_t swizzled_address(uint64_t descriptor, uint32_t offset) {
+  const uint32_t address = (uint32_t(descriptor & 0x3fff) << 4) + offset;
+  return address ^ (address >> 7 & 7) << 4;
+}
+inline void wgmma_of_rows(float (*d)[4], int tiles, const float (&rows)[2][16], uint64_t b, bool add, bool by_n, int sign,
+                          bool fp16) {
   for (int t = 0; t < tiles; t++)
     for (int e = 0; e < 4; e++) {
       const uint32_t n = 8 * uint32_t(t) + 2 * (threadIdx.x % 4) + uint32_t(e) % 2;
       double sum = 0;
-      for (uint32_t k = 0; k < 16; k++) {
-        uint32_t address = start + (by_n ? 128 * k + 2 * n : 128 * n + 2 * k);
-        address ^= (address >> 7 & 7) << 4;
-        sum += double(rows[e / 2][k]) * number(load_16_bits(address), true);
-      }
+      for (uint32_t k = 0; k < 16; k++)
+        sum += double(rows[e / 2][k]) *
+               number(load_16_bits(swizzled_address(b, by_n ? 128 * k + 2 * n : 128 * n + 2 * k)), fp16);
       d[t][e] = float((add ? d[t][e] : 0) + sign * sum);
     }
   warp_read();
 }
+inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n, int sign,
+                      bool fp16) {
+  const Words* all = warp_share({a[0], a[1], a[2], a[3]});
+  float rows[2][16];
+  rows_of_a(rows, all, fp16);
+  wgmma_of_rows(d, tiles, rows, b, add, by_n, sign, fp16);
+}
 // The same, now or late. What d and a name has to be there until the wait.
-inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t descriptor, bool add, bool by_n,
-                  int sign) {
+inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n, int sign) {
   const uint32_t(*operand)[4] = &a;
-  products().add([=] { wgmma_now(d, tiles, *operand, descriptor, add, by_n, sign); });
+  products().add([=] { wgmma_now(d, tiles, *operand, b, add, by_n, sign, true); });
+}
+inline void wgmma_bf16(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add) {
+  const uint32_t(*operand)[4] = &a;
+  products().add([=] { wgmma_now(d, tiles, *operand, b, add, false, 1, false); });
+}
+// a [64, 16] in shared memory, too, its rows m.
+inline void wgmma_bf16(float (*d)[4], int tiles, uint64_t a, uint64_t b, bool add) {
+  products().add([=] {
+    float rows[2][16];
+    const uint32_t first = 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
+    for (uint32_t i = 0; i < 32; i++)
+      rows[i / 16][i % 16] =
+          number(load_16_bits(swizzled_address(a, 128 * (first + i / 16 * 8) + 2 * (i % 16))), false);
+    wgmma_of_rows(d, tiles, rows, b, add, false, 1, false);
+  });
 }
 
 }  // namespace emulator

@@ -114,11 +114,13 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, int gro
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
   std::memset(tiles, 0x7f, sizeof tiles);
   const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(pieces.count);
-  emulator::shared_memory = shared;
+  emulator::shared_memory = warpgroups ? tiles : shared;
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
-    prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
+    if (warpgroups)
+      prepare_warpgroup_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
+    else
+      prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
   });
-  if (warpgroups) emulator::shared_memory = tiles;
   const int warps = 4, threads = 32 * warps;
   const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)), slices_k = unsigned(divide_up(dk, 16 * warps));
   const emulator::Dim join = {unsigned(divide_up(dv, kJoinRows)), h, b};

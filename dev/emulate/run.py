@@ -4,7 +4,7 @@
     python3 dev/emulate/run.py
 
 It compiles gdn/kernels/delta_rule_*.cuh with g++ and cuda_emulator.h; functions that are assembly are replaced by the
-emulator's. What it checks: prepare_kernel, the passes on mma.sync and on wgmma with one and with two warpgroups,
+emulator's. What it checks: prepare_kernel and the passes on mma.sync and on wgmma, these with one and with two warpgroups,
 gradients_kernel, and the passes over pieces of a sequence. So a wrong index or equation is found on a machine without a
 GPU; and most missing waits and barriers, for there are two runs whose bits must be the same: in one copies and products
 are done at once and one warp runs ahead of all others as far as barriers let it, in the other they are done as late as a
@@ -35,6 +35,10 @@ MMA = {
     "copies_issued": "emulator::copies().close();",
     "copies_arrived": "emulator::copies_arrived();",
     "copies_arrived_but_one": "emulator::copies().do_all_but(1);",
+    "fast_exp2": "return std::exp2(x);",
+    "meet": "emulator::wait(emulator::meeting(meeting, threads));",
+    "any_of_meeting": "return emulator::any_of(meeting, threads, x);",
+    "pass_by": "emulator::arrive(emulator::meeting(meeting, threads));",
 }
 WGMMA = {
     "products_begin": "",
@@ -44,9 +48,11 @@ WGMMA = {
     "pin": "",
     "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN, kSign);",
     "wgmma_32": "emulator::wgmma(d, 4, a, b, true, kMajor == kByN, kSign);",
+    "wgmma_32_bf16": "emulator::wgmma_bf16(d, 4, a, b, add);",
+    "wgmma_32_bf16_shared": "emulator::wgmma_bf16(d, 4, a, b, add);",
+}
+PASSES = {
     "thread_again": "return int(threadIdx.x);",
-    "meet": "emulator::wait(emulator::meeting(meeting, threads));",
-    "pass_by": "emulator::arrive(emulator::meeting(meeting, threads));",
     "keep": "",
     "give_registers": "",
     "take_registers": "",
@@ -75,8 +81,10 @@ def emulated(name: str) -> str:
         text = replace_bodies(text.replace("#include <cuda_fp16.h>", ""), MMA)
     # a block's arrays of fixed size; the others are named by extern
     text = re.sub(r"(?<!extern )__shared__", "static", text)
-    if name == "delta_rule_passes_wgmma.cuh":
+    if name == "delta_rule_wgmma.cuh":
         text = replace_bodies(text, WGMMA)
+    if name == "delta_rule_passes_wgmma.cuh":
+        text = replace_bodies(text, PASSES)
         text = text[: text.index("// ---- whether these kernels can run")] + "}\n}\n"
     if "asm volatile(" in text and name != "delta_rule_mma.cuh":
         sys.exit(f"run.py: {name} has assembly that is not replaced")
@@ -90,7 +98,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kernels = Path(folder, "gdn", "kernels")
         kernels.mkdir(parents=True)
-        for name in ("mma", "prepare", "pieces", "passes", "passes_wgmma", "gradients"):
+        for name in ("mma", "wgmma", "prepare", "pieces", "passes", "passes_wgmma", "gradients"):
             (kernels / f"delta_rule_{name}.cuh").write_text(emulated(f"delta_rule_{name}.cuh"))
         Path(folder, "gdn", "cuda_device.cuh").write_text((HERE / "cuda_emulator.h").read_text())
         for path in KERNELS.parent.glob("*.h"):

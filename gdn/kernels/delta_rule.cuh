@@ -233,11 +233,14 @@ inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int p
 
 inline void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
                     float s, const Prepared& to) {
-  const int bytes = prepare_shared_bytes(shape.head_dim_k);
-  allow_shared_bytes(prepare_kernel, bytes, "the gated delta rule");
+  const bool warpgroup = has_warpgroup_products();
+  const int dk = shape.head_dim_k,
+            bytes = warpgroup ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
+  const auto kernel = warpgroup ? prepare_warpgroup_kernel : prepare_kernel;
+  allow_shared_bytes(kernel, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
-  prepare_kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(
-      to.matrices, to.gates, qkv, g, beta, sizes(shape), s);
+  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta,
+                                                          sizes(shape), s);
   launched("prepare_kernel");
 }
 

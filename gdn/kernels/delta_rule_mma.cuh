@@ -162,6 +162,13 @@ __device__ inline int range_exponent(float largest, int e) {
   return max(-kMaxExponent, min(kMaxExponent, e + 1 - exponent));
 }
 
+// 2^x, off by 2^-22 of it at most; 0 below 2^-126.
+__device__ inline float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline float largest_of(const float (&x)[4], float largest) {
 #pragma unroll
   for (int e = 0; e < 4; e++) largest = fmaxf(largest, fabsf(x[e]));
@@ -254,6 +261,26 @@ __device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" :
 __device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // All groups of this thread's copies but the newest have arrived.
 __device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
+// ---- meetings of `threads` of a block's threads; 0 is __syncthreads
+
+__device__ inline void meet(int meeting, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
+}
+// The same, and whether `x` of any.
+__device__ inline bool any_of_meeting(int meeting, int threads, bool x) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.s32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.s32 %0, 1, 0, q;\n}\n"
+      : "=r"(any)
+      : "r"(meeting), "r"(threads), "r"(int(x))
+      : "memory");
+  return any;
+}
+// Is counted, and goes on.
+__device__ inline void pass_by(int meeting, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
+}
 
 // `rows` rows of `stride` numbers on: one instruction, where rows are a constant.
 template <class T>

@@ -5,11 +5,8 @@
 // in registers. B operands (K, Q, N, P) are read from shared memory by the tensor cores, once for the
 // warpgroup instead of once a warp, and asynchronously: while they run, the warps copy, pack and store.
 //
-// wgmma.m64nNk16, lane = 4 g + c of a warp with 16 rows: A and the accumulators as in mma.m16n8k16
-// (delta_rule_mma.cuh). B from tiles of [64 rows, 64 columns] of 16-bit numbers with 128-byte rows, whose
-// 16-byte vector v of row r lies at v ^ (r % 8) (the 128-byte swizzle). With the rows as n and the columns as
-// k it is a K-major operand, with the rows as k and the columns as n an MN-major one: one copy of K serves
-// both K S and the update K^T E.
+// One copy of K serves both K S, as a K-major operand, and the update K^T E, as an MN-major one
+// (delta_rule_wgmma.cuh).
 //
 // Columns of q and k are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
 // Products over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring
@@ -26,106 +23,10 @@
 #pragma once
 
 #include "delta_rule_passes.cuh"
+#include "delta_rule_wgmma.cuh"
 
 namespace gdn {
 namespace delta_rule {
-
-// ---- products of a warpgroup
-
-constexpr int kTileRow = 64;  // columns of a tile
-constexpr int kTileBytes = kChunk * 2 * kTileRow;
-
-// Byte offset of a 16-byte vector in a tile.
-__device__ inline int swizzled(int row, int vector) { return 2 * kTileRow * row + 16 * (vector ^ (row & 7)); }
-
-// The descriptor of a tile, 1024-byte aligned, as the B operand: 128-byte swizzle, 1024 bytes from 8 rows to
-// the next 8. Adding 1 moves it by 16 bytes: 2 for 16 columns, 128 for 16 rows, 512 for a tile.
-__device__ inline uint64_t tile_descriptor(const void* tile) {
-  constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = uint64_t(1) << 62;
-  return kSwizzle128 | kEightRows << 32 | kEightRows << 16 | shared_address(tile) >> 4;
-}
-constexpr int kColumns16 = 2, kRows16 = 128, kNextTile = kTileBytes >> 4;
-
-// To the i-th 16 columns of a row of tiles.
-__device__ constexpr int columns_16(int i) { return i / 4 * kNextTile + i % 4 * kColumns16; }
-
-// What is written to registers before is seen by the products after it.
-__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// All groups of products but the newest `pending` are done.
-template <int pending>
-__device__ inline void products_done() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-// Shared memory written before, by this thread, is seen by products that start after the next barrier.
-__device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Keeps the compiler from moving reads and writes of registers that products use.
-template <int kTiles>
-__device__ inline void pin(float (&x)[kTiles][4]) {
-#pragma unroll
-  for (int t = 0; t < kTiles; t++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) asm volatile("" : "+f"(x[t][e])::"memory");
-}
-__device__ inline void pin(uint32_t (&a)[4]) {
-#pragma unroll
-  for (int e = 0; e < 4; e++) asm volatile("" : "+r"(a[e])::"memory");
-}
-template <int kOperands>
-__device__ inline void pin(uint32_t (&a)[kOperands][4]) {
-#pragma unroll
-  for (int t = 0; t < kOperands; t++) pin(a[t]);
-}
-
-enum Major { kByK = 0, kByN = 1 };
-
-#define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
-
-// d [64,64], eight accumulator tiles, += kSign a b, or = kSign a b where not `add`
-template <Major kMajor, int kSign = 1>
-__device__ inline void wgmma_64(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "{%32, %33, %34, %35}, %36, p, %39, 1, %38;\n}\n"
-      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(kMajor)), "n"(kSign));
-}
-
-// d [64,32] += kSign a b
-template <Major kMajor, int kSign = 1>
-__device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, 1, %22, 1, %21;\n"
-      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kMajor)), "n"(kSign));
-}
-
-#undef GDN_TILE
-
-// ---- meetings of `threads` of a block's threads; 0 is __syncthreads
-
-__device__ inline void meet(int meeting, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
-}
-// Is counted, and goes on.
-__device__ inline void pass_by(int meeting, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
-}
-// The warpgroup's registers a thread from here on, fewer or more.
-template <int kRegisters>
-__device__ inline void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
 
 // ---- a chunk's inputs
 
@@ -305,9 +206,20 @@ __host__ __device__ constexpr bool carried(int DK) { return pass_blocks(DK) == 1
 __host__ __device__ constexpr int pass_threads(int DK, int groups) { return 128 * (groups + carried(DK)); }
 __host__ __device__ constexpr int pass_stages(int DK) { return carried(DK) ? 3 : 2; }
 
-// Of a stage: the inputs are there (one for each warpgroup that waits for them); all are done with them.
-enum Meeting { kReady = 1, kDone = 7 };
+// Of a stage: the inputs are there (one for each warpgroup that waits for them); all are done with them. Of a
+// warpgroup: whether a warp's state has left its range.
+enum Meeting { kReady = 1, kDone = 7, kRange = 10 };
 constexpr int kCarrierRegisters = 56, kOtherRegisters = 224;
+
+// The warpgroup's registers a thread from here on, fewer or more.
+template <int kRegisters>
+__device__ inline void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ inline void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 // What carriers do; f(i), of the i-th of a pass's chunks: copy starts copying its inputs, write takes its
 // results out.
@@ -407,28 +319,39 @@ __device__ inline void state_operands(uint32_t (&operands)[DK / 16][4], const fl
   for (int i = 0; i < DK / 16; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
 }
 
+// The largest of the state's operands; infinity where one overflowed.
+template <int DK>
+__device__ inline float largest_operand(const uint32_t (&operands)[DK / 16][4]) {
+  __half2 high = __float2half2_rn(0.f), low = high;
+#pragma unroll
+  for (int i = 0; i < DK / 16; i++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const __half2 x = *reinterpret_cast<const __half2*>(&operands[i][e]);
+      high = __hmax2(high, x), low = __hmin2(low, x);
+    }
+  const float2 largest = __half22float2(__hmax2(high, __hneg2(low)));
+  return fmaxf(largest.x, largest.y);
+}
+
+// Whether a warp's exponent stays as it is, as far as operands tell: not where they are all 0.
+template <int DK>
+__device__ inline bool stays_in_range(const uint32_t (&operands)[DK / 16][4], float largest_value,
+                                      int exponent) {
+  const float largest = largest_operand<DK>(operands);
+  const int e = range_exponent(fmaxf(power_of_two(exponent) * largest_value, largest), exponent);
+  return e == exponent && __any_sync(~0u, largest > 0);
+}
+
 // bring_into_range, and the state's operands.
 template <int DK>
 __device__ inline int operands_in_range(uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
                                         float largest_value, int exponent) {
-  // Once, rarely twice: halves that are all 0, or one that overflowed, say too little.
-#pragma unroll 1
-  for (bool again = false;; again = true) {
-    state_operands<DK>(operands, state);
-    __half2 high = __float2half2_rn(0.f), low = high;
-#pragma unroll
-    for (int i = 0; i < DK / 16; i++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const __half2 x = *reinterpret_cast<const __half2*>(&operands[i][e]);
-        high = __hmax2(high, x), low = __hmin2(low, x);
-      }
-    const float2 largest = __half22float2(__hmax2(high, __hneg2(low)));
-    const float largest_state = fmaxf(largest.x, largest.y);
-    const int e = range_exponent(fmaxf(power_of_two(exponent) * largest_value, largest_state), exponent);
-    if (again || (e == exponent && __any_sync(~0u, largest_state > 0))) return exponent;
-    exponent = bring_into_range<DK>(state, largest_value, exponent);
-  }
+  state_operands<DK>(operands, state);
+  if (stays_in_range<DK>(operands, largest_value, exponent)) return exponent;
+  exponent = bring_into_range<DK>(state, largest_value, exponent);
+  state_operands<DK>(operands, state);
+  return exponent;
 }
 
 // Starts what reads the state [64 of dv, dk] at a chunk's start:
@@ -436,16 +359,16 @@ __device__ inline int operands_in_range(uint32_t (&operands)[DK / 16][4], float 
 //   warp, where that is not null
 //   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the
 //   newest from_q = state Q^T (kWithQ), done with the newest group
-template <int DK, bool kWithQ>
+template <int DK, bool kWithQ, bool kOperandsFirst = operands_first(DK)>
 __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
                                         uint32_t (&operands)[DK / 16][4], const float (&state)[DK / 8][4],
                                         uint64_t k, uint64_t q, __half* to, int dk) {
-  constexpr int kAtOnce = operands_first(DK) ? DK / 16 : 4;  // else a tile
+  constexpr int kAtOnce = kOperandsFirst ? DK / 16 : 4;  // else a tile
 #pragma unroll
   for (int first = 0; first < DK / 16; first += kAtOnce) {
     const bool last = first + kAtOnce >= DK / 16;
     const int end = last ? DK / 16 : first + kAtOnce;
-    if (!operands_first(DK))
+    if (!kOperandsFirst)
 #pragma unroll
       for (int i = first; i < end; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
     if (to) store_operands<DK>(to, dk, operands, first, end);
@@ -472,6 +395,25 @@ __device__ inline int in_range(uint32_t (&operands)[DK / 16][4], float (&state)[
     return operands_in_range<DK>(operands, state, largest_value, exponent);
   else
     return bring_into_range<DK>(state, largest_value, exponent);
+}
+
+// in_range and start_read_state, nothing written: the products start before the range is known, which changes
+// rarely and seldom after a sequence's first chunks, and then once more.
+template <int DK, bool kWithQ>
+__device__ inline int start_read_in_range(float (&from_k)[8][4], float (&from_q)[8][4],
+                                          uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
+                                          uint64_t k, uint64_t q, float largest_value, int exponent, int dk) {
+  state_operands<DK>(operands, state);
+  start_read_state<DK, kWithQ>(from_k, from_q, operands, state, k, q, nullptr, dk);
+  const bool stays = stays_in_range<DK>(operands, largest_value, exponent);
+  if (any_of_meeting(kRange + int(threadIdx.x) / 128, 128, !stays)) {
+    products_done<0>();
+    pin(from_k), pin(from_q), pin(operands);
+    if (!stays) exponent = bring_into_range<DK>(state, largest_value, exponent);
+    state_operands<DK>(operands, state);
+    start_read_state<DK, kWithQ>(from_k, from_q, operands, state, k, q, nullptr, dk);
+  }
+  return exponent;
 }
 
 // Starts out [64,64 tokens] = operands [64, dk] rows [64 tokens, dk]^T
@@ -632,13 +574,19 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
       __syncthreads();
 
     uint32_t S[DK / 16][4];
-    exponent = in_range<DK>(S, state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {}, O[8][4] = {};
     const bool saving = active && saved.states;
     __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
     constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
-    start_read_state<DK, kQWithK>(E, O, S, state, tile_descriptor(stage.k()), tile_descriptor(stage.q()),
-                                  kHalf ? nullptr : state_to, size.dk);
+    const float largest_value = largest_of_values(v_columns, ld);
+    const uint64_t k_tiles = tile_descriptor(stage.k()), q_tiles = tile_descriptor(stage.q());
+    if constexpr (kRoomy) {
+      exponent = start_read_in_range<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent,
+                                                  size.dk);
+    } else {
+      exponent = in_range<DK>(S, state, largest_value, exponent);
+      start_read_state<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, state_to, size.dk);
+    }
     if (kHalf && saving) store_operands<DK>(state_to, size.dk, S, 0, kHalf);
     if (!kCarried && chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, now), block, size, chunk + 1, qkv, values, size.channels, matrices, gates);
@@ -787,13 +735,19 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     }
 
     uint32_t dS[DK / 16][4];
-    exponent = in_range<DK>(dS, state, largest_of_values(do_columns, ld), exponent);
     float X[8][4] = {};
     __half* state_to =
         active && !kStates ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
     constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
-    start_read_state<DK, false>(X, X, dS, state, tile_descriptor(stage.k()), 0, kHalf ? nullptr : state_to,
-                                size.dk);
+    const float largest_value = largest_of_values(do_columns, ld);
+    const uint64_t k_tiles = tile_descriptor(stage.k());
+    if constexpr (kRoomy) {
+      exponent =
+          start_read_in_range<DK, false>(X, X, dS, state, k_tiles, 0, largest_value, exponent, size.dk);
+    } else {
+      exponent = in_range<DK>(dS, state, largest_value, exponent);
+      start_read_state<DK, false>(X, X, dS, state, k_tiles, 0, state_to, size.dk);
+    }
     if (kHalf && state_to) store_operands<DK>(state_to, size.dk, dS, 0, kHalf);
     if (active && !kStates && threadIdx.x % 32 == 0)
       adjoints.exponents[(number * size.dv + column) / 16] = exponent;
@@ -883,9 +837,9 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     __syncthreads();
 
     uint32_t S[DK / 16][4];
-    exponent = in_range<DK>(S, state, largest_of_values(v_columns, ld), exponent);
+    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {};
-    start_read_state<DK, false>(E, E, S, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
+    start_read_state<DK, false, false>(E, E, S, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
     if (chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
                  gates);
@@ -899,7 +853,6 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     start_square<kByK, -1>(E, a, tile_descriptor(stage.n()));
     products_issued();
     scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
-    if (operands_first(DK)) pin(state);
     products_done<0>();
     pin(E);
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);

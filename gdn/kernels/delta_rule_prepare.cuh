@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "../shapes.h"
-#include "delta_rule_mma.cuh"
+#include "delta_rule_wgmma.cuh"
 
 namespace gdn {
 namespace delta_rule {
@@ -68,20 +68,6 @@ __device__ inline void chunk_gates(float* gates, int n) {
   }
 }
 
-// Writes row block `block` of a matrix, packed accumulators, at most kTiles of 8 columns; to: row 0 of the
-// matrix.
-template <int kTiles>
-__device__ inline void store_row_block(__half* to, const uint32_t (&x)[8][2], int block) {
-  const int g = (threadIdx.x % 32) / 4;
-#pragma unroll
-  for (int row = 0; row < 2; row++)
-#pragma unroll
-    for (int t = 0; t < kTiles; t += 4) {
-      uint32_t w[4] = {x[t][row], x[t + 1][row], x[t + 2][row], x[t + 3][row]};
-      store_32_columns(to + (16 * block + g + 8 * row) * kChunk + 8 * t, w, 16 * (block + 1) - 8 * t);
-    }
-}
-
 // Blocks of L on the diagonal, each transposed: [16 columns][kBlockStride rows].
 constexpr int kBlockStride = 20;
 constexpr int kDiagonalBlock = 16 * kBlockStride;  // floats
@@ -96,7 +82,8 @@ __device__ inline void store_diagonal_block(float* to, const float (&left)[4], c
 }
 
 // A column of a 16x16 block of N on the diagonal by forward substitution, in fp32: N_ij = L_ij - sum_{k<i}
-// L_ik beta_k N_kj. l: L's block, transposed; to the column's places in N, high and low.
+// L_ik beta_k N_kj. l: L's block, transposed; beta: the block's 16; to the column's places in N, high and
+// low.
 __device__ inline void solve_diagonal_column(__half* high, __half* low, const float* l, const float* beta,
                                              int j) {
   float sum[16];
@@ -105,9 +92,11 @@ __device__ inline void solve_diagonal_column(__half* high, __half* low, const fl
     const float4 x = *reinterpret_cast<const float4*>(l + j * kBlockStride + i);
     sum[i] = x.x, sum[i + 1] = x.y, sum[i + 2] = x.z, sum[i + 3] = x.w;
   }
+  float4 four;  // of beta
 #pragma unroll
   for (int k = 0; k < 16; k++) {  // sum[k] is done: off the rows below
-    const float x = beta[k] * sum[k];
+    if (k % 4 == 0) four = *reinterpret_cast<const float4*>(beta + k);
+    const float x = (k % 4 == 0 ? four.x : k % 4 == 1 ? four.y : k % 4 == 2 ? four.z : four.w) * sum[k];
 #pragma unroll
     for (int i = k / 4 * 4; i < 16; i += 4) {
       const float4 y = *reinterpret_cast<const float4*>(l + k * kBlockStride + i);
@@ -197,6 +186,8 @@ __device__ inline void store_block(__half* tiles, int i, int j, const float (&x)
   store_block(tiles, i, j, words);
 }
 
+constexpr int kUnderMeeting = 1;  // of the lower two warps
+
 // What a warp has of L: of row block `warp`, what lies before the diagonal. The block beside it in warps 1
 // and 3, and in 2 and 3 those under the first two.
 struct LowerRow {
@@ -206,104 +197,141 @@ struct LowerRow {
 // N from L by halves: with the first and the second half of the rows of a block
 //   N_11, N_22 first      N_21 = (I - N_22 diag(beta_2)) (L_21 - L_21 diag(beta_1) N_11)
 // from blocks of 16, whose N_ii are by substitution, to 32 and to 64. The products on tensor cores, operands
-// fp16 high + low, sums fp32. N_ii is there, at `tiles` as in left_block; N comes out there, and its high
-// part in memory. Of the last step's (I - N_22 diag(beta_2)) T, T's upper rows are warp 2's, and lie, for
-// warp 3, above the diagonal.
-__device__ inline void solve_by_halves(__half* out, __half* tiles, LowerRow& x, const float* beta, int warp) {
-  const auto write_out = [&] {
-    __syncwarp();
-    const int lane = threadIdx.x % 32;
+// fp16 high + low, sums fp32. N_ii is there, at `tiles` as in left_block; N comes out there.
+//
+// To 32: row blocks 1 and 3.
+__device__ inline void solve_beside(__half* tiles, LowerRow& x, const float* beta, int warp) {
+  const SplitOperand own = left_block(tiles, warp, warp);
+  add_product(x.beside, left_operand(x.beside, beta, 16 * (warp - 1)),
+              right_block(tiles, warp - 1, warp - 1));
+  add_product(x.beside, own, right_operand(x.beside, beta, 16 * warp));
+  store_block(tiles, warp, warp - 1, x.beside);
+}
+// To 64: row blocks 2 and 3. Calls meeting() when N_10 and N_32 must be there. Of (I - N_22 diag(beta_2)) T
+// the upper rows of T are warp 2's and lie, for warp 3, above the diagonal.
+template <class Meeting>
+__device__ inline void solve_under(__half* tiles, LowerRow& x, const float* beta, int warp,
+                                   const Meeting& meeting) {
+  const SplitOperand second = left_operand(x.under[1], beta, 16);
+  add_product(x.under[0], left_operand(x.under[0], beta, 0), right_block(tiles, 0, 0));
+  add_product(x.under[1], second, right_block(tiles, 1, 1));
+  meeting();
+  add_product(x.under[0], second, right_block(tiles, 1, 0));
+  if (warp == 2) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int row = 16 * warp + 4 * i + lane / 8, column = 8 * (lane % 8);
-      if (column >= 16 * (warp + 1)) continue;
-      *reinterpret_cast<uint4*>(out + row * kChunk + column) =
-          *reinterpret_cast<const uint4*>(tiles + row * kSquareStride + column);
-    }
-  };
-  __syncthreads();  // N_ii is there
-  if (warp % 2) {
-    const SplitOperand own = left_block(tiles, warp, warp);
-    add_product(x.beside, left_operand(x.beside, beta, 16 * (warp - 1)),
-                right_block(tiles, warp - 1, warp - 1));
-    add_product(x.beside, own, right_operand(x.beside, beta, 16 * warp));
-    store_block(tiles, warp, warp - 1, x.beside);
-  }
-  SplitOperand second;  // L's block under the second
-  if (warp >= 2) {
-    second = left_operand(x.under[1], beta, 16);
-    add_product(x.under[0], left_operand(x.under[0], beta, 0), right_block(tiles, 0, 0));
-    add_product(x.under[1], second, right_block(tiles, 1, 1));
+    for (int j = 0; j < 2; j++) store_block(tiles, 0, 2 + j, scaled_rows(x.under[j], beta, 32));
   } else {
-    write_out();
+    const SplitOperand own = left_block(tiles, 3, 3);
+#pragma unroll
+    for (int j = 0; j < 2; j++) add_product(x.under[j], own, right_operand(x.under[j], beta, 48));
   }
-  __syncthreads();  // N_10 and N_32
-  if (warp >= 2) {
-    add_product(x.under[0], second, right_block(tiles, 1, 0));
-    if (warp == 2) {
+  meet(kUnderMeeting, 64);
+  const SplitOperand left = left_block(tiles, warp, 2);
 #pragma unroll
-      for (int j = 0; j < 2; j++) store_block(tiles, 0, 2 + j, scaled_rows(x.under[j], beta, 32));
-    } else {
-      const SplitOperand own = left_block(tiles, 3, 3);
+  for (int j = 0; j < 2; j++) add_product(x.under[j], left, right_block(tiles, 0, 2 + j));
 #pragma unroll
-      for (int j = 0; j < 2; j++) add_product(x.under[j], own, right_operand(x.under[j], beta, 48));
-    }
+  for (int j = 0; j < 2; j++) store_block(tiles, warp, j, x.under[j]);
+}
+
+// Row block `block` of N, which the warp has made, to memory; n: N's high part.
+__device__ inline void write_row_block(__half* to, const __half* n, int block) {
+  __syncwarp();
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = 16 * block + 4 * i + lane / 8, column = 8 * (lane % 8);
+    if (column >= 16 * (block + 1)) continue;
+    *reinterpret_cast<uint4*>(to + row * kChunk + column) =
+        *reinterpret_cast<const uint4*>(n + row * kSquareStride + column);
   }
-  __syncthreads();  // T's upper rows
-  if (warp >= 2) {
-    const SplitOperand left = left_block(tiles, warp, 2);
-#pragma unroll
-    for (int j = 0; j < 2; j++) add_product(x.under[j], left, right_block(tiles, 0, 2 + j));
-#pragma unroll
-    for (int j = 0; j < 2; j++) store_block(tiles, warp, j, x.under[j]);
-    write_out();
-  }
+}
+
+// A row block of q.k or k.k, up to 64 columns, as accumulator tiles of 8.
+struct RowBlock {
+  float (&first)[4][4], (&second)[4][4];
+  __device__ float (&tile(int t))[4] { return t < 4 ? first[t] : second[t - 4]; }
+};
+
+// e^x of a difference of G, at most 1: off by little more than 1e-7, where the results are rounded to fp16
+// or, on the way to N, to twice fp16; below 2^-126 zero.
+__device__ inline float decay(float difference) {
+  return fast_exp2(fminf(1.4426950408889634f * difference, 0.f));
 }
 
 // Row block kBlock of q.k or k.k [16, 16 (kBlock + 1)] times factor * D_ij, D_ij = e^{G_i - G_j}; zeros above
 // the diagonal, and on it if kStrict. In blocks before the diagonal's, whose rows start at token r, D_ij is
 // e^{G_i - G_r} times e^{G_r - G_j}, both at most 1: an exponential a row and a column in place of one an
-// entry. __expf is off by little more than 1e-7, where the results are rounded to fp16 or, on the way to N,
-// to twice fp16. column_decay: this warp's 64 numbers in shared memory.
+// entry. column_decay: this warp's 64 numbers in shared memory.
 template <int kBlock, bool kStrict>
-__device__ inline void multiply_by_decay(float (&x)[2 * kBlock + 2][4], const float* G, float* column_decay,
-                                         float factor) {
+__device__ inline void multiply_by_decay(RowBlock x, const float* G, float* column_decay, float factor) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), first = 16 * kBlock;
   __syncwarp();
 #pragma unroll
   for (int j = 0; j < first; j += 32)
-    if (j + lane < first) column_decay[j + lane] = __expf(fminf(G[first] - G[j + lane], 0.f));
+    if (j + lane < first) column_decay[j + lane] = decay(G[first] - G[j + lane]);
   __syncwarp();
-  const float upper = factor * __expf(fminf(G[first + g] - G[first], 0.f)),
-              lower = factor * __expf(fminf(G[first + g + 8] - G[first], 0.f));
+  const float upper = factor * decay(G[first + g] - G[first]),
+              lower = factor * decay(G[first + g + 8] - G[first]);
 #pragma unroll
   for (int t = 0; t < 2 * kBlock; t++) {
     const float2 column = *reinterpret_cast<const float2*>(column_decay + 8 * t + c);
-    x[t][0] *= upper * column.x, x[t][1] *= upper * column.y;
-    x[t][2] *= lower * column.x, x[t][3] *= lower * column.y;
+    float(&y)[4] = x.tile(t);
+    y[0] *= upper * column.x, y[1] *= upper * column.y;
+    y[2] *= lower * column.x, y[3] *= lower * column.y;
   }
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const int i = g + 8 * (e / 2), j = 8 * half + c + e % 2;
-      const float decay = factor * __expf(fminf(G[first + i] - G[first + j], 0.f));
-      float& y = x[2 * kBlock + half][e];
-      y = i > j || (!kStrict && i == j) ? decay * y : 0.f;
+      float& y = x.tile(2 * kBlock + half)[e];
+      if (half > e / 2) {  // i < 8 <= j
+        y = 0.f;
+        continue;
+      }
+      y *= factor * decay(G[first + i] - G[first + j]);
+      if (half == e / 2) y = i > j || (!kStrict && i == j) ? y : 0.f;
     }
 }
 
-// What warp kWarp of four makes of q.k and k.k: row block kWarp of L, which is kWarp + 1 blocks long, and row
-// block 3 - kWarp of P, so that each warp has five blocks. L before the diagonal, P packed as fp16; L's block
-// on the diagonal takes the place of the warp's rows of q, which no other warp reads.
+// Where a chunk's q and k lie in shared memory, and later N. q's row blocks of 16 are in reverse order, so
+// that of its rows and of k's warp w of four has those at block w: it makes row block w of L, which is w + 1
+// blocks long, and row block 3 - w of P, five in all. Rows are ld apart, or (kWarpgroup) in tiles of 64
+// columns (delta_rule_wgmma.cuh).
+template <bool kWarpgroup>
+struct PrepareTiles {
+  act* q;
+  int ld, tiles;  // of kWarpgroup or not the other's
+
+  __host__ __device__ PrepareTiles(void* at, int dk)
+      : q(static_cast<act*>(at)), ld((dk > 32 ? dk : 32) + 8), tiles((dk + kTileRow - 1) / kTileRow) {}
+  __host__ __device__ int row_block() const { return 16 * (kWarpgroup ? kTileRow : ld); }
+  __host__ __device__ int k_at() const { return kChunk * (kWarpgroup ? tiles * kTileRow : ld); }
+  // Behind the last block of L on the diagonal.
+  __host__ __device__ int n_at() const { return 3 * row_block() + 2 * kDiagonalBlock; }
+  __host__ __device__ int bytes() const {
+    return 2 * (2 * k_at() > n_at() + 2 * kChunk * kSquareStride ? 2 * k_at()
+                                                                 : n_at() + 2 * kChunk * kSquareStride);
+  }
+  __device__ const act* k() const { return q + k_at(); }
+  __device__ __half* n() const { return reinterpret_cast<__half*>(q + n_at()); }
+  // Of L's block on the diagonal, in the place of the warp's rows of q, which no other warp reads.
+  __device__ float* diagonal_block(int i) const { return reinterpret_cast<float*>(q + i * row_block()); }
+};
+
+// What warp w makes of q.k and k.k: row block 3 - w of q.k and row block w of k.k, of each the first 32
+// columns; and the other 32 of the one that is so long, q.k in the upper half's warps, k.k in the lower's.
+struct WarpProducts {
+  float q[4][4], k[4][4], second[4][4];
+};
+
+// As far as the diagonals.
 template <int kWarp>
-__device__ inline void lower_products(LowerRow& L, uint32_t (&P)[8][2], act* q, const act* k, const float* G,
-                                      float* column_decay, int ld, int dk, float s) {
+__device__ inline void lower_products(WarpProducts& x, const PrepareTiles<false>& tiles, int dk) {
   constexpr int kRows = 3 - kWarp, kBlocks = (kWarp > kRows ? kWarp : kRows) + 1;
-  act* my_q = q + 16 * kRows * ld;
-  const uint32_t q_rows = walk_rows(my_q, ld);
-  const uint32_t k_columns = walk_columns(k, ld);
-  float qk[2 * kRows + 2][4] = {}, kk[2 * kWarp + 2][4] = {};
+  const int ld = tiles.ld;
+  const uint32_t q_rows = walk_rows(tiles.q + 16 * kWarp * ld, ld), k_columns = walk_columns(tiles.k(), ld);
+  RowBlock qk = {x.q, x.second}, kk = {x.k, x.second};
 #pragma unroll 1
   for (int e = 0; e < dk; e += 16) {
     uint32_t a_q[4], b[kBlocks][4];
@@ -314,52 +342,106 @@ __device__ inline void lower_products(LowerRow& L, uint32_t (&P)[8][2], act* q, 
     const uint32_t a_k[4] = {b[kWarp][0], b[kWarp][2], b[kWarp][1], b[kWarp][3]};
 #pragma unroll
     for (int t = 0; t < kBlocks; t++) {
-      if (t <= kRows) mma_pair_bf16(qk[2 * t], qk[2 * t + 1], a_q, b[t]);
-      if (t <= kWarp) mma_pair_bf16(kk[2 * t], kk[2 * t + 1], a_k, b[t]);
+      if (t <= kRows) mma_pair_bf16(qk.tile(2 * t), qk.tile(2 * t + 1), a_q, b[t]);
+      if (t <= kWarp) mma_pair_bf16(kk.tile(2 * t), kk.tile(2 * t + 1), a_k, b[t]);
     }
   }
-  multiply_by_decay<kRows, false>(qk, G, column_decay, s);
+}
+
+// All of it, as products of the warpgroup: its 64 rows are the warps' rows of q, of k, and then of the one or
+// the other, which are in registers. 16 kSteps columns of q and k, in a tile, from the place that the
+// descriptors and longer_rows have.
+template <int kSteps>
+__device__ inline void add_columns(WarpProducts& x, uint64_t q, uint64_t k, uint32_t longer_rows, int add) {
+  uint32_t longer[kSteps][4];
 #pragma unroll
-  for (int t = 0; t < 8; t++)
+  for (int i = 0; i < kSteps; i++) ldmatrix(longer[i], longer_rows ^ 32 * i);
+  pin(longer);
+  products_begin();
 #pragma unroll
-    for (int e = 0; e < 2; e++) P[t][e] = t < 2 * kRows + 2 ? pack_fp16(qk[t][2 * e], qk[t][2 * e + 1]) : 0;
+  for (int i = 0; i < kSteps; i++) {
+    const int at = i * kColumns16;
+    wgmma_32_bf16_shared(x.k, k + at, k + at, i > 0 || add);
+    wgmma_32_bf16(x.second, longer[i], k + at + 2 * kRows16, i > 0 || add);
+    wgmma_32_bf16_shared(x.q, q + at, k + at, i > 0 || add);
+  }
+  products_issued();
+  products_done<0>();
+  pin(x.q), pin(x.k), pin(x.second);
+}
+__device__ inline void warpgroup_products(WarpProducts& x, const PrepareTiles<true>& tiles, int dk,
+                                          int warp) {
+  const int lane = threadIdx.x % 32;
+  uint32_t longer_rows = shared_address((warp < 2 ? tiles.q : tiles.k()) + warp * tiles.row_block()) +
+                         swizzled(lane & 15, lane >> 4);
+  uint64_t q = tile_descriptor(tiles.q), k = tile_descriptor(tiles.k());
+  int add = 0;
+#pragma unroll 1
+  for (; dk > 32; dk -= kTileRow) {
+    add_columns<4>(x, q, k, longer_rows, add);
+    q += kNextTile, k += kNextTile, longer_rows += kTileBytes, add = 1;
+  }
+  if (dk > 0) add_columns<2>(x, q, k, longer_rows, add);
+}
+
+// Row block kWarp of L from k.k: before the diagonal, and the block on it.
+template <int kWarp>
+__device__ inline void lower_row(LowerRow& L, float* diagonal_block, RowBlock kk, const float* G,
+                                 float* column_decay) {
   multiply_by_decay<kWarp, true>(kk, G, column_decay, 1.f);
 #pragma unroll
   for (int t = 0; t < 2; t++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      if (kWarp % 2) L.beside[t][e] = kk[2 * kWarp - 2 + t][e];
-      if (kWarp >= 2) L.under[0][t][e] = kk[t][e], L.under[1][t][e] = kk[2 + t][e];
+      if (kWarp % 2) L.beside[t][e] = kk.tile(2 * kWarp - 2 + t)[e];
+      if (kWarp >= 2) L.under[0][t][e] = kk.tile(t)[e], L.under[1][t][e] = kk.tile(2 + t)[e];
     }
-  store_diagonal_block(reinterpret_cast<float*>(my_q), kk[2 * kWarp], kk[2 * kWarp + 1]);
+  store_diagonal_block(diagonal_block, kk.tile(2 * kWarp), kk.tile(2 * kWarp + 1));
 }
 
-// Shared memory: the gates, multiply_by_decay's 64 numbers for each warp, q and k, rows ld apart. The first
-// of every 16 rows of q become a block on L's diagonal; N comes behind the last of these.
+// Row block kRows of P from q.k, as fp16, to memory; to: P's row 0.
+template <int kRows>
+__device__ inline void write_row_of_p(__half* to, RowBlock qk, const float* G, float* column_decay, float s) {
+  multiply_by_decay<kRows, false>(qk, G, column_decay, s);
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int row = 0; row < 2; row++)
+#pragma unroll
+    for (int t = 0; t < 2 * kRows + 2; t += 4) {
+      uint32_t w[4] = {};
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        if (t + i < 2 * kRows + 2) w[i] = pack_fp16(qk.tile(t + i)[2 * row], qk.tile(t + i)[2 * row + 1]);
+      store_32_columns(to + (16 * kRows + g + 8 * row) * kChunk + 8 * t, w, 16 * (kRows + 1) - 8 * t);
+    }
+}
+
+// Shared memory: the gates, multiply_by_decay's 64 numbers for each warp, and the tiles.
 constexpr int kPrepareThreads = 128, kPrepareFloats = kGates + 4 * kChunk;
-__host__ __device__ inline int prepare_ld(int dk) { return (dk > 32 ? dk : 32) + 8; }  // 16 rows hold a block
-// N behind q's first row, in elements of q.
-__host__ __device__ inline int prepare_n_at(int ld) { return 48 * ld + 2 * kDiagonalBlock; }
-inline int prepare_shared_bytes(int dk) {
-  const int ld = prepare_ld(dk);
-  return 4 * kPrepareFloats + 2 * std::max(2 * kChunk * ld, prepare_n_at(ld) + 2 * kChunk * kSquareStride);
+template <bool kWarpgroup>
+int prepare_shared_bytes(int dk) {
+  return 4 * kPrepareFloats + PrepareTiles<kWarpgroup>(nullptr, dk).bytes();
 }
 
 // The block starts copying q and k [64, dk] of a chunk, the first n rows, and zeros below; k is to_k numbers
-// behind q, there and, in rows of ld, here 64 rows.
-__device__ inline void copy_q_and_k(act* q, int ld, const act* from, int to_k, int stride, int dk, int n) {
-  const int r = threadIdx.x / 8, first = 8 * (threadIdx.x % 8);
-  constexpr int kRows = kPrepareThreads / 8;
-  from = rows_on(from, r, stride), q += r * ld;
+// behind q in memory. For warpgroup_products zeros up to 32 columns, too.
+template <bool kWarpgroup>
+__device__ inline void copy_q_and_k(const PrepareTiles<kWarpgroup>& tiles, const act* from, int to_k,
+                                    int stride, int dk, int n) {
+  const int r = threadIdx.x / 8, vector = threadIdx.x % 8, row_block = tiles.row_block();
+  static_assert(kPrepareThreads == 8 * 16, "a thread's rows are 16 apart");
+  from = rows_on(from, r, stride) + 8 * vector;
+  act* to = tiles.q + (kWarpgroup ? swizzled(r, vector) / 2 : r * tiles.ld + 8 * vector);
 #pragma unroll 1
-  for (int column = first; column < dk; column += 64) {
-    const act *q_from = from + column, *k_from = q_from + to_k;
-    act *q_to = q + column, *k_to = q_to + kChunk * ld;
+  for (int column = 8 * vector; column < (kWarpgroup ? (dk + 31) / 32 * 32 : dk); column += kTileRow) {
+    act* k_to = to + tiles.k_at();
 #pragma unroll
-    for (int i = 0; i < kChunk; i += kRows) {
-      copy_16_bytes(q_to + i * ld, rows_on(q_from, i, stride), r + i < n);
-      copy_16_bytes(k_to + i * ld, rows_on(k_from, i, stride), r + i < n);
+    for (int i = 0; i < 4; i++) {
+      const bool valid = r + 16 * i < n && column < dk;
+      copy_16_bytes(to + (3 - i) * row_block, rows_on(from, 16 * i, stride), valid);
+      copy_16_bytes(k_to + i * row_block, rows_on(from + to_k, 16 * i, stride), valid);
     }
+    from += kTileRow, to += kWarpgroup ? kChunk * kTileRow : kTileRow;
   }
   copies_issued();
 }
@@ -370,8 +452,8 @@ __device__ inline void copy_q_and_k(act* q, int ld, const act* from, int to_k, i
 // so that (I + A)^-1 = I - diag(beta) N, and neither the identity nor beta is ever rounded.
 // N and P go out as fp16 (no entry of N exceeds 1, none of P s), matrices [chunks][N, P][64,64], of which
 // only the 16x16 blocks on and below the diagonal are written; gates [chunks][4,64]. k.k and q.k are exact
-// products of bf16 (lower_products); N by halves (solve_by_halves), those on the diagonal in two warps, a
-// lane for each column of the four, while the two others write the longer rows of P.
+// products of bf16; N by halves (solve_beside, solve_under), from the four blocks on the diagonal, of which a
+// lane solves a column.
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
@@ -379,60 +461,88 @@ __device__ inline void copy_q_and_k(act* q, int ld, const act* from, int to_k, i
 // with 16/32 heads of 128. What it waits for there, by ncu: issue slots 45% busy, no eligible warp in 53% of
 // the cycles (a quarter of the waiting is at barriers, for the warp whose turn it is in N), six blocks a
 // multiprocessor, DRAM 33%. A seventh, with 72 registers, gains nothing.
-static __global__ void __launch_bounds__(kPrepareThreads, 6)
-    prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
-                   Sizes size, float s) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h),
-            ld = prepare_ld(size.dk);
-  float *gates = reinterpret_cast<float*>(shared), *column_decays = gates + kGates;
-  act *q = reinterpret_cast<act*>(gates + kPrepareFloats), *k = q + kChunk * ld;
+template <bool kWarpgroup>
+__device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, float* gates_out,
+                                     const act* qkv, const float* g, const float* beta, const Sizes& size,
+                                     float s) {
+  const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h);
+  float* gates = reinterpret_cast<float*>(shared);
+  const PrepareTiles<kWarpgroup> tiles(gates + kPrepareFloats, size.dk);
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
   // first what the longest way is made from
   copy_gate_inputs(gates, g + row * size.heads_v + h, beta + row * size.heads_v + h, size.heads_v, n);
-  copy_q_and_k(q, ld, qkv + row * size.channels + size.q_column(hk), size.k_column(0) - size.q_column(0),
+  copy_q_and_k(tiles, qkv + row * size.channels + size.q_column(hk), size.k_column(0) - size.q_column(0),
                size.channels, size.dk, n);
   copies_arrived_but_one();
   chunk_gates(gates, n);
   copies_arrived();
+  if (kWarpgroup) publish_to_products();
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kGates; i += kPrepareThreads)
     gates_out[number * kGates + i + threadIdx.x] = gates[i + threadIdx.x];
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same in all lanes, as the compiler now knows
-  const float* G = gates + kLogDecay * kChunk;
-  float* column_decay = column_decays + kChunk * warp;
-  LowerRow L = {};
-  uint32_t P[8][2];
-  switch (warp) {
-    case 0:
-      lower_products<0>(L, P, q, k, G, column_decay, ld, size.dk, s);
-      break;
-    case 1:
-      lower_products<1>(L, P, q, k, G, column_decay, ld, size.dk, s);
-      break;
-    case 2:
-      lower_products<2>(L, P, q, k, G, column_decay, ld, size.dk, s);
-      break;
-    default:
-      lower_products<3>(L, P, q, k, G, column_decay, ld, size.dk, s);
-  }
-  __half *n_out = matrices + number * 2 * kSquare, *p_out = n_out + kSquare;
-  __half* N = reinterpret_cast<__half*>(q + prepare_n_at(ld));
-  if (warp >= 2) store_row_block<4>(p_out, P, 3 - warp);
-  __syncthreads();  // q and k become N
-  if (warp >= 2) {
-    const int lane = threadIdx.x % 32, block = 2 * (warp - 2) + lane / 16, j = lane % 16;
+  const float *G = gates + kLogDecay * kChunk, *chunk_beta = gates + kBeta * kChunk;
+  float* column_decay = gates + kGates + kChunk * warp;
+  __half *n_out = matrices + number * 2 * kSquare, *p_out = n_out + kSquare, *N = tiles.n();
+  WarpProducts x = {};
+  if constexpr (kWarpgroup) warpgroup_products(x, tiles, size.dk, warp);
+  LowerRow L;
+  const auto make_row_of_l = [&](auto of_warp) {
+    constexpr int kWarp = decltype(of_warp)::value;
+    if constexpr (!kWarpgroup) lower_products<kWarp>(x, tiles, size.dk);
+    lower_row<kWarp>(L, tiles.diagonal_block(kWarp), {x.k, x.second}, G, column_decay);
+  };
+  const auto make_row_of_p = [&](auto rows) {
+    write_row_of_p<decltype(rows)::value>(p_out, {x.q, x.second}, G, column_decay, s);
+  };
+  const auto block_meeting = [] { meet(0, kPrepareThreads); };
+  constexpr auto k0 = std::integral_constant<int, 0>();
+  constexpr auto k1 = std::integral_constant<int, 1>();
+  constexpr auto k2 = std::integral_constant<int, 2>();
+  constexpr auto k3 = std::integral_constant<int, 3>();
+  // The upper half's warps, which have less of L, make N's blocks on the diagonal while the others make the
+  // short rows of P; and the long ones while those go on with N.
+  if (warp < 2) {
+    warp == 0 ? make_row_of_l(k0) : make_row_of_l(k1);
+    block_meeting();  // q and k become N
+    const int lane = threadIdx.x % 32, block = 2 * warp + lane / 16, j = lane % 16;
     __half* to = N + 16 * block * (kSquareStride + 1) + j;
-    solve_diagonal_column(to, to + kChunk * kSquareStride,
-                          reinterpret_cast<const float*>(q + 16 * (3 - block) * ld),
-                          gates + kBeta * kChunk + 16 * block, j);
+    solve_diagonal_column(to, to + kChunk * kSquareStride, tiles.diagonal_block(block),
+                          chunk_beta + 16 * block, j);
+    block_meeting();  // N_ii
+    if (warp == 1) solve_beside(N, L, chunk_beta, warp);
+    block_meeting();  // N_10, N_32
+    write_row_block(n_out, N, warp);
+    warp == 0 ? make_row_of_p(k3) : make_row_of_p(k2);
   } else {
-    store_row_block<8>(p_out, P, 3 - warp);
+    warp == 2 ? make_row_of_l(k2) : make_row_of_l(k3);
+    block_meeting();
+    warp == 2 ? make_row_of_p(k1) : make_row_of_p(k0);
+    block_meeting();
+    if (warp == 3) solve_beside(N, L, chunk_beta, warp);
+    solve_under(N, L, chunk_beta, warp, block_meeting);
+    write_row_block(n_out, N, warp);
   }
-  solve_by_halves(n_out, N, L, gates + kBeta * kChunk, warp);
+}
+
+static __global__ void __launch_bounds__(kPrepareThreads)
+    prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
+                   Sizes size, float s) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  prepare_chunk<false>(shared, matrices, gates_out, qkv, g, beta, size, s);
+}
+
+// On Hopper, with warpgroup products for q.k and k.k.
+static __global__ void __launch_bounds__(kPrepareThreads)
+    prepare_warpgroup_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g,
+                             const float* beta, Sizes size, float s) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  prepare_chunk<true>(tiles, matrices, gates_out, qkv, g, beta, size, s);
+#endif
 }
 
 }  // namespace delta_rule
