@@ -158,17 +158,23 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
-  time("forward", forward, [&] {
+  const auto forward_that_saves = [&] {
     gated_delta_rule_forward(device, o.get(), saved.get(), qkv.get(), g.get(), beta.get(), shape, s,
                              scratch.get());
-  });
+  };
+  const auto backward_of_saved = [&] {
+    gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
+                              g.get(), beta.get(), shape, s, scratch.get());
+  };
+  time("forward", forward, forward_that_saves);
   time("  nothing saved", forward, [&] {
     gated_delta_rule_forward(device, o.get(), nullptr, qkv.get(), g.get(), beta.get(), shape, s,
                              scratch.get());
   });
-  time("backward", backward, [&] {
-    gated_delta_rule_backward(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), saved.get(), qkv.get(),
-                              g.get(), beta.get(), shape, s, scratch.get());
+  time("backward", backward, backward_of_saved);
+  time("  nothing saved", {backward.bytes, forward.flops + backward.flops}, [&] {  // the forward once more
+    forward_that_saves();
+    backward_of_saved();
   });
   time("prepare_kernel", prepare,
        [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });

@@ -285,28 +285,22 @@ __device__ inline void write_results(act* to, int64_t stride, int n, int columns
 
 // ---- products with the state
 
-// Writes 32 columns of the warp's state from `column` on, held as two A operands over positions, to rows [16
-// of dv, dk]; `to` is this lane's place in the first 32.
-__device__ inline void store_32_of_positions(__half* to, int dk, int column, const uint32_t (&left)[4],
-                                             const uint32_t (&right)[4]) {
-  if (column + 8 * (int(threadIdx.x) % 4) >= dk) return;
-#pragma unroll
-  for (int half = 0; half < 2; half++)
-    store_16_bytes(rows_on(to, 8 * half, dk) + column, left[half], left[half + 2], right[half],
-                   right[half + 2]);
-}
-__device__ inline __half* place_of_positions(__half* to, int dk) {
-  const int lane = threadIdx.x % 32;
-  return to + lane / 4 * dk + 8 * (lane % 4);
-}
-
-// Writes the state's operands first to end, an even number of both, to the warp's rows [16 of dv, dk].
+// Writes the state's operands first to end, an even number of both, over positions, to the warp's rows [16 of
+// dv, dk]: a lane 8 columns of each 32.
 template <int DK>
 __device__ inline void store_operands(__half* to, int dk, const uint32_t (&operands)[DK / 16][4], int first,
                                       int end) {
-  __half* place = place_of_positions(to, dk);
+  const int lane = threadIdx.x % 32, column = 8 * (lane % 4);
+  to += lane / 4 * dk + column;
 #pragma unroll
-  for (int i = first; i < end; i += 2) store_32_of_positions(place, dk, 16 * i, operands[i], operands[i + 1]);
+  for (int i = first; i < end; i += 2) {
+    if (16 * i + column >= dk) continue;
+    const uint32_t(&left)[4] = operands[i], (&right)[4] = operands[i + 1];
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+      store_16_bytes(rows_on(to, 8 * half, dk) + 16 * i, left[half], left[half + 2], right[half],
+                     right[half + 2]);
+  }
 }
 
 // Whether registers hold all of the state's operands beside the state: then these tell its range, at half the

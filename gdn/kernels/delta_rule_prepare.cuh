@@ -186,7 +186,8 @@ __device__ inline void store_block(__half* tiles, int i, int j, const float (&x)
   store_block(tiles, i, j, words);
 }
 
-constexpr int kUnderMeeting = 1;  // of the lower two warps
+// Meetings of the lower two warps, and of the block where its warps are in different places.
+constexpr int kUnderMeeting = 1, kBlockMeeting = 2;
 
 // What a warp has of L: of row block `warp`, what lies before the diagonal. The block beside it in warps 1
 // and 3, and in 2 and 3 those under the first two.
@@ -498,7 +499,7 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
   const auto make_row_of_p = [&](auto rows) {
     write_row_of_p<decltype(rows)::value>(p_out, {x.q, x.second}, G, column_decay, s);
   };
-  const auto block_meeting = [] { meet(0, kPrepareThreads); };
+  const auto block_meeting = [] { meet(kBlockMeeting, kPrepareThreads); };
   constexpr auto k0 = std::integral_constant<int, 0>();
   constexpr auto k1 = std::integral_constant<int, 1>();
   constexpr auto k2 = std::integral_constant<int, 2>();
