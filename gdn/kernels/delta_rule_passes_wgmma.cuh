@@ -13,13 +13,13 @@
 // columns, which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
 //
 // Floor of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB, 0.212 ms at the copy rate; 52 GFLOP. Reached
-// on an H200, whose memory is faster than the copy rate: 0.199 and 0.202 ms, 110% and 108% of the floor as
-// dev/bench_delta_rule counts it (0.218); with nothing saved 0.142, 83% of 0.117. With 16/32 heads of 128
-// 0.525 and 0.537, 119% and 117%, and 0.359, 100%. Before there were carriers, on an H100, 0.255 and 0.253,
+// on an H200, whose memory is faster than the copy rate: 0.205 and 0.206 ms, 106% of the floor as
+// dev/bench_delta_rule counts it (0.218); with nothing saved 0.143, 82% of 0.117. With 16/32 heads of 128
+// 0.524 and 0.532, 119% and 118%, and 0.356, 101%. Before there were carriers, on an H100, 0.255 and 0.253,
 // where the kernels of delta_rule_passes.cuh take 0.329 and 0.344. What limits them, by ncu with 16/32 heads
-// and nothing saved: a chunk's chain. Issue slots 41% busy, no eligible warp in 57% of cycles, L1 64%, L2
-// 64%, DRAM 47%; of the samples of the warps with products 18% are between the first products and N's, half
-// of these waiting for shared memory, and 12% wait for products.
+// and nothing saved, before the products started ahead of the range: a chunk's chain. Issue slots 41% busy,
+// no eligible warp in 57% of cycles, L1 64%, L2 64%, DRAM 47%; of the samples of the warps with products 18%
+// are between the first products and N's, half of these waiting for shared memory, and 12% wait for products.
 #pragma once
 
 #include "delta_rule_passes.cuh"

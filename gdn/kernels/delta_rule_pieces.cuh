@@ -13,7 +13,7 @@
 //
 // Where blocks and not bytes limit it, step 3 takes 1 / n of the uncut pass's time, and step 1 as long for
 // its ends and dk / dv of that for its transitions, or less, as it writes nothing. Reached on an H200 (one
-// sequence of 32768, 6 heads): (128, 256), 5 pieces, steps 1 to 3 0.187 + 0.026 + 0.262 ms in place of 1.318;
+// sequence of 32768, 6 heads): (128, 256), 5 pieces, steps 1 to 3 0.168 + 0.026 + 0.249 ms in place of 1.212;
 // (32, 64), 43 pieces, 0.046 + 0.023 + 0.054 in place of 1.163. Step 3's floor is 0.218 and 0.055.
 #pragma once
 

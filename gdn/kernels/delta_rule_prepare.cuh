@@ -458,10 +458,11 @@ __device__ inline void copy_q_and_k(const PrepareTiles<kWarpgroup>& tiles, const
 //
 // Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB: 0.045 ms at the copy rate; 6.4
 // GFLOP on tensor cores (and 0.9 of split products in N), 0.05 GFLOP of substitution in fp32.
-// Reached on an H200: 0.054 ms, 93% of the floor as dev/bench_delta_rule counts it (0.050), and 0.236 (76%)
-// with 16/32 heads of 128. What it waits for there, by ncu: issue slots 45% busy, no eligible warp in 53% of
-// the cycles (a quarter of the waiting is at barriers, for the warp whose turn it is in N), six blocks a
-// multiprocessor, DRAM 33%. A seventh, with 72 registers, gains nothing.
+// Reached on an H200, whose memory is faster than the copy rate: 0.049 ms, 103% of the floor as
+// dev/bench_delta_rule counts it (0.050), and 0.198 (90%) with 16/32 heads of 128. What it waits for there,
+// by ncu: L1 82% busy, issue slots 47%, no eligible warp in 52% of the cycles; 21% of the samples are at
+// barriers, half of these for the warps that substitute, 19% wait for shared memory, DRAM 41%. Five blocks a
+// multiprocessor, by their registers; with six ptxas waits for each product of the warpgroup: 13% slower.
 template <bool kWarpgroup>
 __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, float* gates_out,
                                      const act* qkv, const float* g, const float* beta, const Sizes& size,
@@ -536,7 +537,7 @@ static __global__ void __launch_bounds__(kPrepareThreads)
   prepare_chunk<false>(shared, matrices, gates_out, qkv, g, beta, size, s);
 }
 
-// On Hopper, with warpgroup products for q.k and k.k.
+// On Hopper: q.k and k.k as warpgroup products.
 static __global__ void __launch_bounds__(kPrepareThreads)
     prepare_warpgroup_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g,
                              const float* beta, Sizes size, float s) {
