@@ -22,18 +22,22 @@
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
-// On Hopper the passes run on warpgroup products (delta_rule_passes_wgmma.cuh), and so do the gradients where dk is
-// at most 128 or value heads have key heads of their own (delta_rule_gradients_wgmma.cuh).
+// On Hopper prepare_kernel's q.k and k.k, the passes (delta_rule_passes_wgmma.cuh) and, where dk is at most 128
+// or value heads have key heads of their own, the gradients (delta_rule_gradients_wgmma.cuh) are warpgroup
+// products.
 //
-// Reached on an H100 (dev/bench_delta_rule.cu, dev/results/2026-11-27_h100_second), in ms; in brackets the
-// percent of the floor. The forward saves N, P and the gates, with which the backward is two kernels:
+// Reached on an H200 (dev/bench_delta_rule.cu, dev/results/2026-11-29_h200_third), in ms; in brackets the
+// percent of the floor at an H100's copy rate, which the H200's memory exceeds. The forward saves N, P and the
+// gates, with which the backward is two kernels. (With 16/32 heads the clock falls under the load: the kernels,
+// timed after the whole, take longer than it.)
 //    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64   0.063 (40)    0.071 (76)    0.073 (75)   0.115 (44)    0.127     0.177
-//   32  1024   6   6   64  128   0.067 (50)    0.143 (70)    0.133 (76)   0.141 (84)    0.203     0.267
-//   32  1024   6   6  128  256   0.080 (63)    0.259 (84)    0.257 (85)   0.331 (91)    0.330     0.583
-//    8  4096  16  32  128  128   0.310 (58)    0.682 (92)    0.679 (92)   0.913 (88)    0.988     1.535
-//   32  1024   6   6  192  384   0.107 (63)    0.471 (78)    0.472 (78)   0.738 (75)    0.571     1.202
-//    8  1024   6   6  256  512   0.049 (43)    0.215 (64)    0.222 (62)   0.274 (80)    0.258     0.490
+//   32  1024   6   6   32   64   0.036 (70)  0.063 (87)    0.067 (81)     0.112 (45)    0.093     0.174
+//   32  1024   6   6   64  128   0.038 (87)  0.113 (89)    0.112 (90)     0.138 (85)    0.149     0.243
+//   32  1024   6   6   96  192   0.044 (95)  0.180 (86)    0.186 (83)     0.193 (104)   0.222     0.380
+//   32  1024   6   6  128  256   0.049 (103) 0.206 (106)   0.207 (106)    0.255 (119)   0.247     0.444
+//    8  4096  16  32  128  128   0.198 (90)  0.538 (116)   0.571 (110)    0.968 (83)    0.712     1.369
+//   32  1024   6   6  192  384   0.060 (111) 0.449 (82)    0.455 (81)     0.579 (96)    0.478     1.014
+//    8  1024   6   6  256  512   0.029 (72)  0.202 (68)    0.209 (66)     0.202 (108)   0.229     0.407
 //
 // What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
 // decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to

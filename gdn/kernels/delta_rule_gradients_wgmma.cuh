@@ -3,7 +3,7 @@
 // products and bulk tensor copies. For dv a multiple of 64 and, where value heads share key heads, dk <= 128.
 //
 // A block has two warpgroups that compute and one warp that copies. One thread of the latter sends for tiles
-// of [64, 64], in the layout that products read (delta_rule_passes_wgmma.cuh: 128-byte swizzle), as far ahead
+// of [64, 64], in the layout that products read (delta_rule_wgmma.cuh: 128-byte swizzle), as far ahead
 // as there is room; the copy engine finds the addresses, writes zeros past the ends of tokens and columns,
 // and tells a barrier in shared memory that a step has arrived. Another barrier tells the copying thread that
 // the warpgroups are done with it.
