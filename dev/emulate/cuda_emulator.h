@@ -286,7 +286,6 @@ inline void launch(Dim grid, int threads, const std::function<void()>& call) {
 
 }  // namespace emulator
 
-inline float __expf(float x) { return std::exp(x); }
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 inline void __syncwarp() { emulator::wait(emulator::warp_barriers[threadIdx.x / 32]); }
@@ -430,13 +429,14 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
   warp_read();
 }
 
-// d [16 rows of this warp, 8 tiles columns] = sign a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
-// in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_wgmma.cuh). rows: of a, row g of this lane and row
-// g + 8.
 inline uint32_t swizzled_address(uint64_t descriptor, uint32_t offset) {
   const uint32_t address = (uint32_t(descriptor & 0x3fff) << 4) + offset;
   return address ^ (address >> 7 & 7) << 4;
 }
+
+// d [16 rows of this warp, 8 tiles columns] = sign a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
+// in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_wgmma.cuh). rows: of a, row g of this lane and row
+// g + 8.
 inline void wgmma_of_rows(float (*d)[4], int tiles, const float (&rows)[2][16], uint64_t b, bool add, bool by_n, int sign,
                           bool fp16) {
   for (int t = 0; t < tiles; t++)

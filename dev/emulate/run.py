@@ -8,7 +8,7 @@ emulator's. What it checks: prepare_kernel and the passes on mma.sync and on wgm
 gradients_kernel, and the passes over pieces of a sequence. So a wrong index or equation is found on a machine without a
 GPU; and most missing waits and barriers, for there are two runs whose bits must be the same: in one copies and products
 are done at once and one warp runs ahead of all others as far as barriers let it, in the other they are done as late as a
-wait allows and chance picks who moves. Two minutes.
+wait allows and chance picks who moves. Three minutes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ WGMMA = {
     "publish_to_products": "",
     "pin": "",
     "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN, kSign);",
-    "wgmma_32": "emulator::wgmma(d, 4, a, b, true, kMajor == kByN, kSign);",
+    "wgmma_32": "emulator::wgmma(d, 4, a, b, add, kMajor == kByN, kSign);",
     "wgmma_32_bf16": "emulator::wgmma_bf16(d, 4, a, b, add);",
     "wgmma_32_bf16_shared": "emulator::wgmma_bf16(d, 4, a, b, add);",
 }

@@ -124,16 +124,6 @@ __device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, in
       : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
       : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
 }
-// d [64,32] += a b, or = a b; a in registers, b [k][n]
-__device__ inline void wgmma_32_by_n(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"
-      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
 
 #undef GDN_TILE
 
@@ -143,7 +133,7 @@ __device__ inline void wgmma_columns(float (&d)[kTiles][4], const uint32_t (&a)[
   if constexpr (kTiles == 8)
     wgmma_64<kByN>(d, a, b, add);
   else
-    wgmma_32_by_n(d, a, b, add);
+    wgmma_32<kByN>(d, a, b, add);
 }
 template <Major kA, int kTiles>
 __device__ inline void wgmma_columns_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b) {

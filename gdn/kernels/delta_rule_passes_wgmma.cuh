@@ -349,7 +349,7 @@ __device__ inline int operands_in_range(uint32_t (&operands)[DK / 16][4], float 
 }
 
 // Starts what reads the state [64 of dv, dk] at a chunk's start:
-//   operands: the state's (made here where not operands_first); written to `to`, rows [16 of dv, dk] of this
+//   operands: the state's (made here where not kOperandsFirst); written to `to`, rows [16 of dv, dk] of this
 //   warp, where that is not null
 //   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the
 //   newest from_q = state Q^T (kWithQ), done with the newest group
@@ -391,21 +391,23 @@ __device__ inline int in_range(uint32_t (&operands)[DK / 16][4], float (&state)[
     return bring_into_range<DK>(state, largest_value, exponent);
 }
 
-// in_range and start_read_state, nothing written: the products start before the range is known, which changes
-// rarely and seldom after a sequence's first chunks, and then once more.
+// in_range and start_read_state, nothing written: the products start before the range is known, and once more
+// where a warp of the warpgroup finds that it changes, which is rare after a sequence's first chunks.
 template <int DK, bool kWithQ>
 __device__ inline int start_read_in_range(float (&from_k)[8][4], float (&from_q)[8][4],
                                           uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
-                                          uint64_t k, uint64_t q, float largest_value, int exponent, int dk) {
-  state_operands<DK>(operands, state);
-  start_read_state<DK, kWithQ>(from_k, from_q, operands, state, k, q, nullptr, dk);
+                                          uint64_t k, uint64_t q, float largest_value, int exponent) {
+  const auto start = [&] {
+    state_operands<DK>(operands, state);
+    start_read_state<DK, kWithQ>(from_k, from_q, operands, state, k, q, nullptr, 0);
+  };
+  start();
   const bool stays = stays_in_range<DK>(operands, largest_value, exponent);
   if (any_of_meeting(kRange + int(threadIdx.x) / 128, 128, !stays)) {
     products_done<0>();
     pin(from_k), pin(from_q), pin(operands);
     if (!stays) exponent = bring_into_range<DK>(state, largest_value, exponent);
-    state_operands<DK>(operands, state);
-    start_read_state<DK, kWithQ>(from_k, from_q, operands, state, k, q, nullptr, dk);
+    start();
   }
   return exponent;
 }
@@ -430,7 +432,7 @@ __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint3
   if (DK % 64 != 0)
 #pragma unroll
     for (int p = 0; p < 4; p++)
-      wgmma_32<kByN, kSign>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16);
+      wgmma_32<kByN, kSign>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16, 1);
 }
 
 // Starts c [64, 64 tokens] += kSign a [64, 64 tokens] m^T (kByK) or a m (kByN), m [64,64] one tile
@@ -575,8 +577,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     const float largest_value = largest_of_values(v_columns, ld);
     const uint64_t k_tiles = tile_descriptor(stage.k()), q_tiles = tile_descriptor(stage.q());
     if constexpr (kRoomy) {
-      exponent = start_read_in_range<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent,
-                                                  size.dk);
+      exponent = start_read_in_range<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent);
     } else {
       exponent = in_range<DK>(S, state, largest_value, exponent);
       start_read_state<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, state_to, size.dk);
@@ -736,8 +737,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     const float largest_value = largest_of_values(do_columns, ld);
     const uint64_t k_tiles = tile_descriptor(stage.k());
     if constexpr (kRoomy) {
-      exponent =
-          start_read_in_range<DK, false>(X, X, dS, state, k_tiles, 0, largest_value, exponent, size.dk);
+      exponent = start_read_in_range<DK, false>(X, X, dS, state, k_tiles, 0, largest_value, exponent);
     } else {
       exponent = in_range<DK>(dS, state, largest_value, exponent);
       start_read_state<DK, false>(X, X, dS, state, k_tiles, 0, state_to, size.dk);
@@ -833,6 +833,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     uint32_t S[DK / 16][4];
     exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {};
+    // tile by tile: where two blocks share a multiprocessor one's products run while the other packs
     start_read_state<DK, false, false>(E, E, S, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
     if (chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,

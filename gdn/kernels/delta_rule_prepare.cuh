@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "../shapes.h"
 #include "delta_rule_wgmma.cuh"
@@ -116,20 +117,18 @@ struct SplitOperand {
   uint32_t high[4], low[4];
 };
 
-// Block (i, j) of a matrix at `tiles`, high and low [2][64, kSquareStride] in shared memory, as the left and
-// as the right operand of a product.
-__device__ inline SplitOperand left_block(const __half* tiles, int i, int j) {
+// Block (i, j) of a matrix at `tiles`, high and low [2][64, kSquareStride] in shared memory, as the left
+// operand of a product or as the right one.
+enum Side { kLeft, kRight };
+template <Side kSide>
+__device__ inline SplitOperand load_block(const __half* tiles, int i, int j) {
   SplitOperand x;
-  const uint32_t at = walk_rows(tiles + 16 * (i * kSquareStride + j), kSquareStride);
-  ldmatrix(x.high, at);
-  ldmatrix(x.low, at + 2 * kChunk * kSquareStride);
-  return x;
-}
-__device__ inline SplitOperand right_block(const __half* tiles, int i, int j) {
-  SplitOperand x;
-  const uint32_t at = walk_rows(tiles + 16 * (i * kSquareStride + j), kSquareStride);
-  ldmatrix_transposed(x.high, at);
-  ldmatrix_transposed(x.low, at + 2 * kChunk * kSquareStride);
+  const uint32_t high = walk_rows(tiles + 16 * (i * kSquareStride + j), kSquareStride);
+  const uint32_t low = high + 2 * kChunk * kSquareStride;
+  if (kSide == kLeft)
+    ldmatrix(x.high, high), ldmatrix(x.low, low);
+  else
+    ldmatrix_transposed(x.high, high), ldmatrix_transposed(x.low, low);
   return x;
 }
 
@@ -187,7 +186,8 @@ __device__ inline void store_block(__half* tiles, int i, int j, const float (&x)
 }
 
 // Meetings of the lower two warps, and of the block where its warps are in different places.
-constexpr int kUnderMeeting = 1, kBlockMeeting = 2;
+constexpr int kPrepareThreads = 128, kUnderMeeting = 1, kBlockMeeting = 2;
+__device__ inline void block_meeting() { meet(kBlockMeeting, kPrepareThreads); }
 
 // What a warp has of L: of row block `warp`, what lies before the diagonal. The block beside it in warps 1
 // and 3, and in 2 and 3 those under the first two.
@@ -198,43 +198,41 @@ struct LowerRow {
 // N from L by halves: with the first and the second half of the rows of a block
 //   N_11, N_22 first      N_21 = (I - N_22 diag(beta_2)) (L_21 - L_21 diag(beta_1) N_11)
 // from blocks of 16, whose N_ii are by substitution, to 32 and to 64. The products on tensor cores, operands
-// fp16 high + low, sums fp32. N_ii is there, at `tiles` as in left_block; N comes out there.
+// fp16 high + low, sums fp32. N_ii is there, at `tiles` as in load_block; N comes out there.
 //
 // To 32: row blocks 1 and 3.
 __device__ inline void solve_beside(__half* tiles, LowerRow& x, const float* beta, int warp) {
-  const SplitOperand own = left_block(tiles, warp, warp);
+  const SplitOperand own = load_block<kLeft>(tiles, warp, warp);
   add_product(x.beside, left_operand(x.beside, beta, 16 * (warp - 1)),
-              right_block(tiles, warp - 1, warp - 1));
+              load_block<kRight>(tiles, warp - 1, warp - 1));
   add_product(x.beside, own, right_operand(x.beside, beta, 16 * warp));
   store_block(tiles, warp, warp - 1, x.beside);
 }
-// To 64: row blocks 2 and 3. Calls meeting() when N_10 and N_32 must be there. Of (I - N_22 diag(beta_2)) T
-// the upper rows of T are warp 2's and lie, for warp 3, above the diagonal.
-template <class Meeting>
-__device__ inline void solve_under(__half* tiles, LowerRow& x, const float* beta, int warp,
-                                   const Meeting& meeting) {
+// To 64: row blocks 2 and 3; warps 0 and 1 meet them where N_10 and N_32 must be there. Of (I - N_22
+// diag(beta_2)) T the upper rows of T are warp 2's and lie, for warp 3, above the diagonal.
+__device__ inline void solve_under(__half* tiles, LowerRow& x, const float* beta, int warp) {
   const SplitOperand second = left_operand(x.under[1], beta, 16);
-  add_product(x.under[0], left_operand(x.under[0], beta, 0), right_block(tiles, 0, 0));
-  add_product(x.under[1], second, right_block(tiles, 1, 1));
-  meeting();
-  add_product(x.under[0], second, right_block(tiles, 1, 0));
+  add_product(x.under[0], left_operand(x.under[0], beta, 0), load_block<kRight>(tiles, 0, 0));
+  add_product(x.under[1], second, load_block<kRight>(tiles, 1, 1));
+  block_meeting();
+  add_product(x.under[0], second, load_block<kRight>(tiles, 1, 0));
   if (warp == 2) {
 #pragma unroll
     for (int j = 0; j < 2; j++) store_block(tiles, 0, 2 + j, scaled_rows(x.under[j], beta, 32));
   } else {
-    const SplitOperand own = left_block(tiles, 3, 3);
+    const SplitOperand own = load_block<kLeft>(tiles, 3, 3);
 #pragma unroll
     for (int j = 0; j < 2; j++) add_product(x.under[j], own, right_operand(x.under[j], beta, 48));
   }
   meet(kUnderMeeting, 64);
-  const SplitOperand left = left_block(tiles, warp, 2);
+  const SplitOperand left = load_block<kLeft>(tiles, warp, 2);
 #pragma unroll
-  for (int j = 0; j < 2; j++) add_product(x.under[j], left, right_block(tiles, 0, 2 + j));
+  for (int j = 0; j < 2; j++) add_product(x.under[j], left, load_block<kRight>(tiles, 0, 2 + j));
 #pragma unroll
   for (int j = 0; j < 2; j++) store_block(tiles, warp, j, x.under[j]);
 }
 
-// Row block `block` of N, which the warp has made, to memory; n: N's high part.
+// Row block `block` of N, whose last stores were the warp's own, to memory; n: N's high part.
 __device__ inline void write_row_block(__half* to, const __half* n, int block) {
   __syncwarp();
   const int lane = threadIdx.x % 32;
@@ -302,7 +300,7 @@ __device__ inline void multiply_by_decay(RowBlock x, const float* G, float* colu
 template <bool kWarpgroup>
 struct PrepareTiles {
   act* q;
-  int ld, tiles;  // of kWarpgroup or not the other's
+  int ld, tiles;  // numbers from row to row; tiles that a row takes (kWarpgroup)
 
   __host__ __device__ PrepareTiles(void* at, int dk)
       : q(static_cast<act*>(at)), ld((dk > 32 ? dk : 32) + 8), tiles((dk + kTileRow - 1) / kTileRow) {}
@@ -310,10 +308,7 @@ struct PrepareTiles {
   __host__ __device__ int k_at() const { return kChunk * (kWarpgroup ? tiles * kTileRow : ld); }
   // Behind the last block of L on the diagonal.
   __host__ __device__ int n_at() const { return 3 * row_block() + 2 * kDiagonalBlock; }
-  __host__ __device__ int bytes() const {
-    return 2 * (2 * k_at() > n_at() + 2 * kChunk * kSquareStride ? 2 * k_at()
-                                                                 : n_at() + 2 * kChunk * kSquareStride);
-  }
+  int bytes() const { return 2 * std::max(2 * k_at(), n_at() + 2 * kChunk * kSquareStride); }
   __device__ const act* k() const { return q + k_at(); }
   __device__ __half* n() const { return reinterpret_cast<__half*>(q + n_at()); }
   // Of L's block on the diagonal, in the place of the warp's rows of q, which no other warp reads.
@@ -418,7 +413,7 @@ __device__ inline void write_row_of_p(__half* to, RowBlock qk, const float* G, f
 }
 
 // Shared memory: the gates, multiply_by_decay's 64 numbers for each warp, and the tiles.
-constexpr int kPrepareThreads = 128, kPrepareFloats = kGates + 4 * kChunk;
+constexpr int kPrepareFloats = kGates + 4 * kChunk;
 template <bool kWarpgroup>
 int prepare_shared_bytes(int dk) {
   return 4 * kPrepareFloats + PrepareTiles<kWarpgroup>(nullptr, dk).bytes();
@@ -500,7 +495,6 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
   const auto make_row_of_p = [&](auto rows) {
     write_row_of_p<decltype(rows)::value>(p_out, {x.q, x.second}, G, column_decay, s);
   };
-  const auto block_meeting = [] { meet(kBlockMeeting, kPrepareThreads); };
   constexpr auto k0 = std::integral_constant<int, 0>();
   constexpr auto k1 = std::integral_constant<int, 1>();
   constexpr auto k2 = std::integral_constant<int, 2>();
@@ -525,7 +519,7 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
     warp == 2 ? make_row_of_p(k1) : make_row_of_p(k0);
     block_meeting();
     if (warp == 3) solve_beside(N, L, chunk_beta, warp);
-    solve_under(N, L, chunk_beta, warp, block_meeting);
+    solve_under(N, L, chunk_beta, warp);
     write_row_block(n_out, N, warp);
   }
 }

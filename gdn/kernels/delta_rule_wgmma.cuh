@@ -17,7 +17,7 @@ constexpr int kTileBytes = kChunk * 2 * kTileRow;
 // Byte offset of a 16-byte vector in a tile.
 __device__ inline int swizzled(int row, int vector) { return 2 * kTileRow * row + 16 * (vector ^ (row & 7)); }
 
-// The descriptor of a tile, 1024-byte aligned, as the B operand: 128-byte swizzle, 1024 bytes from 8 rows to
+// The descriptor of a tile, 1024-byte aligned, as an operand: 128-byte swizzle, 1024 bytes from 8 rows to
 // the next 8. Adding 1 moves it by 16 bytes: 2 for 16 columns, 128 for 16 rows, 512 for a tile.
 __device__ inline uint64_t tile_descriptor(const void* tile) {
   constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = uint64_t(1) << 62;
@@ -74,15 +74,16 @@ __device__ inline void wgmma_64(float (*d)[4], const uint32_t (&a)[4], uint64_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(kMajor)), "n"(kSign));
 }
 
-// d [64,32] += kSign a b
+// d [64,32] the same
 template <Major kMajor, int kSign = 1>
-__device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t b) {
+__device__ inline void wgmma_32(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int add) {
   asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "{%16, %17, %18, %19}, %20, 1, %22, 1, %21;\n"
+      "{%16, %17, %18, %19}, %20, p, %23, 1, %22;\n}\n"
       : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kMajor)), "n"(kSign));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(kMajor)), "n"(kSign));
 }
 
 // d [64,32] += a b, or = a b where not `add`; bf16, b by k
