@@ -1,6 +1,6 @@
 // The gated delta rule on tensor cores, in chunks of 64 tokens: the equations of gdn/cpu_delta_rule.h,
 // rearranged so that what is rounded is only ever a correction, and to fp16 (11 bits), not bf16 (8): numbers
-// that fp16's range does not hold go times a power of two (delta_rule_mma.cuh: range_exponent).
+// that fp16's range does not hold go times a power of two (delta_rule_mma.cuh: scale_exponent).
 //
 //   L_ij = D_ij (k_i . k_j), i > j      N = (I + L diag(beta))^-1 L      P_ij = s D_ij (q_i . k_j), i >= j
 // Then (I + A)^-1 = I - diag(beta) N, with A = diag(beta) L: neither the identity nor beta is inside a
@@ -16,20 +16,20 @@
 //   forward_pass_kernel   o, S_0, E            sequences x value heads x dv slices  delta_rule_passes.cuh
 //   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse          delta_rule_passes.cuh
 //   gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences       delta_rule_gradients.cuh
-// Where the passes would leave multiprocessors without a block, they take pieces of a sequence side by side
+// Where the passes would leave SMs without a block, they take splits of a sequence side by side
 // (delta_rule_pieces.cuh).
 //
 // The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
 // run.
 //
-// On Hopper prepare_kernel's q.k and k.k, the passes (delta_rule_passes_wgmma.cuh) and, where dk is at most 128
-// or value heads have key heads of their own, the gradients (delta_rule_gradients_wgmma.cuh) are warpgroup
-// products.
+// On Hopper prepare_kernel's q.k and k.k, the passes (delta_rule_passes_wgmma.cuh) and, where dk is at most
+// 128 or value heads have key heads of their own, the gradients (delta_rule_gradients_wgmma.cuh) are
+// warpgroup products.
 //
 // Reached on an H200 (dev/bench_delta_rule.cu, dev/results/2026-11-29_h200_third), in ms; in brackets the
-// percent of the floor at an H100's copy rate, which the H200's memory exceeds. The forward saves N, P and the
-// gates, with which the backward is two kernels. (With 16/32 heads the clock falls under the load: the kernels,
-// timed after the whole, take longer than it.)
+// percent of the floor at an H100's copy rate, which the H200's memory exceeds. The forward saves N, P and
+// the gates, with which the backward is two kernels. (With 16/32 heads the clock falls under the load: the
+// kernels, timed after the whole, take longer than it.)
 //    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
 //   32  1024   6   6   32   64   0.036 (70)  0.063 (87)    0.067 (81)     0.112 (45)    0.093     0.174
 //   32  1024   6   6   64  128   0.038 (87)  0.113 (89)    0.112 (90)     0.138 (85)    0.149     0.243
@@ -126,7 +126,7 @@ static __global__ void __launch_bounds__(kRecurrentThreads)
 
 inline Sizes sizes(const MixerShape& shape) {
   require_head_dims(shape);
-  return {shape.tokens,     shape.heads_k,  shape.heads_v,        shape.head_dim_k,
+  return {shape.tokens,     shape.heads_k,  shape.heads_v,         shape.head_dim_k,
           shape.head_dim_v, shape.chunks(), shape.conv_channels(), shape.heads_v / shape.heads_k};
 }
 
@@ -144,7 +144,7 @@ inline size_t exponents_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * (shape.head_dim_v / 16) * sizeof(int));
 }
 inline size_t matrices_bytes(const MixerShape& shape) {
-  return aligned(chunk_count(shape) * 2 * kSquare * sizeof(__half));
+  return aligned(chunk_count(shape) * 2 * kMatrixElements * sizeof(__half));
 }
 inline size_t gates_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * kGates * sizeof(float));
@@ -155,37 +155,37 @@ inline size_t pass_bytes(const MixerShape& shape) {
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
 // Blocks of a pass that the GPU holds at once.
-inline int pass_slots(const Cuda& device, const MixerShape& shape) {
-  return device.multiprocessors * pass_blocks(shape.head_dim_k);
+inline int resident_ctas(const Cuda& device, const MixerShape& shape) {
+  return device.sm_count * pass_blocks(shape.head_dim_k);
 }
-// How the passes cut a sequence where blocks of 64 columns of dv leave multiprocessors without one.
-inline Pieces cut(const Cuda& device, const MixerShape& shape) {
+// How the passes cut a sequence where blocks of 64 columns of dv leave SMs without one.
+inline Splits choose_splits(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
-  return cut_into_pieces(shape.chunks(), blocks, pass_slots(device, shape));
+  return choose_splits(shape.chunks(), blocks, resident_ctas(device, shape));
 }
-inline size_t most_pieces(const Cuda& device, const MixerShape& shape) {
+inline size_t max_splits(const Cuda& device, const MixerShape& shape) {
   const int slices = divide_up(shape.head_dim_v, 64);
-  return size_t(most_pieces(shape.rows(), shape.heads_v, slices, pass_slots(device, shape)));
+  return size_t(max_splits(shape.rows(), shape.heads_v, slices, resident_ctas(device, shape)));
 }
-inline size_t boundaries_bytes(const Cuda& device, const MixerShape& shape) {
-  return aligned(most_pieces(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
+inline size_t boundary_states_bytes(const Cuda& device, const MixerShape& shape) {
+  return aligned(max_splits(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
 }
 inline size_t transitions_bytes(const Cuda& device, const MixerShape& shape) {
-  return aligned(most_pieces(device, shape) * 2 * shape.head_dim_k * shape.head_dim_k * sizeof(float));
+  return aligned(max_splits(device, shape) * 2 * shape.head_dim_k * shape.head_dim_k * sizeof(float));
 }
 
 inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
-// In front of the pieces' matrices: what the backward pass leaves, or what a forward that saves nothing
+// In front of the splits' matrices: what the backward pass leaves, or what a forward that saves nothing
 // needs.
-inline size_t scratch_before_pieces(const MixerShape& shape) {
+inline size_t scratch_before_splits(const MixerShape& shape) {
   return std::max(pass_bytes(shape), prepared_bytes(shape));
 }
-inline Pieces pieces_at(const Cuda& device, void* scratch, const MixerShape& shape) {
-  Pieces pieces = cut(device, shape);
-  char* transitions = static_cast<char*>(scratch) + scratch_before_pieces(shape);
-  pieces.transitions = reinterpret_cast<float*>(transitions);
-  pieces.boundaries = reinterpret_cast<float*>(transitions + transitions_bytes(device, shape));
-  return pieces;
+inline Splits splits_at(const Cuda& device, void* scratch, const MixerShape& shape) {
+  Splits splits = choose_splits(device, shape);
+  char* transitions = static_cast<char*>(scratch) + scratch_before_splits(shape);
+  splits.transitions = reinterpret_cast<float*>(transitions);
+  splits.boundary_states = reinterpret_cast<float*>(transitions + transitions_bytes(device, shape));
+  return splits;
 }
 
 // What a pass leaves: the forward's in `saved`, the backward's, laid out alike, in scratch.
@@ -197,11 +197,11 @@ inline Saved saved_at(void* saved, const MixerShape& shape) {
 }
 inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
   const Saved at = saved_at(scratch, shape);
-  return {at.states, at.errors, at.exponents};
+  return {at.states, at.E, at.exponents};
 }
 
-// What prepare_kernel leaves for both passes: behind the forward's states in `saved`, in scratch where nothing
-// is saved.
+// What prepare_kernel leaves for both passes: behind the forward's states in `saved`, in scratch where
+// nothing is saved.
 struct Prepared {
   __half* matrices;
   float* gates;
@@ -223,70 +223,71 @@ void with_head_dim_k(int dk, const Launch& launch) {
 }
 
 // Warps of a pass's block, 16 columns of dv each: many, for they share loads, but as few as it takes to fit
-// shared memory and to give every multiprocessor a block; and slices of equal size.
-inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int pieces) {
+// shared memory and to give every SM a block; and slices of equal size.
+inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int splits) {
   const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
   const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
   int warps = std::min(kMaxPassWarps, tiles);
   while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
-  while (warps > (pieces > 1 ? 4 : 1) &&
-         shape.batch * pieces * shape.heads_v * slices(warps) < device.multiprocessors)
+  while (warps > (splits > 1 ? 4 : 1) &&
+         shape.batch * splits * shape.heads_v * slices(warps) < device.sm_count)
     warps = (warps + 1) / 2;
   return slices(slices(warps));
 }
 
 inline void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
                     float s, const Prepared& to) {
-  const bool warpgroup = has_warpgroup_products();
+  const bool warpgroup = has_wgmma();
   const int dk = shape.head_dim_k,
             bytes = warpgroup ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
-  const auto kernel = warpgroup ? prepare_warpgroup_kernel : prepare_kernel;
+  const auto kernel = warpgroup ? prepare_sm90_kernel : prepare_kernel;
   allow_shared_bytes(kernel, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
-  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta,
-                                                          sizes(shape), s);
+  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta, sizes(shape),
+                                                          s);
   launched("prepare_kernel");
 }
 
 // Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
-// loads and a block of two takes 1.5 times as long as one of one, not twice; or one, where that leaves so many
-// more blocks to share the work that it ends earlier.
-inline int pass_groups(const Cuda& device, const MixerShape& shape, int pieces) {
+// loads and a block of two takes 1.5 times as long as one of one, not twice; or one, where that leaves so
+// many more blocks to share the work that it ends earlier.
+inline int pass_groups(const Cuda& device, const MixerShape& shape, int splits) {
   const int slices = divide_up(shape.head_dim_v, 64);
-  const int64_t slots = int64_t(device.multiprocessors) * pass_blocks(shape.head_dim_k);
-  const auto rounds = [&](int groups) {
-    return divide_up<int64_t>(int64_t(shape.batch) * pieces * shape.heads_v * divide_up(slices, groups), slots);
+  const int64_t resident = int64_t(device.sm_count) * pass_blocks(shape.head_dim_k);
+  const auto waves = [&](int groups) {
+    return divide_up<int64_t>(int64_t(shape.batch) * splits * shape.heads_v * divide_up(slices, groups),
+                              resident);
   };
-  return 2 * rounds(1) < 3 * rounds(2) ? 1 : 2;
+  return 2 * waves(1) < 3 * waves(2) ? 1 : 2;
 }
 
 // Calls launch with dk's compiled size, a pass's warpgroups, and the grid.
 template <class Launch>
-void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, const Launch& launch) {
-  const int groups = pass_groups(device, shape, pieces);
-  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * pieces);
+void with_warpgroups(const Cuda& device, const MixerShape& shape, int splits, const Launch& launch) {
+  const int groups = pass_groups(device, shape, splits);
+  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * splits);
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
     if (groups == 1) return launch(head_dim, std::integral_constant<int, 1>(), grid);
     launch(head_dim, std::integral_constant<int, 2>(), grid);
   });
 }
 
-// From transitions and ends from zero: the states at all pieces' starts, or (backward) their gradients at the
+// From transitions and ends from zero: the states at all splits' starts, or (backward) their gradients at the
 // ends.
-inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
-  if (pieces.count < 3) return;
-  const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
+inline void merge_splits(Cuda& device, const MixerShape& shape, const Splits& splits, bool backward) {
+  if (splits.count < 3) return;
+  const dim3 grid(divide_up(shape.head_dim_v, kMergeRows), shape.heads_v, shape.batch);
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    constexpr int kColumns = join_columns(decltype(head_dim)::value);
-    const auto kernel = backward ? join_pieces_kernel<kColumns, true> : join_pieces_kernel<kColumns, false>;
-    kernel<<<grid, kJoinThreads, 0, device.stream>>>(pieces, sizes(shape));
+    constexpr int kColumns = merge_columns(decltype(head_dim)::value);
+    const auto kernel = backward ? merge_splits_kernel<kColumns, true> : merge_splits_kernel<kColumns, false>;
+    kernel<<<grid, kMergeThreads, 0, device.stream>>>(splits, sizes(shape));
   });
-  launched("join_pieces_kernel");
+  launched("merge_splits_kernel");
 }
 
 // Transitions, and with `ends` the ends from zero.
 inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
-                           const Pieces& pieces, bool ends) {
+                           const Splits& splits, bool ends) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
@@ -295,31 +296,31 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
       const int slices_v = ends ? divide_up(shape.head_dim_v, 16 * warps) : 0;
       const int slices_k = divide_up(shape.head_dim_k, 16 * warps);
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (pieces.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces,
+      const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (splits.count - 1));
+      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), splits,
                                                          slices_v);
     };
-    if (has_warpgroup_products()) {
-      // Where each block can have a multiprocessor of its own it asks for so much shared memory that none
-      // takes a second. Else some would: the first piece's transitions, which nobody needs, are blocks that
-      // end at once, but have a multiprocessor when the last blocks look for one.
+    if (has_wgmma()) {
+      // Where each block can have an SM of its own it asks for so much shared memory that none
+      // takes a second. Else some would: the first split's transitions, which nobody needs, are blocks that
+      // end at once, but have an SM when the last blocks look for one.
       const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
-      const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = pieces.count - 1;
+      const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = splits.count - 1;
       const int64_t blocks =
           int64_t(shape.batch) * shape.heads_v * (ends_count * slices_v + (ends_count - 1) * slices_k);
-      const int bytes = 2 * WarpgroupStage<DK, 1, false>::kBytes, alone = shared_bytes_limit() / 2 + 1;
-      return launch(forward_state_warpgroup_kernel<DK>, 4,
-                    blocks <= device.multiprocessors ? std::max(bytes, alone) : bytes);
+      const int bytes = 2 * Sm90Stage<DK, 1, false>::kBytes, alone = shared_bytes_limit() / 2 + 1;
+      return launch(forward_state_sm90_kernel<DK>, 4,
+                    blocks <= device.sm_count ? std::max(bytes, alone) : bytes);
     }
-    const int warps = pass_warps(device, shape, DK, pieces.count);
+    const int warps = pass_warps(device, shape, DK, splits.count);
     launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("forward_state_kernel");
 }
 
-// Of all pieces but the first, dS at the start from 0 at the end.
+// Of all splits but the first, dS at the start from 0 at the end.
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
-                            const Prepared& prepared, const Pieces& pieces) {
+                            const Prepared& prepared, const Splits& splits) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
@@ -327,85 +328,85 @@ inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const 
     const auto launch = [&](auto kernel, int warps, int threads, int bytes) {
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v,
-                      shape.batch * (pieces.count - 1));
+                      shape.batch * (splits.count - 1));
       kernel<<<grid, threads, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates,
-                                                         sizes(shape), pieces, s);
+                                                      sizes(shape), splits, s);
     };
-    if (has_warpgroup_products())
-      return launch(backward_pass_warpgroup_kernel<DK, 1, true>, 4, pass_threads(DK, 1),
-                    pass_stages(DK) * WarpgroupStage<DK, 1>::kBytes);
-    const int warps = pass_warps(device, shape, DK, pieces.count);
+    if (has_wgmma())
+      return launch(backward_pass_sm90_kernel<DK, 1, true>, 4, pass_threads(DK, 1),
+                    pass_stages(DK) * Sm90Stage<DK, 1>::kBytes);
+    const int warps = pass_warps(device, shape, DK, splits.count);
     launch(backward_pass_kernel<DK, true>, warps, 32 * warps, 2 * pass_stage_bytes(DK, warps));
   });
   launched("backward_pass_kernel of states");
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
-                         float s, const Prepared& prepared, const Pieces& pieces) {
+                         float s, const Prepared& prepared, const Splits& splits) {
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
-  if (has_warpgroup_products()) {
-    with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
+  if (has_wgmma()) {
+    with_warpgroups(device, shape, splits.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = pass_stages(DK) * WarpgroupStage<DK, kGroups>::kBytes;
-      const auto kernel = forward_pass_warpgroup_kernel<DK, kGroups>;
+      constexpr int bytes = pass_stages(DK) * Sm90Stage<DK, kGroups>::kBytes;
+      const auto kernel = forward_pass_sm90_kernel<DK, kGroups>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
       kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(o, saved, qkv, matrices, gates,
-                                                                        sizes(shape), pieces, s);
+                                                                        sizes(shape), splits, s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
       constexpr int DK = decltype(head_dim)::value;
-      const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
+      const int warps = pass_warps(device, shape, DK, splits.count), bytes = 2 * pass_stage_bytes(DK, warps);
       allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
+      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * splits.count);
       forward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates,
-                                                                          sizes(shape), pieces, s);
+                                                                          sizes(shape), splits, s);
     });
   }
   launched("forward_pass_kernel");
 }
 
 inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
-                          float s, const Prepared& prepared, const Pieces& pieces, void* scratch) {
+                          float s, const Prepared& prepared, const Splits& splits, void* scratch) {
   const Adjoints adjoints = adjoints_at(scratch, shape);
   const __half* matrices = prepared.matrices;
   const float* gates = prepared.gates;
-  if (has_warpgroup_products()) {
-    with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
+  if (has_wgmma()) {
+    with_warpgroups(device, shape, splits.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
       constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = pass_stages(DK) * WarpgroupStage<DK, kGroups>::kBytes;
-      const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups, false>;
+      constexpr int bytes = pass_stages(DK) * Sm90Stage<DK, kGroups>::kBytes;
+      const auto kernel = backward_pass_sm90_kernel<DK, kGroups, false>;
       allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(
-          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), pieces, s);
+      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices,
+                                                                        gates, sizes(shape), splits, s);
     });
   } else {
     with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
       constexpr int DK = decltype(head_dim)::value;
-      const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
+      const int warps = pass_warps(device, shape, DK, splits.count), bytes = 2 * pass_stage_bytes(DK, warps);
       allow_shared_bytes(backward_pass_kernel<DK, false>, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
+      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * splits.count);
       backward_pass_kernel<DK, false><<<grid, 32 * warps, bytes, device.stream>>>(
-          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), pieces, s);
+          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), splits, s);
     });
   }
   launched("backward_pass_kernel");
 }
 
-// The most buffers that fit `limit` bytes of shared memory, or no stages. A third stage would reach two items
-// ahead where an item is one step, and there are q and k of two.
+// The most buffers that fit `limit` bytes of shared memory, or no stages. A third stage would reach two
+// work_tiles ahead where a work tile is one step, and there are q and k of two.
 inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
   const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
   const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
-  for (const GradientBuffers buffers : {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2},
-                                        GradientBuffers{2, 1}})
+  for (const GradientBuffers buffers :
+       {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2}, GradientBuffers{2, 1}})
     if (gradient_shared_bytes(dk, PW, group > 1, buffers) <= limit && (steps > 1 || buffers.stages == 2))
       return buffers;
   return {0, 0};
 }
 
-// The shared memory a block may have where `blocks` are to share a multiprocessor, which keeps 1 KiB for each.
+// The shared memory a block may have where `blocks` are to share an SM, which keeps 1 KiB for each.
 inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
 
 template <int PW>
@@ -419,10 +420,10 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
   }
   const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k, buffers);
   allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
-  const int items = shape.chunks() * shape.heads_k * shape.batch;
-  const int grid = std::min(items, blocks * device.multiprocessors);
-  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape),
-                                                                            items, buffers, s);
+  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
+  const int grid = std::min(work_tiles, blocks * device.sm_count);
+  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(
+      dqkv, dg, dbeta, in, sizes(shape), work_tiles, buffers, s);
   launched("gradients_kernel");
 }
 
@@ -431,10 +432,10 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
                       const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
   const int dk = shape.head_dim_k;
-  if (has_warpgroup_products() && takes_warpgroup_gradients(shape)) {
+  if (has_wgmma() && has_sm90_gradients(shape)) {
     const auto launch = [&](auto tiles, auto grouped) {
-      launch_warpgroup_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
-                                                                                   shape, sizes(shape), s);
+      launch_sm90_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
+                                                                              shape, sizes(shape), s);
     };
     const auto with_group = [&](auto tiles) {
       if (shape.heads_v > shape.heads_k) return launch(tiles, std::true_type());
@@ -461,8 +462,8 @@ inline size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape& shape) {
 }
 
 inline size_t gated_delta_rule_scratch_bytes(Cuda& device, const MixerShape& shape) {
-  return delta_rule::scratch_before_pieces(shape) + delta_rule::transitions_bytes(device, shape) +
-         delta_rule::boundaries_bytes(device, shape);
+  return delta_rule::scratch_before_splits(shape) + delta_rule::transitions_bytes(device, shape) +
+         delta_rule::boundary_states_bytes(device, shape);
 }
 
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
@@ -472,31 +473,32 @@ inline void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const ac
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Prepared prepared = delta_rule::prepared_at(saved, scratch, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch, shape);
+  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch, shape);
   delta_rule::prepare(device, qkv, g, beta, shape, s, prepared);
-  if (pieces.count > 1) {
-    delta_rule::forward_states(device, qkv, shape, prepared, pieces, true);
-    delta_rule::join_pieces(device, shape, pieces, false);
+  if (splits.count > 1) {
+    delta_rule::forward_states(device, qkv, shape, prepared, splits, true);
+    delta_rule::merge_splits(device, shape, splits, false);
   }
-  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, pieces);
+  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, splits);
 }
 
 // dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
 inline void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
-                                      const void* saved, const act* qkv, const float* /*g*/, const float* /*beta*/,
-                                      const MixerShape& shape, float s, void* scratch) {
+                                      const void* saved, const act* qkv, const float* /*g*/,
+                                      const float* /*beta*/, const MixerShape& shape, float s,
+                                      void* scratch) {
   Range<Cuda> range(device, __func__);
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
   const delta_rule::Prepared prepared = delta_rule::prepared_at(const_cast<void*>(saved), nullptr, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch, shape);
-  if (pieces.count > 1) {  // transitions again: kept, they would take memory in every layer of every model
-    delta_rule::forward_states(device, qkv, shape, prepared, pieces, false);
-    delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
-    delta_rule::join_pieces(device, shape, pieces, true);
+  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch, shape);
+  if (splits.count > 1) {  // transitions again: kept, they would take memory in every layer of every model
+    delta_rule::forward_states(device, qkv, shape, prepared, splits, false);
+    delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, splits);
+    delta_rule::merge_splits(device, shape, splits, true);
   }
-  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, pieces, scratch);
+  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, splits, scratch);
   delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, prepared.gates, scratch);
 }
 

@@ -20,21 +20,23 @@ namespace delta_rule {
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Shared address of this lane's row for ldmatrix.x4 on a 16x16 block at `block` (row stride ld): the four 8x8
-// parts are taken down the rows first (walk_rows), or along the columns first (walk_columns).
+// parts are taken down the rows first (lane_address_rows_first), or along the columns first
+// (lane_address_columns_first).
 template <class T>
-__device__ inline uint32_t walk_rows(const T* block, int ld) {
+__device__ inline uint32_t lane_address_rows_first(const T* block, int ld) {
   const int lane = threadIdx.x % 32;
   return shared_address(block + (lane & 15) * ld + 8 * (lane >> 4));
 }
 template <class T>
-__device__ inline uint32_t walk_columns(const T* block, int ld) {
+__device__ inline uint32_t lane_address_columns_first(const T* block, int ld) {
   const int lane = threadIdx.x % 32;
   return shared_address(block + ((lane & 7) + 8 * (lane >> 4)) * ld + 8 * ((lane >> 3) & 1));
 }
 
 // Which address and which load make which operand (B: 16 columns, two operands (r0,r1) and (r2,r3)):
-//   A from rows [m][k]: walk_rows, ldmatrix          A from rows [k][m]: walk_columns, ldmatrix_transposed
-//   B from rows [n][k]: walk_columns, ldmatrix       B from rows [k][n]: walk_rows, ldmatrix_transposed
+//   A from rows [m][k]: lane_address_rows_first, ldmatrix          A from rows [k][m]:
+//   lane_address_columns_first, ldmatrix_transposed B from rows [n][k]: lane_address_columns_first, ldmatrix
+//   B from rows [k][n]: lane_address_rows_first, ldmatrix_transposed
 __device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -93,23 +95,23 @@ __device__ inline uint32_t pack_fp16(float x, float y) {
 }
 
 // x = high + low, both fp16: to 22 bits, and not below 2^-25.
-__device__ inline void split(uint32_t& high, uint32_t& low, float x, float y) {
+__device__ inline void split_hi_lo(uint32_t& high, uint32_t& low, float x, float y) {
   high = pack_fp16(x, y);
   const float2 h = unpack_fp16(high);
   low = pack_fp16(x - h.x, y - h.y);
 }
 
 // The fp16 A operand, high and low, of two neighbouring accumulator tiles.
-__device__ inline void split(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
-                             const float (&right)[4]) {
-  split(high[0], low[0], left[0], left[1]);
-  split(high[1], low[1], left[2], left[3]);
-  split(high[2], low[2], right[0], right[1]);
-  split(high[3], low[3], right[2], right[3]);
+__device__ inline void split_hi_lo(uint32_t (&high)[4], uint32_t (&low)[4], const float (&left)[4],
+                                   const float (&right)[4]) {
+  split_hi_lo(high[0], low[0], left[0], left[1]);
+  split_hi_lo(high[1], low[1], left[2], left[3]);
+  split_hi_lo(high[2], low[2], right[0], right[1]);
+  split_hi_lo(high[3], low[3], right[2], right[3]);
 }
 
 // The fp16 A operand of two neighbouring accumulator tiles.
-__device__ inline void operand(uint32_t (&out)[4], const float (&left)[4], const float (&right)[4]) {
+__device__ inline void pack_a_fragment(uint32_t (&out)[4], const float (&left)[4], const float (&right)[4]) {
   out[0] = pack_fp16(left[0], left[1]);
   out[1] = pack_fp16(left[2], left[3]);
   out[2] = pack_fp16(right[0], right[1]);
@@ -117,7 +119,7 @@ __device__ inline void operand(uint32_t (&out)[4], const float (&left)[4], const
 }
 
 // Two tiles += (a high + a low) (b high + b low) in fp16, without low * low
-__device__ inline void mma_pair_split(float (&left)[4], float (&right)[4], const uint32_t (&high)[4],
+__device__ inline void mma_pair_hi_lo(float (&left)[4], float (&right)[4], const uint32_t (&high)[4],
                                       const uint32_t (&low)[4], const uint32_t (&b_high)[4],
                                       const uint32_t (&b_low)[4]) {
   mma_pair(left, right, high, b_high);
@@ -136,13 +138,14 @@ __device__ inline void scale_tokens(float (&left)[4], float (&right)[4], const f
 }
 
 // The fp16 operand of two tiles times factor * gate.
-__device__ inline void scaled_operand(uint32_t (&out)[4], const float (&left)[4], const float (&right)[4],
-                                      const float* gate, int token, float factor) {
+__device__ inline void pack_scaled_a_fragment(uint32_t (&out)[4], const float (&left)[4],
+                                              const float (&right)[4], const float* gate, int token,
+                                              float factor) {
   float x[4], y[4];
 #pragma unroll
   for (int e = 0; e < 4; e++) x[e] = left[e], y[e] = right[e];
   scale_tokens(x, y, gate, token, factor);
-  operand(out, x, y);
+  pack_a_fragment(out, x, y);
 }
 
 // ---- powers of two that bring numbers into fp16's range
@@ -155,7 +158,7 @@ __device__ inline float power_of_two(int e) { return __int_as_float((e + 127) <<
 
 // The exponent for numbers of which `largest` >= 0, times 2^e already, is the warp's largest: e while it is
 // in [2^-4, 4), else the one that brings it into [2,4); at most +-kMaxExponent. The same in all lanes.
-__device__ inline int range_exponent(float largest, int e) {
+__device__ inline int scale_exponent(float largest, int e) {
   const int bits = int(__reduce_max_sync(~0u, __float_as_uint(largest)));
   const int exponent = (bits >> 23) - 127;
   if (bits == 0 || (exponent >= -4 && exponent <= 1)) return e;
@@ -243,32 +246,32 @@ __device__ inline void store_32_columns(T* row, uint32_t (&w)[4], int valid_colu
 }
 
 // 16 bytes from global to shared memory, or 16 zero bytes.
-__device__ inline void copy_16_bytes(void* to, const void* from, bool valid) {
+__device__ inline void cp_async_16(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 // Four words to global memory, as one instruction: from the C++ ptxas made four of a state's first store,
 // each a quarter of 16 sectors, which the L2 cache has to put together (backward passes 3 to 8% slower).
-__device__ inline void store_16_bytes(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+__device__ inline void st_global_v4(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
 }
-__device__ inline void copy_4_bytes(void* to, const void* from) {
+__device__ inline void cp_async_4(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-__device__ inline void copies_issued() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // All groups of this thread's copies but the newest have arrived.
-__device__ inline void copies_arrived_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+__device__ inline void cp_async_wait_all_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
 // ---- meetings of `threads` of a block's threads; 0 is __syncthreads
 
-__device__ inline void meet(int meeting, int threads) {
+__device__ inline void named_barrier_sync(int meeting, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
 }
 // The same, and whether `x` of any.
-__device__ inline bool any_of_meeting(int meeting, int threads, bool x) {
+__device__ inline bool named_barrier_any(int meeting, int threads, bool x) {
   int any;
   asm volatile(
       "{\n.reg .pred p, q;\nsetp.ne.s32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.s32 %0, 1, 0, q;\n}\n"
@@ -278,13 +281,13 @@ __device__ inline bool any_of_meeting(int meeting, int threads, bool x) {
   return any;
 }
 // Is counted, and goes on.
-__device__ inline void pass_by(int meeting, int threads) {
+__device__ inline void named_barrier_arrive(int meeting, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
 }
 
 // `rows` rows of `stride` numbers on: one instruction, where rows are a constant.
 template <class T>
-__device__ inline T* rows_on(T* from, int rows, int stride) {
+__device__ inline T* advance_rows(T* from, int rows, int stride) {
   return from + int64_t(rows) * stride;
 }
 
@@ -292,7 +295,7 @@ __device__ inline T* rows_on(T* from, int rows, int stride) {
 // multiples of 8; threads in multiples of 8. Eight of them take a row, so that a thread's rows are a fixed
 // number apart, whatever the columns.
 template <class F>
-__device__ inline void for_my_vectors(int columns, int threads, const F& f) {
+__device__ inline void for_each_vector_of_thread(int columns, int threads, const F& f) {
   const int first = threadIdx.x / 8, step = threads / 8;
 #pragma unroll 1
   for (int vector = threadIdx.x % 8; vector < columns / 8; vector += 8)
@@ -306,17 +309,17 @@ __device__ inline void for_my_vectors(int columns, int threads, const F& f) {
 template <class T>
 __device__ inline void copy_tile(T* to, int ld, const T* from, int64_t stride, int columns, int valid_rows,
                                  int valid_columns) {
-  for_my_vectors(columns, blockDim.x, [&](int row, int vector) {
-    copy_16_bytes(to + row * ld + 8 * vector, from + row * stride + 8 * vector,
-                  row < valid_rows && 8 * vector < valid_columns);
+  for_each_vector_of_thread(columns, blockDim.x, [&](int row, int vector) {
+    cp_async_16(to + row * ld + 8 * vector, from + row * stride + 8 * vector,
+                row < valid_rows && 8 * vector < valid_columns);
   });
 }
 
 // What copy_tile copied of a bf16 tile becomes fp16, times 1: each thread what it copied itself, once its
 // copies have arrived.
-__device__ inline void copied_to_fp16(act* tile, int ld, int columns) {
-  for_my_vectors(columns, blockDim.x,
-                 [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
+__device__ inline void convert_own_copies_to_fp16(act* tile, int ld, int columns) {
+  for_each_vector_of_thread(columns, blockDim.x,
+                            [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
 }
 
 // The block writes zeros to `bytes` (a multiple of 16) of shared memory.

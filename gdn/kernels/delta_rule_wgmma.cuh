@@ -19,7 +19,7 @@ __device__ inline int swizzled(int row, int vector) { return 2 * kTileRow * row 
 
 // The descriptor of a tile, 1024-byte aligned, as an operand: 128-byte swizzle, 1024 bytes from 8 rows to
 // the next 8. Adding 1 moves it by 16 bytes: 2 for 16 columns, 128 for 16 rows, 512 for a tile.
-__device__ inline uint64_t tile_descriptor(const void* tile) {
+__device__ inline uint64_t make_smem_desc(const void* tile) {
   constexpr uint64_t kEightRows = 1024 >> 4, kSwizzle128 = uint64_t(1) << 62;
   return kSwizzle128 | kEightRows << 32 | kEightRows << 16 | shared_address(tile) >> 4;
 }
@@ -29,35 +29,35 @@ constexpr int kColumns16 = 2, kRows16 = 128, kNextTile = kTileBytes >> 4;
 __device__ constexpr int columns_16(int i) { return i / 4 * kNextTile + i % 4 * kColumns16; }
 
 // What is written to registers before is seen by the products after it.
-__device__ inline void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void products_issued() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // All groups of products but the newest `pending` are done.
 template <int pending>
-__device__ inline void products_done() {
+__device__ inline void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 // Shared memory written before, by this thread, is seen by products that start after the next barrier.
-__device__ inline void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Keeps the compiler from moving reads and writes of registers that products use.
 template <int kTiles>
-__device__ inline void pin(float (&x)[kTiles][4]) {
+__device__ inline void wgmma_fence_operand(float (&x)[kTiles][4]) {
 #pragma unroll
   for (int t = 0; t < kTiles; t++)
 #pragma unroll
     for (int e = 0; e < 4; e++) asm volatile("" : "+f"(x[t][e])::"memory");
 }
-__device__ inline void pin(uint32_t (&a)[4]) {
+__device__ inline void wgmma_fence_operand(uint32_t (&a)[4]) {
 #pragma unroll
   for (int e = 0; e < 4; e++) asm volatile("" : "+r"(a[e])::"memory");
 }
-template <int kOperands>
-__device__ inline void pin(uint32_t (&a)[kOperands][4]) {
+template <int kFragments>
+__device__ inline void wgmma_fence_operand(uint32_t (&a)[kFragments][4]) {
 #pragma unroll
-  for (int t = 0; t < kOperands; t++) pin(a[t]);
+  for (int t = 0; t < kFragments; t++) wgmma_fence_operand(a[t]);
 }
 
-enum Major { kByK = 0, kByN = 1 };
+enum Major { kMajorK = 0, kMajorMN = 1 };
 
 #define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 

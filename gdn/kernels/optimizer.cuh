@@ -78,7 +78,7 @@ static __global__ void __launch_bounds__(kNormThreads)
 }
 
 inline int global_norm_blocks(const Cuda& dev, size_t n) {
-  return int(std::min(divide_up(n, size_t(kNormPiece)), size_t(8 * dev.multiprocessors))) + (n == 0);
+  return int(std::min(divide_up(n, size_t(kNormPiece)), size_t(8 * dev.sm_count))) + (n == 0);
 }
 
 inline size_t global_norm_scratch_bytes(Cuda& dev, size_t n) {
@@ -199,7 +199,7 @@ inline void adamw_update(Cuda& dev, float* master, act* weights, float* moment1,
                          const AdamwStep* step) {
   Range<Cuda> range(dev, __func__);
   if (count == 0) return;
-  update_kernel<AdamwRule><<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
+  update_kernel<AdamwRule><<<kUpdateBlocks * dev.sm_count, kUpdateThreads, 0, dev.stream>>>(
       master, weights, moment1, moment2, gradients, spans, count, norm, step);
   launched("adamw_update");
 }
@@ -208,7 +208,7 @@ inline void sgd_update(Cuda& dev, float* master, act* weights, float* moment, co
                        const ParameterSpan* spans, int count, const float* norm, const SgdStep* step) {
   Range<Cuda> range(dev, __func__);
   if (count == 0) return;
-  update_kernel<SgdRule><<<kUpdateBlocks * dev.multiprocessors, kUpdateThreads, 0, dev.stream>>>(
+  update_kernel<SgdRule><<<kUpdateBlocks * dev.sm_count, kUpdateThreads, 0, dev.stream>>>(
       master, weights, moment, nullptr, gradients, spans, count, norm, step);
   launched("sgd_update");
 }
