@@ -1,26 +1,23 @@
-// The gated delta rule, the two sequential kernels on Hopper's warpgroup products (wgmma, sm_90a): the same
-// equations, units, operands and results as in delta_rule_passes.cuh, whose kernels run everywhere else.
+// The two sequential kernels on Hopper (wgmma, sm_90a): (F1)-(F4) forward, (B1)-(B3) backward
+// (dev/doc/delta_rule.md). Equations, scale factors, operands and results are those of the mma.sync kernels.
 //
-// A warpgroup, four warps, owns 64 columns of dv, each warp 16 of them: the 64 rows of a product's A operand,
-// in registers. B operands (K, Q, N, P) are read from shared memory by the tensor cores, once for the
-// warpgroup instead of once a warp, and asynchronously: while they run, the warps copy, pack and store.
+// A consumer warpgroup owns 64 columns of dv, each of its warps 16: the 64 rows (M) of every wgmma, whose A
+// operand is in registers. B operands (K, Q, N, P) are read from shared memory once a warpgroup, not once a
+// warp, and asynchronously: meanwhile the warps copy, pack and store.
 //
-// One copy of K serves both K S, as a K-major operand, and the update K^T E, as an MN-major one
-// (delta_rule_wgmma.cuh).
+// One copy of K serves both K S, as K-major operand, and the update K^T E, as MN-major operand
+// (sm90/pipeline.cuh).
 //
-// Columns of q and k are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
-// Products over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring
-// columns, which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
+// Columns of Q and K are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
+// Products over dk do not depend on the order of columns, and a lane then holds 8 contiguous columns of a row
+// of the state, which it stores as 16 bytes. The permutation costs nothing: the conversion to fp16 does it by
+// the choice of registers.
 //
-// Floor of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB, 0.212 ms at the copy rate; 52 GFLOP. Reached
-// on an H200, whose memory is faster than the copy rate: 0.205 and 0.206 ms, 106% of the floor as
-// dev/bench_delta_rule counts it (0.218); with nothing saved 0.143, 82% of 0.117. With 16/32 heads of 128
-// 0.524 and 0.532, 119% and 118%, and 0.356, 101%. Before there were carriers, on an H100, 0.255 and 0.253,
-// where the kernels of delta_rule_passes.cuh take 0.329 and 0.344. What limits them, by ncu with 16/32 heads
-// and nothing saved, before the products started ahead of the range: a chunk's chain. Issue slots 41%
-// busy, no eligible warp in 57% of cycles, L1 64%, L2 64%, DRAM 47%; of the samples of the warps with
-// products 18% are between the first products and N's, half of these waiting for shared memory, and 12% wait
-// for products.
+// Lower bound of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB; 52 GFLOP. H200, forward and backward
+// pass (dev/results/2026-11-29_h200_third): 0.206 and 0.207 ms; with 16/32 heads of 128, B=8, T=4096, 0.538
+// and 0.571. Limit: the critical path of a chunk. By ncu with 16/32 heads and nothing saved: issue slots 41%
+// busy, no eligible warp in 57% of the cycles, L1 64%, L2 64%, DRAM 47%; of the consumers' samples 18% are
+// between the first wgmma and N's, half of these waiting for shared memory, and 12% wait for wgmma.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -31,8 +28,9 @@ namespace delta_rule {
 
 // ---- a chunk's inputs
 
-// What a pass needs of one chunk, in shared memory: tiles of q, k, N and P as above, q and k arriving as bf16
-// and becoming fp16; `values` as in Sm80Stage, [64, 64 groups + 8]; gates [4,64]. Without q: neither q nor P.
+// One stage of the pipeline: swizzled tiles of q, k (arrive as bf16, converted to fp16 in place), N and P;
+// the [64, 64 groups + 8] tile `values` (V or dO, and staging for results); gates [4,64]. Without q (kWithQ
+// false): neither q nor P.
 template <int DK, int kGroups, bool kWithQ = true>
 struct Sm90Stage {
   static_assert(kWithQ || kGroups == 1, "a warpgroup each copies q and k");
@@ -55,22 +53,23 @@ struct Sm90Stage {
   __device__ float* gates() const { return reinterpret_cast<float*>(at + kGatesAt); }
 };
 
-// threadIdx.x, read anew: the compiler keeps nothing computed from it in registers from chunk to chunk.
+// Re-reads %tid.x: keeps address arithmetic from being hoisted out of the chunk loop, where it would cost
+// registers.
 __device__ inline int reload_thread_idx() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 
-// Keeps the compiler from computing a pointer anew where it is used.
+// Makes a pointer opaque to the compiler, so that it stays in a register instead of being recomputed.
 template <class T>
 __device__ inline void keep(T*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
-// A warp's part of q and k where `kLoadWarpgroups` warpgroups copy: f(width, which, tile) for each of those
-// in the stage, if there is one warpgroup, or for its warpgroup's, and each of its tiles. Of each the warp
-// has 16 rows, `width` columns (64, or 32 in the last).
+// f(width, which, tile) for each tile of q and k of which this warp loads rows. With one load warpgroup that
+// is every tile of both; with two, the tiles of the warpgroup's own (which = 0: q, 1: k). The warp has 16
+// rows of the tile, `width` columns (64, or 32 in the last).
 template <int DK, int kLoadWarpgroups, bool kWithQ, class F>
 __device__ inline void for_each_key_tile_of_warp(int thread, const F& f) {
 #pragma unroll
@@ -82,8 +81,8 @@ __device__ inline void for_each_key_tile_of_warp(int thread, const F& f) {
   }
 }
 
-// `kLoadWarpgroups` warpgroups, of which `thread` is one's, start copying a chunk's inputs; values as in
-// copy_chunk.
+// kLoadWarpgroups warpgroups, this thread's index among them `thread`, issue cp.async of a chunk's inputs;
+// values: at the head's first column, rows values_stride apart.
 template <int DK, int kGroups, bool kWithQ, int kLoadWarpgroups>
 __device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
                                   const Sizes& size, int chunk, const act* qkv, const act* values,
@@ -142,7 +141,7 @@ __device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, c
   cp_async_commit();
 }
 
-// All of the block, which has no other warpgroups.
+// copy_chunk by all warpgroups of a block without a producer.
 template <int DK, int kGroups, bool kWithQ>
 __device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
                                   const Sizes& size, int chunk, const act* qkv, const act* values,
@@ -151,7 +150,7 @@ __device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, c
              std::integral_constant<int, kGroups>());
 }
 
-// Four words of eight bf16 each, 32 neighbouring columns -> fp16 in the order of positions.
+// Converts 32 contiguous columns (four vectors of eight bf16) to fp16 in permuted order.
 __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
   uint32_t w[4][4];
 #pragma unroll
@@ -167,7 +166,8 @@ __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
   for (int j = 0; j < 4; j++) x[j] = make_uint4(w[j][0], w[j][1], w[j][2], w[j][3]);
 }
 
-// What a warp copied of q and k becomes fp16; the block and its products see it after they have synchronised.
+// Converts the rows of q and k that this warp copied to fp16. Visible to the block's wgmma after the next
+// barrier.
 template <int DK, int kGroups, bool kWithQ, int kLoadWarpgroups>
 __device__ inline void convert_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage,
                                      std::integral_constant<int, kLoadWarpgroups>) {
@@ -190,19 +190,19 @@ __device__ inline void convert_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage
   fence_proxy_async();
 }
 
-// Waits for a chunk's inputs. Each warp converts what it copied, in the forward while the products run that
-// end the chunk before.
+// Waits for this thread's cp.async of a chunk, then convert_chunk: in a block without a producer, where the
+// forward overlaps it with the wgmma that end the previous chunk.
 template <int DK, int kGroups, bool kWithQ>
 __device__ inline void wait_and_convert_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage) {
   cp_async_wait_all();
   convert_chunk(stage, std::integral_constant<int, kGroups>());
 }
 
-// ---- carriers
+// ---- warp specialization
 //
-// Where registers and shared memory allow it, a block has one more warpgroup, the carriers: they bring
-// inputs, a chunk or two ahead, and take what is staged in `values` out. The others do nothing but a chunk's
-// products, whose chain is what a pass takes: 3 stages, each used in turn.
+// At dk 96 and 128 a producer warpgroup prefetches inputs up to two chunks ahead into a ring of 3 stages and
+// stores the outputs staged in `values`; the consumer warpgroups do only the chunk's wgmma chain, which is
+// the critical path.
 
 __host__ __device__ constexpr bool has_producer(int DK) { return pass_blocks(DK) == 1 && DK <= 128; }
 __host__ __device__ constexpr int pass_threads(int DK, int groups) {
@@ -210,12 +210,12 @@ __host__ __device__ constexpr int pass_threads(int DK, int groups) {
 }
 __host__ __device__ constexpr int pass_stages(int DK) { return has_producer(DK) ? 3 : 2; }
 
-// Of a stage: the inputs are there (one for each warpgroup that waits for them); all are done with them. Of a
-// warpgroup: whether a warp's state has left its range.
+// Named barriers. kStageFull + stage, per consumer warpgroup: inputs have arrived. kStageEmpty + stage: the
+// stage may be refilled. kRescaleVote + warpgroup: does any warp have to rescale its state?
 enum NamedBarrier { kStageFull = 1, kStageEmpty = 7, kRescaleVote = 10 };
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
-// The warpgroup's registers a thread from here on, fewer or more.
+// setmaxnreg: registers a thread of this warpgroup from here on, fewer (dealloc) or more (alloc).
 template <int kRegisters>
 __device__ inline void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -225,8 +225,8 @@ __device__ inline void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// What carriers do; f(i), of the i-th of a pass's chunks: copy starts copying its inputs, write takes its
-// results out.
+// The producer warpgroup. copy(i, stage) issues the loads of the i-th chunk of the pass, write(i, stage)
+// stores its results.
 template <int DK, int kGroups, class Copy, class Write>
 __device__ inline void producer_loop(unsigned char* tiles, int chunks, const Copy& copy, const Write& write) {
   using Stage = Sm90Stage<DK, kGroups>;
@@ -253,7 +253,7 @@ __device__ inline void producer_loop(unsigned char* tiles, int chunks, const Cop
   }
 }
 
-// What a warpgroup does that has no columns, where dv is an odd number of slices.
+// Second consumer warpgroup when dv/64 is odd: it has no columns and only arrives at the barriers.
 template <int DK, int kGroups>
 __device__ inline void idle_consumer(int chunks) {
   constexpr int kStages = pass_stages(DK);
@@ -264,8 +264,8 @@ __device__ inline void idle_consumer(int chunks) {
   }
 }
 
-// Carriers write a chunk's results, staged as rows of tokens, to rows [tokens, ..] of `to`, the first n, as
-// many columns as there are.
+// The producer stores a chunk's results, staged as rows of tokens: n rows, `columns` columns, to rows of
+// `to`.
 template <int DK, int kGroups>
 __device__ inline void write_results(act* to, int64_t stride, int n, int columns,
                                      const Sm90Stage<DK, kGroups>& stage) {
@@ -290,8 +290,8 @@ __device__ inline void write_results(act* to, int64_t stride, int n, int columns
 
 // ---- products with the state
 
-// Writes the state's operands first to end, an even number of both, over positions, to the warp's rows [16 of
-// dv, dk]: a lane 8 columns of each 32.
+// Stores the state's A fragments `first` to `end` (both even), in permuted column order, to the warp's rows
+// [16 of dv, dk]: a lane 8 columns of each 32.
 template <int DK>
 __device__ inline void store_state_fragments(__half* to, int dk, const uint32_t (&fragments)[DK / 16][4],
                                              int first, int end) {
@@ -308,8 +308,8 @@ __device__ inline void store_state_fragments(__half* to, int dk, const uint32_t 
   }
 }
 
-// Whether registers hold all of the state's operands beside the state: then these tell its range, at half the
-// instructions.
+// The state's A fragments all fit in registers beside the state. Then the largest magnitude is taken from the
+// packed fragments, at half the instructions.
 __device__ constexpr bool all_fragments_fit(int DK) { return DK <= 128; }
 
 template <int DK>
@@ -319,7 +319,7 @@ __device__ inline void pack_state_fragments(uint32_t (&fragments)[DK / 16][4],
   for (int i = 0; i < DK / 16; i++) pack_a_fragment(fragments[i], state[2 * i], state[2 * i + 1]);
 }
 
-// The largest of the state's operands; infinity where one overflowed.
+// Largest magnitude among the state's A fragments; infinity where one overflowed fp16.
 template <int DK>
 __device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16][4]) {
   __half2 high = __float2half2_rn(0.f), low = high;
@@ -334,7 +334,7 @@ __device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16
   return fmaxf(largest.x, largest.y);
 }
 
-// Whether a warp's exponent stays as it is, as far as operands tell: not where they are all 0.
+// The warp's scale factor may stay as it is, judged by the packed fragments. False if they are all 0.
 template <int DK>
 __device__ inline bool scale_holds(const uint32_t (&fragments)[DK / 16][4], float largest_value,
                                    int exponent) {
@@ -343,7 +343,7 @@ __device__ inline bool scale_holds(const uint32_t (&fragments)[DK / 16][4], floa
   return e == exponent && __any_sync(~0u, largest > 0);
 }
 
-// rescale_state, and the state's operands.
+// rescale_state and pack_state_fragments; packs first and rescales only if scale_holds says no.
 template <int DK>
 __device__ inline int rescale_and_pack_state(uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
                                              float largest_value, int exponent) {
@@ -354,10 +354,11 @@ __device__ inline int rescale_and_pack_state(uint32_t (&fragments)[DK / 16][4], 
   return exponent;
 }
 
-// Starts what reads the state [64 of dv, dk] at a chunk's start:
-//   operands: the state's (made here where not kAllFragmentsFit); written to `to`, rows [16 of dv, dk] of
-//   this warp, where that is not null from_k [64,64 tokens] = state K^T, done but for the newest group of
-//   products if kWithQ, else with the newest from_q = state Q^T (kWithQ), done with the newest group
+// Issues the wgmma that read the state [64 of dv, dk] at a chunk's start:
+//   from_k [64,64 tokens] = state K^T      from_q [64,64 tokens] = state Q^T (kWithQ)
+// fragments: the state's A fragments (packed here unless kAllFragmentsFit); stored to `to`, the warp's rows
+// [16 of dv, dk], unless that is null. from_k is complete after wgmma_wait_group<1> (kWithQ) or <0>; from_q
+// after <0>.
 template <int DK, bool kWithQ, bool kAllFragmentsFit = all_fragments_fit(DK)>
 __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
                                         uint32_t (&fragments)[DK / 16][4], const float (&state)[DK / 8][4],
@@ -386,7 +387,7 @@ __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8
   }
 }
 
-// One or the other.
+// Rescales the state at a chunk's start; packs its A fragments, too, where registers hold them all.
 template <int DK>
 __device__ inline int rescale_and_pack(uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
                                        float largest_value, int exponent) {
@@ -396,8 +397,9 @@ __device__ inline int rescale_and_pack(uint32_t (&fragments)[DK / 16][4], float 
     return rescale_state<DK>(state, largest_value, exponent);
 }
 
-// in_range and start_read_state, nothing written: the products start before the range is known, and once more
-// where a warp of the warpgroup finds that it changes, which is rare after a sequence's first chunks.
+// Rescales the state and issues its reads, storing nothing. The wgmma start before the scale factor is known,
+// and are issued once more if a warp of the warpgroup votes to rescale, which is rare after a sequence's
+// first chunks.
 template <int DK, bool kWithQ>
 __device__ inline int start_read_state_rescaled(float (&from_k)[8][4], float (&from_q)[8][4],
                                                 uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
@@ -417,7 +419,7 @@ __device__ inline int start_read_state_rescaled(float (&from_k)[8][4], float (&f
   return exponent;
 }
 
-// Starts out [64,64 tokens] = operands [64, dk] rows [64 tokens, dk]^T
+// Issues out [64,64 tokens] = fragments [64, dk] rows [64 tokens, dk]^T.
 template <int DK>
 __device__ inline void start_fragments_times_rows(float (&out)[8][4], const uint32_t (&fragments)[DK / 16][4],
                                                   uint64_t rows) {
@@ -425,7 +427,7 @@ __device__ inline void start_fragments_times_rows(float (&out)[8][4], const uint
   for (int i = 0; i < DK / 16; i++) wgmma_64<kMajorK>(out, fragments[i], rows + columns_16(i), i > 0);
 }
 
-// Starts state [64, dk] += kSign a [64, 64 tokens] rows [64 tokens, dk]
+// Issues state [64, dk] += kSign a [64, 64 tokens] rows [64 tokens, dk].
 template <int DK, int kSign = 1>
 __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint32_t (&a)[4][4],
                                           uint64_t rows) {
@@ -440,7 +442,7 @@ __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint3
       wgmma_32<kMajorMN, kSign>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16, 1);
 }
 
-// Starts c [64, 64 tokens] += kSign a [64, 64 tokens] m^T (kMajorK) or a m (kMajorMN), m [64,64] one tile
+// Issues c [64, 64 tokens] += kSign a [64, 64 tokens] m^T (kMajorK) or a m (kMajorMN); m [64,64], one tile.
 template <Major kMajor, int kSign = 1>
 __device__ inline void start_times_matrix(float (&c)[8][4], const uint32_t (&a)[4][4], uint64_t m) {
 #pragma unroll
@@ -448,7 +450,7 @@ __device__ inline void start_times_matrix(float (&c)[8][4], const uint32_t (&a)[
     wgmma_64<kMajor, kSign>(c, a[p], m + p * (kMajor == kMajorK ? kColumns16 : kRows16), 1);
 }
 
-// The operands of x [64, 64 tokens] times factor * gate.
+// A fragments of x [64, 64 tokens] times factor * gate.
 __device__ inline void pack_scaled_a_fragments(uint32_t (&a)[4][4], const float (&x)[8][4], const float* gate,
                                                float factor) {
 #pragma unroll
@@ -460,8 +462,8 @@ __device__ inline void pack_a_fragments(uint32_t (&a)[4][4], const float (&x)[8]
   for (int p = 0; p < 4; p++) pack_a_fragment(a[p], x[2 * p], x[2 * p + 1]);
 }
 
-// The warp's 16 rows [dk] of fp32 at `from`, which is its row 0, as accumulators over positions; zeros where
-// that is null.
+// Loads the warp's 16 rows [dk] of a fp32 state, row 0 at `from`, into accumulators in permuted column order;
+// zeros if `from` is null.
 template <int DK>
 __device__ inline void load_permuted_state(float (&state)[DK / 8][4], const float* from, int dk) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 8 * (lane % 4);
@@ -480,7 +482,8 @@ __device__ inline void load_permuted_state(float (&state)[DK / 8][4], const floa
     }
 }
 
-// Calls f(e, row, column) for each of tile t's four numbers: its row of 16, its column of dk.
+// f(e, row, column) for the four accumulators of tile t: row of 16, column of dk after undoing the
+// permutation.
 template <class F>
 __device__ inline void for_each_permuted(int t, const F& f) {
   const int lane = threadIdx.x % 32;
@@ -489,7 +492,7 @@ __device__ inline void for_each_permuted(int t, const F& f) {
     f(e, lane / 4 + 8 * (e / 2), 32 * (t / 4) + 8 * (lane % 4) + 2 * (t % 4) + e % 2);
 }
 
-// Factor times the accumulators, to rows [16, dk].
+// Stores factor * state, permuted accumulators, to rows [16, dk] of `to`.
 template <int DK>
 __device__ inline void store_permuted_state(float* to, const float (&state)[DK / 8][4], float factor,
                                             int dk) {
@@ -500,21 +503,20 @@ __device__ inline void store_permuted_state(float* to, const float (&state)[DK /
     });
 }
 
-// Zeros above the diagonal of N and P, where nothing is ever copied.
+// Zeroes N's and P's tiles in all stages: above the diagonal nothing is ever copied.
 template <class Stage, int kStages = 2>
 __device__ inline void clear_matrices(unsigned char* shared) {
   for (int i = 0; i < kStages; i++) clear_shared(Stage(shared, i).n(), Stage::kPairs * kTileBytes);
   __syncthreads();
 }
 
-// What forward_pass_kernel computes and writes. One block: a sequence, a value head, 64 or 128 of dv; where
-// dv ends within, warps compute with zeros and write nothing. Whether registers hold Q S beside K S from the
-// chunk's start on; else it is computed after E.
+// Registers hold Q S beside K S from the chunk's start on; otherwise Q S is computed after E.
 __device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_blocks(DK) < 4; }
-// Whether registers are left for what could wait until a product is done. Then the state is stored in two
-// parts, each while products run: stores of all warps at once keep the memory pipe busy longer than one does.
+// Enough registers to overlap the state's stores and rescaling with wgmma. The state is then stored in two
+// parts, each during a wgmma: stores of all warps at once would fill the memory pipe for longer than one
+// wgmma takes.
 __device__ constexpr bool roomy(int DK, int groups) { return all_fragments_fit(DK) && q_with_k(DK, groups); }
-// The first part's operands, an even number.
+// Number of A fragments in the first of the two parts, even.
 __device__ constexpr int first_half_of_fragments(int DK) { return (DK / 16 + 3) / 4 * 2; }
 
 template <int DK, int kGroups>
@@ -659,8 +661,8 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
 #endif
 }
 
-// The operands of do times factor, from the warp's 16 columns of the bf16 tile, or of do times factor * gate
-// (kWithGate).
+// A fragments of factor * dO, or of factor * gate * dO (kWithGate), from the warp's 16 columns of the bf16
+// tile.
 template <bool kWithGate>
 __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns, int ld, float factor,
                                         const float* gate) {
@@ -674,7 +676,8 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
   }
 }
 
-// What backward_pass_kernel computes and writes.
+// (B1)-(B3). Grid, outputs and kStates as in the mma.sync backward_pass_kernel; a CTA has 64 or 128 columns
+// of dv.
 template <int DK, int kGroups, bool kStates>
 __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     backward_pass_sm90_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
@@ -805,8 +808,8 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
 #endif
 }
 
-// What forward_state_kernel computes and writes; a block: 64 rows of the state, or of M^T. The stage has no
-// q: at dk = 128 two blocks fit in an SM.
+// (F1), (F2), (F4) alone, for sequence splits; a CTA has 64 rows of the state or of M^T. The stage has no q:
+// at dk = 128 two CTAs fit in an SM.
 template <int DK>
 __global__ void __launch_bounds__(128, pass_blocks(DK))
     forward_state_sm90_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
@@ -842,7 +845,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     uint32_t S[DK / 16][4];
     exponent = rescale_state<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {};
-    // tile by tile: where two blocks share an SM one's products run while the other packs
+    // tile by tile: where two CTAs share an SM, one's wgmma overlap the other's packing
     start_read_state<DK, false, false>(E, E, S, state, make_smem_desc(stage.k()), 0, nullptr, size.dk);
     if (chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
@@ -888,7 +891,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
 #endif
 }
 
-// ---- whether these kernels can run
+// ---- whether this build's wgmma kernels can run
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int kProbeThreads = 128;
@@ -896,10 +899,10 @@ constexpr int kProbeThreads = 128;
 constexpr int kProbeThreads = 64;
 #endif
 
-// Never launched: its launch bound tells for which architecture the code was compiled that this GPU runs.
+// Never launched: its launch bound tells which of the build's architectures this GPU runs.
 static __global__ void __launch_bounds__(kProbeThreads) arch_probe_kernel() {}
 
-// Whether this GPU runs code compiled for sm_90a.
+// True if this GPU runs code compiled for sm_90a.
 inline bool has_wgmma() {
   cudaFuncAttributes attributes;
   cuda_check(cudaFuncGetAttributes(&attributes, arch_probe_kernel));

@@ -1,20 +1,20 @@
-// The gated delta rule where sequences x value heads x slices of dv are too few blocks for the GPU: a
-// sequence is cut into splits of chunks, which the passes then take side by side.
+// Sequence splits (context parallelism within one GPU): where sequences x value heads x dv slices are fewer
+// CTAs than the GPU holds, each sequence is split into runs of chunks that the passes process concurrently.
 //
-// Over a split the state is S_end = M S_start + B, with M [dk,dk], its transition, and B, the end from
-// S_start = 0, so that
-//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last:
-//      the ends of the columns of S_start = I with v = 0
-//   2. merge_splits_kernel: the starts of all splits, one after another
-//   3. the pass itself, every split from its start
-// Backward the gradient of the state does the same with M^T: dS_start = M^T dS_end + B. A split is read
-// twice, so it takes three to gain anything. The states are kept as the passes have them, transposed,
-// [dv,dk], and so is M, beside M^T: S_end^T = S_start^T M^T.
+// Over a split the state is S_end = M S_start + B (dev/doc/delta_rule.md, splits): M [dk,dk] is the
+// transition matrix, B the final state for S_start = 0.
+//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last, as the
+//      final state for S_start = I and v = 0
+//   2. merge_splits_kernel: the initial states of all splits, one after another
+//   3. the pass itself, each split from its initial state
+// In the backward, dS_start = M^T dS_end + B. Each split is processed twice, so at least three splits are
+// needed for a gain. States are stored as the passes hold them, transposed, [dv,dk], and so is M, with M^T
+// beside it: S_end^T = S_start^T M^T.
 //
-// Where blocks and not bytes limit it, step 3 takes 1 / n of the uncut pass's time, and step 1 as long for
-// its ends and dk / dv of that for its transitions, or less, as it writes nothing. Reached on an H200 (one
-// sequence of 32768, 6 heads): (128, 256), 5 splits, steps 1 to 3 0.168 + 0.026 + 0.249 ms in place of 1.212;
-// (32, 64), 43 splits, 0.046 + 0.023 + 0.054 in place of 1.163. Step 3's floor is 0.218 and 0.055.
+// Where the number of CTAs and not bytes is the limit, step 3 takes 1 / n of the unsplit pass's time, and
+// step 1 as long for B and dk / dv of that for M, or less, as it writes nothing. H200, one sequence of 32768,
+// 6 heads (dev/results/2026-11-29_h200_third): (128, 256), 5 splits, steps 1 to 3 take 0.168 + 0.026 + 0.249
+// ms, unsplit 1.212; (32, 64), 43 splits, 0.046 + 0.023 + 0.054 ms, unsplit 1.163.
 #pragma once
 
 #include "delta_rule_prepare.cuh"
@@ -40,7 +40,7 @@ struct Splits {
 
 constexpr int kMinSplits = 3, kMinSplitChunks = 4;
 
-// As many splits as give each of `resident` a block where one split gives `blocks`.
+// As many splits as let `resident` CTAs run at once, where an unsplit pass has `blocks` of them.
 inline Splits choose_splits(int chunks, int64_t blocks, int resident) {
   const int count = std::min(int(resident / std::max<int64_t>(blocks, 1)), chunks / kMinSplitChunks);
   if (count < kMinSplits) return {1, chunks, nullptr, nullptr};
@@ -48,26 +48,26 @@ inline Splits choose_splits(int chunks, int64_t blocks, int resident) {
   return {divide_up(chunks, each), each, nullptr, nullptr};
 }
 
-// The most splits that all heads of a batch of at most so many tokens can have together, whatever its
-// sequences' length: what memory must hold, since a model also takes batches smaller than the one it was made
-// for. A sequence of c splits has 4 c chunks, so more than 64 (4 c - 1) tokens, and that is 704 c / 3 or
-// more, as c >= 3.
+// Upper bound on the splits of all heads together, for a batch of at most `tokens` tokens with sequences of
+// any length: sizes the buffers, since a model also runs smaller batches than the one it was made for. A
+// sequence of c splits has at least 4 c chunks, so more than 64 (4 c - 1) tokens, which is >= 704 c / 3 as c
+// >= 3.
 inline int64_t max_splits(int64_t tokens, int heads, int slices, int resident) {
   return std::min<int64_t>(resident / slices, heads * tokens * 3 / 704);
 }
 
 constexpr int kMergeRows = 8, kMergeThreads = 512;
-// Columns of dk that merge_splits_kernel is compiled for, a power of two.
+// Columns of dk that merge_splits_kernel is compiled for: a power of two.
 constexpr int merge_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : DK; }
 
-// The boundary of split p + 1 += that of p times M_p^T, p = 1, 2, ..., or (kBackward) that of p - 1 += that
-// of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all splits. A thread: a
-// column of dk (of kColumns compiled ones) and a part of the sum over dk; then of the total, the column
-// in some of the rows. What a step reads of memory does not wait for the step before: registers hold, of each
-// of the next kSteps steps, kAhead numbers of the thread's part of the matrix, and what the totals add to.
+// Forward: state[p + 1] += state[p] M_p^T for p = 1, 2, ...; backward: state[p - 1] += state[p] M_p for p =
+// count - 2, ..., 1. A CTA does 8 rows of dv of a head over all splits. A thread has one column of dk (of
+// kColumns) and one k-split of the sum over dk; after the reduction it has that column in some of the rows.
+// Global loads are prefetched kSteps steps ahead into registers (kAhead matrix entries and the addends a
+// step), so that they do not wait for the previous step.
 //
-// Floor: a chain of count - 2 steps, each an SM's 16 dk^2 FLOP and two barriers; the matrices,
-// read from the L2 cache by each block, are a few MB. Reached on an H200: 0.5 us a step at dk = 32.
+// Bound by latency: count - 2 dependent steps, each 16 dk^2 FLOP of one SM and two barriers; the matrices, a
+// few MB, come from the L2 cache. H200: 0.5 us a step at dk = 32 (dev/results/2026-11-29_h200_third).
 template <int kColumns, bool kBackward>
 __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
     merge_splits_kernel(Splits splits, Sizes size) {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
   const int part = threadIdx.x / kColumns, column = threadIdx.x % kColumns, begin = part * kEach;
   const int64_t offset = int64_t(first) * dk + column;
   const auto split_at = [&](int step) { return kBackward ? splits.count - 1 - step : step; };
-  // of a step's matrix, rows begin + i on
+  // a step's matrix, kAhead rows from begin + i on
   const auto read_matrix = [&](float(&x)[kAhead], int step, int i) {
     if (step > splits.count - 2) return;
     const float* m =
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
 #pragma unroll
     for (int j = 0; j < kAhead; j++) x[j] = column < dk && begin + i + j < dk ? m[j * dk] : 0.f;
   };
-  // f(r, k) for each row of this thread's totals
+  // f(r, k) for each row r in which this thread holds the total
   const auto for_each_row_of_thread = [&](const auto& f) {
 #pragma unroll
     for (int k = 0; k < kTotals; k++) {
