@@ -36,9 +36,9 @@ MMA = {
     "cp_async_wait_all": "emulator::cp_async_wait_all();",
     "cp_async_wait_all_but_one": "emulator::copies().do_all_but(1);",
     "fast_exp2": "return std::exp2(x);",
-    "named_barrier_sync": "emulator::wait(emulator::meeting(meeting, threads));",
-    "named_barrier_any": "return emulator::any_of(meeting, threads, x);",
-    "named_barrier_arrive": "emulator::arrive(emulator::meeting(meeting, threads));",
+    "named_barrier_sync": "emulator::wait(emulator::meeting(id, threads));",
+    "named_barrier_any": "return emulator::any_of(id, threads, x);",
+    "named_barrier_arrive": "emulator::arrive(emulator::meeting(id, threads));",
 }
 WGMMA = {
     "wgmma_fence": "",

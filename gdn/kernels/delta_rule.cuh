@@ -1,56 +1,44 @@
-// The gated delta rule on tensor cores, in chunks of 64 tokens: the equations of gdn/cpu_delta_rule.h,
-// rearranged so that what is rounded is only ever a correction, and to fp16 (11 bits), not bf16 (8): numbers
-// that fp16's range does not hold go times a power of two (delta_rule_mma.cuh: scale_exponent).
-//
-//   L_ij = D_ij (k_i . k_j), i > j      N = (I + L diag(beta))^-1 L      P_ij = s D_ij (q_i . k_j), i >= j
-// Then (I + A)^-1 = I - diag(beta) N, with A = diag(beta) L: neither the identity nor beta is inside a
-// rounded matrix, and nothing is divided by beta. With E the error each token writes (Vn = diag(beta) E):
-//   R = V - e^G K S_0                        E = R - N (beta R)
-//   O = s e^G Q S_0 + P (beta E)             S_C = e^{G_C} S_0 + K^T (e^{G_C - G} beta E)
-//   dVn = P^T dO + e^{G_C - G} K dS_C        X = dVn - N^T (beta dVn)            dV = beta X
-//   dS_0 = e^{G_C} dS_C + Q^T (s e^G dO) - K^T (beta e^G X)                      dbeta_i = X_i . E_i
-// and dq, dk, dg from dO E^T, X E^T, dO S_0^T, X S_0^T, E dS_C^T (gradients_kernel).
+// The gated delta rule on tensor cores, in chunks of 64 tokens. dev/doc/delta_rule.md states the algorithm
+// with the equation numbers used here. Rearranged so that only small corrections are rounded (never I or
+// beta), to fp16 with a power-of-two scale factor per 16 columns, since fp16 has 3 bits more than bf16 but
+// little range.
 //
 // Four kernels, cut where the parallelism changes:
-//   prepare_kernel        N, P, gates          chunks x value heads x sequences     delta_rule_prepare.cuh
-//   forward_pass_kernel   o, S_0, E            sequences x value heads x dv slices  delta_rule_passes.cuh
-//   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse          delta_rule_passes.cuh
-//   gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences       delta_rule_gradients.cuh
-// Where the passes would leave SMs without a block, they take splits of a sequence side by side
-// (delta_rule_pieces.cuh).
+//   kernel                computes   writes          one CTA each                   fla's kernels
+//   prepare_kernel        (1)-(3)    N, P, gates     chunk, value head, sequence    scaled_dot_kkt,
+//   solve_tril forward_pass_kernel   (F1)-(F4)  o, S_0, E       dv slice, head, sequence       fwd_h, fwd_o
+//   backward_pass_kernel  (B1)-(B3)  dv, dS_C, X     the same, chunks in reverse    bwd_dv_local, bwd_dhu
+//   gradients_kernel      (G1)-(G5)  dq dk dg dbeta  chunk, key head, sequence      bwd_dqkwg, bwd_wy_repr
+// On Hopper prepare_sm90_kernel, *_pass_sm90_kernel and, for most head sizes, gradients_sm90_kernel take
+// their places (wgmma, TMA); elsewhere all run on mma.sync. Where a pass has fewer CTAs than the GPU holds,
+// sequences are split (splits.cuh). The state and its gradient stay in fp32 registers for the whole sequence
+// or split. There are no atomics: results have the same bits in every run.
 //
-// The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
-// run.
-//
-// On Hopper prepare_kernel's q.k and k.k, the passes (delta_rule_passes_wgmma.cuh) and, where dk is at most
-// 128 or value heads have key heads of their own, the gradients (delta_rule_gradients_wgmma.cuh) are
-// warpgroup products.
-//
-// Reached on an H200 (dev/bench_delta_rule.cu, dev/results/2026-11-29_h200_third), in ms; in brackets the
-// percent of the floor at an H100's copy rate, which the H200's memory exceeds. The forward saves N, P and
-// the gates, with which the backward is two kernels. (With 16/32 heads the clock falls under the load: the
+// Times in ms on an H200 (dev/bench_delta_rule, dev/results/2026-11-29_h200_third). The forward saves N, P
+// and the gates, so the backward is two kernels. (With 16/32 heads the clock falls under load: the single
 // kernels, timed after the whole, take longer than it.)
-//    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64   0.036 (70)  0.063 (87)    0.067 (81)     0.112 (45)    0.093     0.174
-//   32  1024   6   6   64  128   0.038 (87)  0.113 (89)    0.112 (90)     0.138 (85)    0.149     0.243
-//   32  1024   6   6   96  192   0.044 (95)  0.180 (86)    0.186 (83)     0.193 (104)   0.222     0.380
-//   32  1024   6   6  128  256   0.049 (103) 0.206 (106)   0.207 (106)    0.255 (119)   0.247     0.444
-//    8  4096  16  32  128  128   0.198 (90)  0.538 (116)   0.571 (110)    0.968 (83)    0.712     1.369
-//   32  1024   6   6  192  384   0.060 (111) 0.449 (82)    0.455 (81)     0.579 (96)    0.478     1.014
-//    8  1024   6   6  256  512   0.029 (72)  0.202 (68)    0.209 (66)     0.202 (108)   0.229     0.407
+//    B     T  Hk  Hv   dk   dv   prepare  forward pass  backward pass  gradients   forward  backward
+//   32  1024   6   6   32   64   0.036    0.063         0.067          0.112       0.093    0.174
+//   32  1024   6   6   64  128   0.038    0.113         0.112          0.138       0.149    0.243
+//   32  1024   6   6   96  192   0.044    0.180         0.186          0.193       0.222    0.380
+//   32  1024   6   6  128  256   0.049    0.206         0.207          0.255       0.247    0.444
+//    8  4096  16  32  128  128   0.198    0.538         0.571          0.968       0.712    1.369
+//   32  1024   6   6  192  384   0.060    0.449         0.455          0.579       0.478    1.014
+//    8  1024   6   6  256  512   0.029    0.202         0.209          0.202       0.229    0.407
 //
-// What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
-// decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
-// 128, T to 1024. Error over that of an oracle, the float recurrence rounded to bf16, in the worst regime:
+// Which numbers may be rounded was decided by emulating every rounding in double against the float64
+// recurrence, over decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated
+// keys, dk 32 to 128, T to 1024. Error divided by that of an oracle, the float recurrence rounded to bf16,
+// worst regime:
 //                                                                        o    dq   dk   dv   dg   dbeta
 //   every operand and everything stored in one bf16                     6.1  2.9  3.7  4.7  3.9  4.8
-//   operands high + low bf16; S_0, dS_C, E, X stored in one bf16        1.0  1.7  1.9  1.0  3    1.4
-//   operands high + low bf16; S_0 alone stored in one bf16              1.0  1.4  1.2  1.0  1.6  0.01
-//   everything high + low bf16                                          1.0  1.0  1.0  1.0  0.01 0.01
-// Measured (dev/torch/accuracy.py, 7 regimes of decay and beta, T = 1000, error over that of the float64
-// result rounded to bf16; dg and dbeta, which come out in fp32, as if they were bf16 too):
-//   operands and everything stored fp16 times powers of two (this)      1.08 1.08 1.12 1.06 0.5  0.5
-// q, k, v, do are bf16 already; in fp16 q and k lose what lies below 2^-24.
+//   operands hi + lo bf16; S_0, dS_C, E, X stored in one bf16           1.0  1.7  1.9  1.0  3    1.4
+//   operands hi + lo bf16; S_0 alone stored in one bf16                 1.0  1.4  1.2  1.0  1.6  0.01
+//   everything hi + lo bf16                                             1.0  1.0  1.0  1.0  0.01 0.01
+// As measured (dev/torch/accuracy.py, 7 regimes of decay and beta, T = 1000, error divided by that of the
+// float64 result rounded to bf16; dg and dbeta, which are fp32, as if they were bf16, too):
+//   operands and everything stored in fp16 with scale factors (this)    1.08 1.08 1.12 1.06 0.5  0.5
+// q, k, v, do are bf16 on input; converted to fp16, q and k lose what lies below 2^-24.
 #pragma once
 
 #include <algorithm>
@@ -67,18 +55,18 @@ namespace delta_rule {
 constexpr int kRecurrentParts = 8, kRecurrentThreads = 128;
 constexpr int kRecurrentColumns = kRecurrentThreads / kRecurrentParts, kRecurrentRows = 256 / kRecurrentParts;
 
-// Over the eight lanes that share a column.
+// Sum over the eight lanes that share a column of the state.
 __device__ inline float sum_of_parts(float x) {
   x = sum_of_quad(x);
   return x + __shfl_xor_sync(~0u, x, 4);
 }
 
-// Token by token; o_t, u_t, S_t as in gdn/cpu_delta_rule.h, state [B,Hv,dk,dv] fp32 in and out. One block: 16
+// The recurrence of gdn/cpu_delta_rule.h, token by token; state [B,Hv,dk,dv] fp32 in and out. One CTA: 16
 // columns of dv of a value head. Eight lanes share a column of the state, each with every eighth row in
 // registers.
 //
-// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.017 ms at the copy
-// rate. Reached: 0.035 ms, 48% of floor (H100, dev/results/2026-11-28_h100).
+// Lower bound for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB. H200: 0.035 ms
+// (dev/results/2026-11-29_h200_third).
 static __global__ void __launch_bounds__(kRecurrentThreads)
     recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
                      float s) {
@@ -154,11 +142,11 @@ inline size_t pass_bytes(const MixerShape& shape) {
 }
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
-// Blocks of a pass that the GPU holds at once.
+// CTAs of a pass that the GPU holds at once (occupancy x SMs).
 inline int resident_ctas(const Cuda& device, const MixerShape& shape) {
   return device.sm_count * pass_blocks(shape.head_dim_k);
 }
-// How the passes cut a sequence where blocks of 64 columns of dv leave SMs without one.
+// Splits of a sequence if CTAs of 64 columns of dv leave SMs idle.
 inline Splits choose_splits(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
   return choose_splits(shape.chunks(), blocks, resident_ctas(device, shape));
@@ -175,8 +163,8 @@ inline size_t transitions_bytes(const Cuda& device, const MixerShape& shape) {
 }
 
 inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
-// In front of the splits' matrices: what the backward pass leaves, or what a forward that saves nothing
-// needs.
+// Scratch in front of the splits' matrices: what the backward pass leaves, or what a forward that saves
+// nothing needs.
 inline size_t scratch_before_splits(const MixerShape& shape) {
   return std::max(pass_bytes(shape), prepared_bytes(shape));
 }
@@ -188,7 +176,7 @@ inline Splits splits_at(const Cuda& device, void* scratch, const MixerShape& sha
   return splits;
 }
 
-// What a pass leaves: the forward's in `saved`, the backward's, laid out alike, in scratch.
+// Pointers into what a pass leaves: the forward's in `saved`; the backward's, same layout, in scratch.
 inline Saved saved_at(void* saved, const MixerShape& shape) {
   if (!saved) return {};
   char* errors = static_cast<char*>(saved) + states_bytes(shape);
@@ -200,7 +188,7 @@ inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
   return {at.states, at.E, at.exponents};
 }
 
-// What prepare_kernel leaves for both passes: behind the forward's states in `saved`, in scratch where
+// Output of prepare_kernel, input of both passes: in `saved` behind the forward's states, in scratch if
 // nothing is saved.
 struct Prepared {
   __half* matrices;
@@ -222,8 +210,8 @@ void with_head_dim_k(int dk, const Launch& launch) {
   launch(std::integral_constant<int, 256>());
 }
 
-// Warps of a pass's block, 16 columns of dv each: many, for they share loads, but as few as it takes to fit
-// shared memory and to give every SM a block; and slices of equal size.
+// Warps of a CTA of the mma.sync passes, 16 columns of dv each: many, for they share loads, but no more than
+// fit in shared memory and leave every SM a CTA; slices of equal size.
 inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int splits) {
   const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
   const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
@@ -248,9 +236,9 @@ inline void prepare(Cuda& device, const act* qkv, const float* g, const float* b
   launched("prepare_kernel");
 }
 
-// Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
-// loads and a block of two takes 1.5 times as long as one of one, not twice; or one, where that leaves so
-// many more blocks to share the work that it ends earlier.
+// Consumer warpgroups of a CTA of the wgmma passes, 64 columns of dv each. Two share loads, and a CTA of two
+// takes 1.5 times as long as one of one, not twice; one, where the larger number of CTAs finishes in fewer
+// waves.
 inline int pass_groups(const Cuda& device, const MixerShape& shape, int splits) {
   const int slices = divide_up(shape.head_dim_v, 64);
   const int64_t resident = int64_t(device.sm_count) * pass_blocks(shape.head_dim_k);
@@ -261,7 +249,7 @@ inline int pass_groups(const Cuda& device, const MixerShape& shape, int splits) 
   return 2 * waves(1) < 3 * waves(2) ? 1 : 2;
 }
 
-// Calls launch with dk's compiled size, a pass's warpgroups, and the grid.
+// Calls launch with dk's compiled size, the warpgroups of a CTA, and the grid.
 template <class Launch>
 void with_warpgroups(const Cuda& device, const MixerShape& shape, int splits, const Launch& launch) {
   const int groups = pass_groups(device, shape, splits);
@@ -272,8 +260,7 @@ void with_warpgroups(const Cuda& device, const MixerShape& shape, int splits, co
   });
 }
 
-// From transitions and ends from zero: the states at all splits' starts, or (backward) their gradients at the
-// ends.
+// From M and B of all splits: the states at the splits' starts, or (backward) their gradients at the ends.
 inline void merge_splits(Cuda& device, const MixerShape& shape, const Splits& splits, bool backward) {
   if (splits.count < 3) return;
   const dim3 grid(divide_up(shape.head_dim_v, kMergeRows), shape.heads_v, shape.batch);
@@ -285,7 +272,7 @@ inline void merge_splits(Cuda& device, const MixerShape& shape, const Splits& sp
   launched("merge_splits_kernel");
 }
 
-// Transitions, and with `ends` the ends from zero.
+// Transitions M of the splits, and with_end_states also their final states B.
 inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
                            const Splits& splits, bool ends) {
   const __half* matrices = prepared.matrices;
@@ -301,9 +288,9 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
                                                          slices_v);
     };
     if (has_wgmma()) {
-      // Where each block can have an SM of its own it asks for so much shared memory that none
-      // takes a second. Else some would: the first split's transitions, which nobody needs, are blocks that
-      // end at once, but have an SM when the last blocks look for one.
+      // If all CTAs fit one per SM, request enough shared memory to force that. Otherwise the CTAs of the
+      // first split's (unneeded) transition, which exit at once, hold an SM while the last CTAs double up
+      // elsewhere.
       const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
       const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = splits.count - 1;
       const int64_t blocks =
@@ -318,7 +305,7 @@ inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape
   launched("forward_state_kernel");
 }
 
-// Of all splits but the first, dS at the start from 0 at the end.
+// dS at the start of all splits but the first, from 0 at their end.
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
                             const Prepared& prepared, const Splits& splits) {
   const __half* matrices = prepared.matrices;
@@ -394,8 +381,8 @@ inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qk
   launched("backward_pass_kernel");
 }
 
-// The most buffers that fit `limit` bytes of shared memory, or no stages. A third stage would reach two
-// work_tiles ahead where a work tile is one step, and there are q and k of two.
+// The most stages and copies of q and k that fit in `limit` bytes of shared memory; {0, 0} if none do. A
+// third stage would reach two work tiles ahead where a tile is one step, and there are q and k of two.
 inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
   const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
   const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
@@ -406,7 +393,7 @@ inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int lim
   return {0, 0};
 }
 
-// The shared memory a block may have where `blocks` are to share an SM, which keeps 1 KiB for each.
+// Shared memory of each of `blocks` CTAs that share an SM, which reserves 1 KiB for each.
 inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
 
 template <int PW>
@@ -427,7 +414,7 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
   launched("gradients_kernel");
 }
 
-// Passes over dk as wide as shared memory allows.
+// Slices of dk as wide as shared memory allows.
 inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
                       const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
@@ -455,8 +442,8 @@ inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const ac
 
 }  // namespace delta_rule
 
-// What the forward keeps for the backward: the states at the chunks' starts [B,Hv,chunks,dv,dk] and E
-// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates.
+// Layout of `saved`: states at the chunks' starts [B,Hv,chunks,dv,dk] and E [B,T,Hv,dv], fp16, and their
+// exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates.
 inline size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape& shape) {
   return delta_rule::saved_bytes(shape);
 }

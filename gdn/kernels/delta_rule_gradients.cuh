@@ -1,10 +1,10 @@
-// The gated delta rule, last kernel of the backward: the gradients of q, k, beta and g of a chunk, once the
-// passes have left the state at its start (S0), the gradient of the state at its end (dS), E and X.
+// Gradients of q, k, beta and g, all chunks at once, on mma.sync: (G1)-(G5) of dev/doc/delta_rule.md, from
+// the state at a chunk's start (S0), the gradient of the state at its end (dS), E and X.
 //
-// Units. Of each 16 columns j of dv, S0 and E are times 2^a_j, dS and X times 2^b_j. With c = min_j (a_j +
-// b_j), do is taken times 2^(c - a_j), X and E dS^T times 2^(c - a_j - b_j): then all products with columns
-// of dv as their inner dimension are times 2^c, and no operand is larger than it was. Within the chunk's
-// [64,64] matrices one more power of two, `scale`, keeps what becomes an fp16 operand below 16.
+// Scale factors. For columns j of dv, in groups of 16, S0 and E are stored times 2^a_j, dS and X times 2^b_j.
+// With c = min_j (a_j + b_j), dO is scaled by 2^(c - a_j), X and E dS^T by 2^(c - a_j - b_j): then every
+// product that sums over dv carries 2^c, and no operand grows. The chunk's [64,64] matrices dqk and dkk carry
+// one more power of two, `scale`, which keeps their entries, fp16 operands, below 16.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -12,17 +12,17 @@
 namespace gdn {
 namespace delta_rule {
 
-// Warps: four m_tiles of 16 tokens times so many parts of the columns; as few as registers allow.
+// Warps: four m-tiles of 16 tokens times gradient_n_splits splits of the columns; as few as registers allow.
 __host__ __device__ constexpr int gradient_n_splits(int PW) { return PW == 128 ? 4 : 2; }
 __host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_n_splits(PW); }
-// Blocks an SM has room for.
+// CTAs that fit in an SM.
 __host__ __device__ constexpr int gradient_blocks(int PW) { return PW > 64 ? 1 : 2; }
 constexpr int kMaxNSplits = 4;
 constexpr int kStep = 32;                // columns of dv a step takes
 constexpr int kTokenStride = kStep + 8;  // row strides in shared memory
 constexpr int kTokenThreads = kChunk * kStep / 8;
 
-// What a step needs, in shared memory.
+// One stage of the cp.async pipeline: kStep columns of dv.
 struct GradientStage {
   act* d_o;                   // [64, kTokenStride]; arrives as bf16 and becomes fp16, in the units above
   __half *E, *x;              // the same shape; x arrives times 2^b_j
@@ -35,16 +35,15 @@ __host__ __device__ constexpr int gradient_stage_bytes(int PW) {
 __host__ __device__ constexpr int key_stride(int dk, int PW) { return (dk + PW - 1) / PW * PW + 8; }
 __host__ __device__ constexpr int keys_bytes(int dk, int PW) { return 2 * 2 * kChunk * key_stride(dk, PW); }
 
-// What a head_tile, a value head's share of a chunk, has besides: gates [4,64] and the exponents a_j, b_j.
-// Copied up to three head_tiles ahead.
+// A head tile is one value head's part of a work tile. Its gates [4,64] and exponents a_j, b_j are prefetched
+// up to three head tiles ahead.
 constexpr int kHeadTiles = 4, kMaxColumnGroups = 32;
 constexpr int kHeadTileBytes = 4 * (kGates + 2 * kMaxColumnGroups);
 
-// Floats of DgSums: rows, columns, reads, writes 4 times 64 tokens each, and per warp <S0,dS> and its
-// largest product.
+// Floats of DgSums: rows, columns, reads, writes with 4 x 64 each; per warp <S0,dS> and its largest product.
 constexpr int kDgSums = (3 * kMaxNSplits + 4 + 1) * kChunk;
 
-// Stages of steps in flight, and whether the next chunk's q and k are copied ahead.
+// Stages of the pipeline; and copies of q and k, 2 if those of the next chunk are prefetched.
 struct GradientBuffers {
   int stages, keys;
 };
@@ -87,8 +86,9 @@ __device__ inline HeadTile head_tile_at(unsigned char* head_tiles, int index) {
   return head_tile;
 }
 
-// A block's place in its work: work_tiles (a chunk of a key head) gridDim.x apart; in a work tile passes
-// over dk, in a pass the value heads that share the key head, in a head steps over dv.
+// Position of a CTA in its work. A work tile is a chunk of a key head of a sequence; the CTA takes tiles
+// gridDim.x apart. Loop order in a tile: dk in slices of PW columns, value heads that share the key head, dv
+// in steps.
 struct GradientCursor {
   int work_tile, tiles_before, head_tile;  // head_tile: how many came before
   int column, head, e;                     // of dk, in the group, of dv
@@ -105,7 +105,7 @@ struct GradientCursor {
     sequence = work_tile / (size.chunks * size.heads_k);
   }
 
-  // Whether q and k are new here, and whether the next step has other gates.
+  // True at a work tile's first step, where q and k change.
   __device__ bool starts_work_tile() const { return column == 0 && head == 0 && e == 0; }
   __device__ bool ends_head_tile(const Sizes& size) const { return e + kStep >= size.dv; }
 
@@ -132,7 +132,7 @@ struct GradientCursor {
   }
 };
 
-// The block starts copying q and k, [64, ld] each.
+// The CTA issues cp.async of q and k, [64, ld] each.
 __device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
   const act* inputs = in.qkv + at.row(size) * size.channels;
@@ -152,8 +152,8 @@ __device__ inline void copy_head_tile(const HeadTile& head_tile, const GradientI
   }
 }
 
-// This thread's eight numbers of a step's [64, kStep] tiles; of two halves of a block the first has do and E,
-// the last X.
+// The eight elements of a step's [64, kStep] tiles that this thread loads. With two threads per vector the
+// first takes dO and E (first), the second X (last).
 struct TokenVector {
   int row, column;
   bool first, last;
@@ -165,7 +165,7 @@ __device__ inline TokenVector token_vector() {
   return {thread / (kStep / 8), 8 * (thread % (kStep / 8)), half == 0, half == kHalves - 1};
 }
 
-// The block starts copying columns [e, e + kStep) of dv, and of dk those from the cursor's column on.
+// The CTA issues cp.async of one step: columns [e, e + kStep) of dv, columns of dk from the cursor's on.
 template <int PW>
 __device__ inline void copy_step(const GradientStage& stage, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
@@ -195,10 +195,11 @@ __device__ inline void copy_step(const GradientStage& stage, const GradientInput
   }
 }
 
-// 2^e, zero where that is less than a float's smallest normal number
+// 2^e; 0 if that is below the smallest normal float.
 __device__ inline float small_power_of_two(int e) { return e < -126 ? 0.f : power_of_two(e); }
 
-// A step's do and X, as this thread copied them, get their units (c: see above).
+// Scales a step's dO and X in shared memory, each thread the elements that it copied; c as in the file's
+// comment.
 template <int PW>
 __device__ inline void scale_step(const GradientStage& stage, const HeadTile& head_tile, const Sizes& size,
                                   int e, int c) {
@@ -217,7 +218,7 @@ __device__ inline void scale_step(const GradientStage& stage, const HeadTile& he
   }
 }
 
-// A warp's accumulators: 16 tokens (rows) against kTokens tokens, or against kColumns columns of dk.
+// A warp's accumulators: 16 tokens (rows) by kTokens tokens, and by kColumns columns of dk.
 template <int PW>
 struct Sm80GradientSums {
   static constexpr int kTokens = kChunk / gradient_n_splits(PW), kColumns = PW / gradient_n_splits(PW);
@@ -226,7 +227,7 @@ struct Sm80GradientSums {
   float d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];  // dO S0^T, X S0^T, E dS^T
 };
 
-// Sum of x y over a lane's share of a 16x16 block.
+// This lane's part of the sum over a 16x16 block of x y; x, y: fp16 fragments.
 __device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t (&y)[4]) {
   float sum = 0.f;
 #pragma unroll
@@ -238,8 +239,8 @@ __device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t 
   return sum;
 }
 
-// One step's products, k = kStep columns of dv; and into states_dot this thread's share of <S0, dS>: of the
-// blocks that all m_tiles read, each takes some. factors: 2^(c - a_j - b_j) of the step's first column on.
+// The products of one step, K = kStep columns of dv; and states_dot += this thread's part of <S0, dS>, whose
+// blocks are divided among the m-tiles. factors: 2^(c - a_j - b_j) from the step's first column on.
 template <int PW>
 __device__ inline void add_step(Sm80GradientSums<PW>& sums, float& states_dot, const GradientStage& stage,
                                 const float* factors, int m_tile, int n_split) {
@@ -283,8 +284,7 @@ __device__ inline void add_step(Sm80GradientSums<PW>& sums, float& states_dot, c
   }
 }
 
-// Sums of one value head that become dg, in shared memory; each entry has one writer. All but the last two
-// are times `scale`.
+// Partial sums of one value head for dg, in shared memory, one writer an entry; rows to writes carry `scale`.
 struct DgSums {
   float* rows;     // sums over j of M_ij (intra_chunk_gradients), [parts][64]
   float* columns;  // sums over i, [4][64] by m_tile
@@ -310,8 +310,8 @@ __device__ inline float sum_of_column(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// The block's power of two, as an exponent, that brings dqk and dkk below 16; beta is at most 2. Every warp
-// leaves its largest products first.
+// Each warp leaves an upper bound on its entries of dqk and dkk (beta <= 2) for scale_exponent_of_block, the
+// exponent of the block's power of two that brings the largest of them into [8, 16).
 template <int PW>
 __device__ inline void leave_largest(const DgSums& dg_sums, const Sm80GradientSums<PW>& sums, float s) {
   float d_oE = 0.f, XE = 0.f;
@@ -329,11 +329,9 @@ __device__ inline int scale_exponent_of_block(const DgSums& dg_sums) {
   return bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
 }
 
-// From dO E^T and X E^T the gradients of q.k and k.k within the chunk, into `score_gradients`: dqk, dkk as
-// fp16 [2][64, kMatrixStride], times scale; the row and column sums of M; dbeta_i = X_i . E_i (null: not
-// wanted).
-//   dqk_ij = s beta_j D_ij (dO_i . E_j), i >= j      dkk_ij = -beta_i beta_j D_ij (X_i . E_j), i > j
-//   M_ij = dqk_ij (q_i . k_j) + dkk_ij (k_i . k_j)
+// (G2) and the sums of M for (G5): from dO E^T and X E^T, dqk and dkk times scale as fp16 [2][64,
+// kMatrixStride] into score_gradients; row and column sums of M into dg_sums; (G1) dbeta_i = X_i . E_i unless
+// dbeta is null.
 template <int PW>
 __device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSums& dg_sums, float* dbeta,
                                              int dbeta_stride, int n, const Sm80GradientSums<PW>& sums,
@@ -394,8 +392,8 @@ __device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSu
   }
 }
 
-// Scales the products with the states by their gates: scale dq into d_oS, scale dk into XS; and their dots
-// with q and k. q, k: fp16, at the pass's first column.
+// Gradients through S_0 and dS_C, the first terms of (G3) and (G4): scales d_oS to scale*dq and XS to
+// scale*dk in place, and leaves q.dq, k.dk for dg. q, k: fp16, at the slice's first column of dk.
 template <int PW>
 __device__ inline void inter_chunk_gradients(Sm80GradientSums<PW>& sums, const DgSums& dg_sums, const act* q,
                                              const act* k, int ld, const float* gates, float s, float scale,
@@ -432,7 +430,8 @@ __device__ inline void inter_chunk_gradients(Sm80GradientSums<PW>& sums, const D
   }
 }
 
-// dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K;  q, k at the pass's first column
+// Intra-chunk terms of (G3) and (G4): dq += dqk K, dk += dqk^T Q + (dkk + dkk^T) K; q, k as above the slice
+// of dk.
 template <int PW>
 __device__ inline void add_intra_chunk_products(Sm80GradientSums<PW>& sums, const __half* score_gradients,
                                                 const act* q, const act* k, int ld, int m_tile, int n_split) {
@@ -470,9 +469,9 @@ __device__ inline void add_intra_chunk_products(Sm80GradientSums<PW>& sums, cons
   }
 }
 
-// dg_t = sum_{i >= t} dG_i, dG_i = rows_i - columns_i + reads_i - writes_i, and at the chunk's end all writes
-// and e^{G_C} <S0, dS>. One warp, two tokens a lane; `add`: onto an earlier pass's columns of dk. All sums
-// but <S0, dS> are times scale; unit takes the result out of it.
+// (G5) by one warp, two tokens a lane: dg_t = sum_{i >= t} dG_i, dG_i = rows_i - columns_i + reads_i -
+// writes_i, plus all writes and e^{G_C} <S0, dS> at the chunk's end. `add`: adds to the result of an earlier
+// slice of dk. All sums but <S0, dS> carry scale; unit removes it.
 template <int PW>
 __device__ inline void finish_dg(float* dg, int stride, int n, const DgSums& dg_sums, float end_decay,
                                  float scale, float unit, bool add) {
@@ -510,7 +509,8 @@ __device__ inline void finish_dg(float* dg, int stride, int n, const DgSums& dg_
   }
 }
 
-// group_sums [tiles][4][threads] = or += x, and x becomes the sum
+// Adds x to group_sums [tiles][4][threads], the sums over the value heads of a group (or starts them with x),
+// and returns the sum in x.
 template <int Tiles>
 __device__ inline void accumulate_over_group(float* group_sums, float (&x)[Tiles][4], bool first) {
 #pragma unroll
@@ -531,7 +531,7 @@ __device__ inline void scale_tiles(float (&x)[Tiles][4], float factor) {
     for (int e = 0; e < 4; e++) x[t][e] *= factor;
 }
 
-// Writes a warp's rows [16 tokens, 8 Tiles] to `to`, row g at the m_tile's first token.
+// Stores a warp's rows [16 tokens, 8 Tiles] as bf16 to `to`, row g at the m-tile's first token.
 template <int Tiles>
 __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int valid_columns,
                                   const float (&x)[Tiles][4]) {
@@ -546,18 +546,13 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
     }
 }
 
-// Blocks take work_tiles, a chunk of a key head of a sequence, gridDim.x apart; in a work tile the value
-// heads that share the key head in order, dk in passes of PW columns. The next steps' inputs, over the ends
-// of head_tiles and work_tiles, arrive meanwhile. With X, E, S0, dS as the passes left them:
-//   dqk = s (dO E^T) diag(beta) . D      dkk = -diag(beta) (X E^T) diag(beta) . D, strictly lower
-//   dq = s e^G dO S0^T + dqk K
-//   dk = -beta e^G X S0^T + e^{G_C - G} beta E dS^T + dqk^T Q + (dkk + dkk^T) K
-//   dbeta_i = X_i . E_i                                   dg: finish_dg
+// (G1)-(G5) for work tiles, a chunk of a key head of a sequence each. Persistent: a CTA takes tiles gridDim.x
+// apart; loads of the next steps cross the boundaries of head tiles and work tiles.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10 GB:
-// 0.302 ms at the copy rate; 71 GFLOP. Reached on an H100: 0.509 ms, 59%: issue slots 43%, a quarter of
-// the instructions in what follows the last step of a work tile. There delta_rule_gradients_wgmma.cuh takes
-// its place but where dv is no multiple of 64, or value heads share key heads of more than 128 columns.
+// Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10
+// GB; 71 GFLOP. H100: 0.509 ms (dev/results/2026-11-26_h100): issue slots 43%, a quarter of the instructions
+// after a work tile's last step. On Hopper it runs where gradients_sm90_kernel does not: dv no multiple of
+// 64, or shared key heads with dk > 128.
 template <int PW>
 __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int work_tiles,

@@ -1,25 +1,22 @@
-// The gated delta rule, last kernel of the backward on Hopper (sm_90a): the same equations, units, operands
-// and results as gradients_kernel (delta_rule_gradients.cuh), which runs everywhere else, on warpgroup
-// products and bulk tensor copies. For dv a multiple of 64 and, where value heads share key heads, dk <= 128.
+// Gradients of q, k, beta and g on Hopper (wgmma, TMA; sm_90a): (G1)-(G5) of dev/doc/delta_rule.md, with the
+// scale factors of the mma.sync kernel (sm80/gradients.cuh). For dv a multiple of 64 and, where value heads
+// share key heads, dk <= 128.
 //
-// A block has two warpgroups that compute and one warp that copies. One thread of the latter sends for tiles
-// of [64, 64], in the layout that products read (delta_rule_wgmma.cuh: 128-byte swizzle), as far ahead
-// as there is room; the copy engine finds the addresses, writes zeros past the ends of tokens and columns,
-// and tells a barrier in shared memory that a step has arrived. Another barrier tells the copying thread that
-// the warpgroups are done with it.
+// Warp specialization: two consumer warpgroups and one producer warp. One elected producer thread issues TMA
+// loads of [64,64] tiles (128-byte swizzle) into a ring of kStages stages with full/empty mbarriers. TMA
+// zero-fills rows past the last token and columns past dk.
 //
-// Both warpgroups have all 64 tokens and half of dk's columns; besides, the first has dO E^T, q k^T and dqk,
-// the second X E^T, k k^T and dkk. Operands that need their units (do, X, E) are A operands, which pass
-// through registers anyway; E of other tokens, S0 and dS are B operands as they arrive.
+// Both consumers have all 64 tokens and half of dk's columns; besides, warpgroup 0 computes dO E^T, q k^T and
+// dqk, warpgroup 1 X E^T, k k^T and dkk. Operands that have to be scaled (dO, X, E) are A operands and pass
+// through registers; E of the other tokens, S0 and dS are B operands and are used as they arrive.
 //
-// Beyond 128 columns of dk the accumulators do not fit, and a second pass over do, E and X takes the rest of
-// dk (with its share of dO E^T and X E^T again, which tensor cores have time for). dqk and dkk are the first
-// one's; the sums that become dg go on. S0 and dS, which nobody reads again, are the first to leave the L2
-// cache, so that it still has do, E and X.
+// Beyond 128 columns of dk the accumulators do not fit: the columns of dk are done in two slices, the second
+// of which reads dO, E and X again (and computes its share of dO E^T and X E^T again, for which tensor cores
+// have time). dqk and dkk are the first slice's; the sums for dg continue. S0 and dS, read once, are loaded
+// with the L2 policy evict_first, so that dO, E and X stay in the L2 cache.
 //
-// q and k arrive while the last steps of a work tile before run and are converted when they are first
-// needed, at the work_tile's first epilogue; after its last, dq and dk lie in their place and a bulk copy
-// writes them out.
+// q and k arrive during the last steps of the previous work tile and are converted to fp16 at the tile's
+// first epilogue; after its last, dq and dk replace them in shared memory and TMA stores write them out.
 #pragma once
 
 #include <cuda.h>
@@ -30,7 +27,7 @@
 namespace gdn {
 namespace delta_rule {
 
-// ---- barriers in shared memory and bulk copies
+// ---- mbarriers and TMA
 
 __device__ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
@@ -39,13 +36,14 @@ __device__ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
 __device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and the barrier waits for so many bytes of bulk copies.
+// mbarrier.arrive.expect_tx: arrives, and the phase also waits for `bytes` bytes of TMA loads.
 __device__ inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
-// Waits for the end of the barrier's phase of this parity; a fresh barrier has ended one of parity 1.
+// Spins until the mbarrier's phase of this parity has completed; a fresh mbarrier counts parity 1 as
+// completed.
 __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT_%=:\n"
@@ -55,7 +53,7 @@ __device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// `bytes` neighbouring bytes, a multiple of 16, to shared memory.
+// TMA load of `bytes` contiguous bytes (a multiple of 16).
 __device__ inline void tma_load_1d(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -63,13 +61,13 @@ __device__ inline void tma_load_1d(void* to, const void* from, int bytes, uint64
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// What is read once leaves the L2 cache first.
+// L2 cache policy evict_first, for data that is read once.
 __device__ inline uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// A tile of the tensor (columns, rows, matrix) to shared memory.
+// TMA load of a box of a 3D tensor (columns, rows, matrix), with an L2 policy.
 __device__ inline void tma_load_3d(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
                                    uint64_t* barrier, uint64_t policy) {
   asm volatile(
@@ -78,7 +76,7 @@ __device__ inline void tma_load_3d(void* to, const CUtensorMap* tensor, int colu
       "l"(tensor), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// A tile of the tensor (columns, head, token, sequence): 64 columns of 64 tokens.
+// TMA load of a box of a 4D tensor (columns, head, token, sequence): 64 columns of 64 tokens.
 __device__ inline void tma_load_4d(void* to, const CUtensorMap* tensor, int column, int head, int token,
                                    int sequence, uint64_t* barrier) {
   asm volatile(
@@ -95,14 +93,14 @@ __device__ inline void tma_store_4d(const CUtensorMap* tensor, int column, int h
       "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(from))
       : "memory");
 }
-// Waits until this thread's bulk stores have read shared memory.
+// Commits this thread's TMA stores and waits until they have read shared memory.
 __device__ inline void tma_store_wait_read() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 #define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 
-// d [64,64] += a b, or = a b where not `add`; a from shared memory too: kMajorK [m][k], kMajorMN [k][m]
+// d [64,64] = a b + (add ? d : 0), fp16, a and b in shared memory; a: kMajorK [m][k], kMajorMN [k][m].
 template <Major kA, Major kB>
 __device__ inline void wgmma_64_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
   asm volatile(
@@ -114,7 +112,7 @@ __device__ inline void wgmma_64_shared(float (*d)[4], uint64_t a, uint64_t b, in
       : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
       : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
 }
-// d [64,32] the same
+// d [64,32] = a b + (add ? d : 0), fp16, a and b in shared memory.
 template <Major kA, Major kB>
 __device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
   asm volatile(
@@ -128,7 +126,7 @@ __device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, in
 
 #undef GDN_TILE
 
-// A warpgroup's columns of dk, 8 kTiles of them.
+// wgmma over a warpgroup's 8 kTiles columns of dk, B MN-major.
 template <int kTiles>
 __device__ inline void wgmma_columns(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, int add) {
   if constexpr (kTiles == 8)
@@ -150,8 +148,8 @@ constexpr int kConsumerThreads = 256, kGradientThreads = kConsumerThreads + 128;
 constexpr int kGradientConsumerRegisters = 240, kGradientProducerRegisters = 24;
 constexpr int kMaxGradientStages = 4;
 
-// Tensors as bulk copies see them: keys and their gradients (columns, heads, tokens, sequences), heads those
-// of q, then k; values the same, value heads; states (dk, dv, chunk).
+// TMA descriptors. keys, d_keys: (columns, heads of q then of k, tokens, sequences); d_o, E, x: (columns,
+// value heads, tokens, sequences); states, d_states: (dk, dv, chunk).
 struct GradientTensors {
   CUtensorMap keys, d_keys, d_o, E, x, states, d_states;
 };
@@ -161,20 +159,20 @@ struct GradientBarriers {
       keys_full, keys_empty;
 };
 
-// What a value head's share of a chunk has besides its steps.
+// Shared-memory buffer of a head tile: a value head's gates and exponents for a chunk.
 struct HeadTileBuffer {
   float gates[kGates];
   int exponents[kMaxColumnGroups], d_exponents[kMaxColumnGroups];
 };
 
-// Sums that become dg (DgSums says which), one writer each.
+// Partial sums for dg, as in DgSums; one writer an entry.
 struct DgSumsSm90 {
   float rows[2][kChunk], columns[8][kChunk], reads[2][kChunk], writes[2][kChunk];
   float states[8], largest[8];
 };
 
-// The sums' range, a power of two that brings the largest entry of dO E^T and X E^T to 8, and what takes the
-// results out of it and of the products' unit 2^c.
+// scale: the power of two that brings the largest entry of dO E^T and X E^T into [8, 16). result: removes it
+// and the products' 2^c from a result.
 struct SumScales {
   float scale, result;
   __device__ SumScales(const DgSumsSm90& dg_sums, int c) {
@@ -185,7 +183,7 @@ struct SumScales {
   }
 };
 
-// kTiles: of 64 columns of dk, at most two in a pass. kGrouped: value heads share key heads.
+// kTiles: number of 64-column tiles of dk, at most two in a slice. kGrouped: value heads share key heads.
 template <int kTiles, bool kGrouped>
 struct GradientLayout {
   static_assert(kTiles <= 2 || (kTiles == 4 && !kGrouped), "group_sums sums of two passes do not fit");
@@ -194,7 +192,7 @@ struct GradientLayout {
   static constexpr int kStageBytes = (3 + 2 * kPassTiles) * kTileBytes;
   static constexpr int kColumnTiles = 4 * kPassTiles;  // of a warpgroup in a pass
   static constexpr int kKeys = kStages * kStageBytes, kScoreGradients = kKeys + 2 * kTiles * kTileBytes;
-  // Sums over the group's heads, dq and dk: of a thread's accumulator tiles all but one.
+  // Sums of dq and dk over the group's value heads: all of a thread's accumulator tiles but one.
   static constexpr int kGroupSums = kScoreGradients + 2 * kTileBytes;
   static constexpr int kHeadTilesAt =
       kGroupSums + (kGrouped ? (2 * kColumnTiles - 1) * kConsumerThreads * int(sizeof(float4)) : 0);
@@ -204,7 +202,7 @@ struct GradientLayout {
 };
 static_assert(sizeof(HeadTileBuffer) % 16 == 0 && sizeof(DgSumsSm90) % 16 == 0, "aligned as they lie");
 
-// An work_tile: a chunk of a key head.
+// A work tile: a chunk of a key head of a sequence.
 struct WorkTile {
   int chunk, key_head, sequence;
   __device__ WorkTile(int work_tile, const Sizes& size)
@@ -218,7 +216,7 @@ struct GateInputs {
   const int *exponents, *d_exponents;
 };
 
-// One thread: everything the warpgroups read, in their order.
+// Producer, one thread: issues every load in the consumers' order.
 template <int kTiles, bool kGrouped>
 __device__ inline void gradients_producer_loop(unsigned char* shared, GradientBarriers& barriers,
                                                HeadTileBuffer* head_tiles, const GradientTensors& tensors,
@@ -274,13 +272,13 @@ __device__ inline void gradients_producer_loop(unsigned char* shared, GradientBa
   }
 }
 
-// The threads that compute wait for each other.
+// Named barrier 1 of the two consumer warpgroups.
 __device__ inline void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
 }
 
-// Byte offset of this lane's row in the warp's 16 rows of a tile, and of the i-th 16 columns there: for
-// ldmatrix an A operand, for stmatrix what `operand` packs.
+// Byte offset of this lane's row in the m-tile's 16 rows of a swizzled tile, plus the i-th 16 columns:
+// address for ldmatrix of an A fragment, and for stmatrix of a packed one.
 struct LaneRow {
   int row, half, swizzle;
   __device__ explicit LaneRow(int m_tile)
@@ -298,7 +296,7 @@ __device__ inline void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
 #endif
 }
 
-// A thread's accumulators: `scores` is dO E^T or X E^T.
+// A consumer thread's accumulators. scores: dO E^T in warpgroup 0, X E^T in warpgroup 1.
 template <int kColumnTiles>
 struct Sm90GradientSums {
   float scores[8][4], d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];
@@ -310,20 +308,20 @@ __device__ inline void wgmma_fence_operand(Sm90GradientSums<kColumnTiles>& sums)
       wgmma_fence_operand(sums.EdS);
 }
 
-// Eight products of 16-bit words' halves.
+// Dot product of two vectors of eight fp16.
 __device__ inline float dot_of_vectors(const uint4& x, const uint4& y) {
   return dot_of_fragments({x.x, x.y, x.z, x.w}, {y.x, y.y, y.z, y.w});
 }
 
-// One step's products and this thread's share of <S0, dS>. The units' powers of two, of the column group of
-// this lane: d_o_unit, x_unit. kTiles: of the pass.
+// The wgmma of one step (64 columns of dv) and this thread's part of <S0, dS>. d_o_unit, x_unit: scale
+// factors of column group `lane`, broadcast by shuffles. kTiles: of the slice of dk.
 template <int kTiles>
 __device__ inline void add_step(Sm90GradientSums<4 * kTiles>& sums, float& states_dot,
                                 const unsigned char* stage, const LaneRow& lane_row, int warpgroup,
                                 int column_group, float d_o_unit, float x_unit) {
   const uint32_t d_o_at = shared_address(stage);
   const unsigned char* states = stage + 3 * kTileBytes;
-  // kTiles 2: a tile is a warpgroup's; 1: half of it, four vectors
+  // kTiles 2: a tile per warpgroup; 1: half a tile, four 16-byte vectors
   const uint64_t own = kTiles == 2 ? warpgroup * kNextTile : warpgroup * 4;
   const uint64_t E = make_smem_desc(stage + kTileBytes), s = make_smem_desc(states) + own;
   const uint64_t ds = s + kTiles * kNextTile;
@@ -360,7 +358,8 @@ __device__ inline void add_step(Sm90GradientSums<4 * kTiles>& sums, float& state
     wgmma_columns(sums.EdS, e[i], ds + i * kRows16, add);
     wgmma_commit_group();
   }
-  // A thread takes vectors kConsumerThreads apart: of rows in column groups warpgroup and warpgroup + 2.
+  // A thread takes vectors kConsumerThreads apart: their rows are in column groups warpgroup and warpgroup +
+  // 2.
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; i++) {
     const unsigned char* at = states + 16 * (threadIdx.x + i * kConsumerThreads);
@@ -373,7 +372,7 @@ __device__ inline void add_step(Sm90GradientSums<4 * kTiles>& sums, float& state
       wgmma_fence_operand(score_fragments);
 }
 
-// This thread's part of q and k becomes fp16.
+// Converts q and k to fp16 in place, each thread a part.
 template <int kTiles>
 __device__ inline void keys_to_fp16(unsigned char* keys) {
 #pragma unroll
@@ -382,7 +381,8 @@ __device__ inline void keys_to_fp16(unsigned char* keys) {
   fence_proxy_async();
 }
 
-// A warpgroup's columns of q and k, and of dq and dk in their place, in a pass: a tile, or half of one.
+// A warpgroup's columns of q and k, which dq and dk replace at the end, in a slice of dk: a tile, or half of
+// one.
 template <int kTiles, int kPassTiles>
 struct OwnColumns {
   unsigned char *q, *k;  // tiles
@@ -396,8 +396,8 @@ struct OwnColumns {
   }
 };
 
-// As the function of that name for the mma.sync kernel: scale dq into d_oS, scale dk into XS, and their dots.
-// `more`: the dots are added to an earlier pass's.
+// Gradients through S_0 and dS_C, the first terms of (G3) and (G4): scales d_oS to scale*dq and XS to
+// scale*dk in place, and leaves q.dq, k.dk for dg. `more`: adds them to those of an earlier slice of dk.
 template <int kTiles, int kPassTiles>
 __device__ inline void inter_chunk_gradients(Sm90GradientSums<4 * kPassTiles>& sums, DgSumsSm90& dg_sums,
                                              const OwnColumns<kTiles, kPassTiles>& own,
@@ -448,7 +448,7 @@ __device__ inline void inter_chunk_gradients(Sm90GradientSums<4 * kPassTiles>& s
   }
 }
 
-// Each of two lanes kHalf * 2 apart keeps the sums of one half of x.
+// Halves the number of sums per lane: lanes 2 kHalf apart exchange, each keeps one half of x.
 template <int kHalf>
 __device__ inline void add_halves(float (&x)[16]) {
   const bool upper = threadIdx.x & (2 * kHalf);
@@ -458,7 +458,7 @@ __device__ inline void add_halves(float (&x)[16]) {
     x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, 2 * kHalf);
   }
 }
-// Over the eight lanes 4 g + c of each c: lane 4 g + c ends with the sums of x[2 g] and x[2 g + 1].
+// Sums over the eight lanes 4 g + c of each c: lane 4 g + c returns the sums of x[2 g] and x[2 g + 1].
 __device__ inline float2 sums_of_columns(float (&x)[16]) {
   add_halves<8>(x);
   add_halves<4>(x);
@@ -466,9 +466,9 @@ __device__ inline float2 sums_of_columns(float (&x)[16]) {
   return make_float2(x[0], x[1]);
 }
 
-// From dO E^T and q k^T, or X E^T and k k^T: scale dqk or scale dkk into `scores`, where only blocks on and
-// below the diagonal are ever written; the sums of M, which leave out i = j: there a row's and a column's
-// share of dG cancel.
+// (G1), (G2) and the sums of M for (G5). Warpgroup 0, from dO E^T and q k^T: scale*dqk. Warpgroup 1, from X
+// E^T and k k^T: scale*dkk, dbeta. Stored to score_gradient, blocks on and below the diagonal only. The sums
+// of M leave out i = j, where the row's and the column's share of dG cancel.
 template <int kColumnTiles>
 __device__ inline void intra_chunk_gradients(unsigned char* score_gradient, DgSumsSm90& dg_sums, float* dbeta,
                                              int dbeta_stride, int n,
@@ -517,7 +517,8 @@ __device__ inline void intra_chunk_gradients(unsigned char* score_gradient, DgSu
   }
 }
 
-// Starts dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K, a warpgroup's columns
+// Issues the intra-chunk terms of (G3) and (G4), a warpgroup's columns: dq += dqk K, dk += dqk^T Q + (dkk +
+// dkk^T) K.
 template <int kTiles, int kPassTiles>
 __device__ inline void start_intra_chunk_products(Sm90GradientSums<4 * kPassTiles>& sums,
                                                   const unsigned char* score_gradients,
@@ -536,8 +537,8 @@ __device__ inline void start_intra_chunk_products(Sm90GradientSums<4 * kPassTile
   wgmma_commit_group();
 }
 
-// dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i) + sum_{j < t} writes_j. One warp, two
-// tokens a lane. All sums but <S0, dS> are times scale; unit takes the result out of it.
+// (G5) by one warp, two tokens a lane: dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i)
+// + sum_{j < t} writes_j. All sums but <S0, dS> carry scale; unit removes it.
 __device__ inline void finish_dg(float* dg, int stride, int n, const DgSumsSm90& dg_sums, float end_decay,
                                  float scale, float unit) {
   const int lane = threadIdx.x % 32;
@@ -608,12 +609,11 @@ __device__ inline void stage_columns(unsigned char* tile, const LaneRow& lane_ro
   }
 }
 
-// What gradients_kernel computes and writes. Blocks take work_tiles gridDim.x apart.
+// (G1)-(G5) for work tiles; persistent, a CTA takes tiles gridDim.x apart.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: as gradients_kernel's, 0.302 ms at the copy rate. Reached on an
-// H100: 0.328 ms, 92%; of 16/32 heads of 128 91%, at (64, 128) 83%, at (32, 64), where a work tile is a
-// single step and its epilogue, 44%. At (256, 512), where do, E and X are read twice, 81% (76% where S0 and
-// dS stay in the L2 cache like all else; dev/bench_delta_rule, dev/results/2026-11-27_h100).
+// Lower bound: see gradients_kernel. H200 (dev/results/2026-11-29_h200_third): 0.255 ms at B=32, T=1024, H=6,
+// (128, 256); 0.968 with 16/32 heads of 128, B=8, T=4096. At (32, 64) a work tile is a single step and its
+// epilogue: 0.112 ms.
 template <int kTiles, bool kGrouped>
 __global__ void __launch_bounds__(kGradientThreads, 1)
     gradients_sm90_kernel(const __grid_constant__ GradientTensors tensors, float* dg, float* dbeta,
@@ -763,8 +763,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 
 // ---- launching
 
-// The tensor of 16-bit numbers with these sizes, columns first, and strides, in numbers, of all but the
-// columns; copied in boxes of 64 columns and 64 in dimension `rows`, swizzled.
+// TMA descriptor of a tensor of 16-bit elements: sizes, columns first; strides, in elements, of all
+// dimensions but the columns. Boxes have 64 columns and 64 in dimension `rows`, 128-byte swizzle.
 template <int kRank>
 CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
                        int rows) {
@@ -800,7 +800,7 @@ CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int6
   return map;
 }
 
-// Whether gradients_sm90_kernel takes these sizes.
+// True if gradients_sm90_kernel supports these head sizes.
 inline bool has_sm90_gradients(const MixerShape& shape) {
   const int widest = shape.heads_v > shape.heads_k ? 128 : 256;
   return shape.head_dim_k <= widest && shape.head_dim_v % 64 == 0;

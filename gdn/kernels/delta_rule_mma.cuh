@@ -267,22 +267,22 @@ __device__ inline void cp_async_wait_all_but_one() { asm volatile("cp.async.wait
 
 // ---- named barriers among `threads` threads of the block; id 0 is __syncthreads
 
-__device__ inline void named_barrier_sync(int meeting, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
+__device__ inline void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 // bar.red.or: named barrier that returns the OR of x over its threads.
-__device__ inline bool named_barrier_any(int meeting, int threads, bool x) {
+__device__ inline bool named_barrier_any(int id, int threads, bool x) {
   int any;
   asm volatile(
       "{\n.reg .pred p, q;\nsetp.ne.s32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.s32 %0, 1, 0, q;\n}\n"
       : "=r"(any)
-      : "r"(meeting), "r"(threads), "r"(int(x))
+      : "r"(id), "r"(threads), "r"(int(x))
       : "memory");
   return any;
 }
 // bar.arrive: signals the barrier, does not wait.
-__device__ inline void named_barrier_arrive(int meeting, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(meeting), "r"(threads) : "memory");
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Advances a pointer by `rows` rows of `stride` elements; one instruction where `rows` is a constant.

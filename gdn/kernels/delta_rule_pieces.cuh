@@ -3,7 +3,8 @@
 //
 // Over a split the state is S_end = M S_start + B (dev/doc/delta_rule.md, splits): M [dk,dk] is the
 // transition matrix, B the final state for S_start = 0.
-//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last, as the
+//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last, as
+//   the
 //      final state for S_start = I and v = 0
 //   2. merge_splits_kernel: the initial states of all splits, one after another
 //   3. the pass itself, each split from its initial state
@@ -13,8 +14,8 @@
 //
 // Where the number of CTAs and not bytes is the limit, step 3 takes 1 / n of the unsplit pass's time, and
 // step 1 as long for B and dk / dv of that for M, or less, as it writes nothing. H200, one sequence of 32768,
-// 6 heads (dev/results/2026-11-29_h200_third): (128, 256), 5 splits, steps 1 to 3 take 0.168 + 0.026 + 0.249
-// ms, unsplit 1.212; (32, 64), 43 splits, 0.046 + 0.023 + 0.054 ms, unsplit 1.163.
+// 6 heads, (128, 256), 5 splits: steps 1 to 3 take 0.168 + 0.026 + 0.249 ms, the unsplit pass 1.212
+// (dev/results/2026-11-29_h200_third).
 #pragma once
 
 #include "delta_rule_prepare.cuh"
