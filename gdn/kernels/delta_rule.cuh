@@ -4,11 +4,11 @@
 // little range.
 //
 // Four kernels, cut where the parallelism changes:
-//   kernel                computes   writes          one CTA each                   fla's kernels
-//   prepare_kernel        (1)-(3)    N, P, gates     chunk, value head, sequence    scaled_dot_kkt,
-//   solve_tril forward_pass_kernel   (F1)-(F4)  o, S_0, E       dv slice, head, sequence       fwd_h, fwd_o
-//   backward_pass_kernel  (B1)-(B3)  dv, dS_C, X     the same, chunks in reverse    bwd_dv_local, bwd_dhu
-//   gradients_kernel      (G1)-(G5)  dq dk dg dbeta  chunk, key head, sequence      bwd_dqkwg, bwd_wy_repr
+//   kernel                computes   writes          one CTA each                 fla's kernels
+//   prepare_kernel        (1)-(3)    N, P, gates     chunk, value head, sequence  kkt, solve_tril
+//   forward_pass_kernel   (F1)-(F4)  o, S_0, E       dv slice, head, sequence     fwd_h, fwd_o
+//   backward_pass_kernel  (B1)-(B3)  dv, dS_C, X     the same, chunks in reverse  bwd_dv_local, bwd_dhu
+//   gradients_kernel      (G1)-(G5)  dq dk dg dbeta  chunk, key head, sequence    bwd_dqkwg, bwd_wy
 // On Hopper prepare_sm90_kernel, *_pass_sm90_kernel and, for most head sizes, gradients_sm90_kernel take
 // their places (wgmma, TMA); elsewhere all run on mma.sync. Where a pass has fewer CTAs than the GPU holds,
 // sequences are split (splits.cuh). The state and its gradient stay in fp32 registers for the whole sequence
