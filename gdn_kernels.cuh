@@ -172,7 +172,7 @@ void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_dev
 #include "dev/readable/layers.cuh"
 #else
 #include "gdn/kernels/classifier.cuh"
-#include "gdn/kernels/delta_rule.cuh"
+#include "gdn/kernels/delta_rule/delta_rule.cuh"
 #include "gdn/kernels/embedding.cuh"
 #include "gdn/kernels/initial_values.cuh"
 #include "gdn/kernels/linear.cuh"

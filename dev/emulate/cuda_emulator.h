@@ -1,11 +1,10 @@
-// What the kernels of the gated delta rule need of CUDA, on a CPU: run.py compiles them with this header in place of
-// gdn/cuda_device.cuh, and with these functions in place of their assembly. A thread is a fiber, a block's threads take
-// turns, and change places where they wait for each other or exchange registers. Blocks run one after another.
+// CUDA on a CPU, as far as the kernels of the gated delta rule need it (ptx_emulated.h has the instructions). A thread
+// is a fiber; the threads of a block take turns and switch where they wait for each other or exchange registers. Blocks
+// run one after another.
 //
-// It shows what a kernel computes, on machines without a GPU, and not its speed. Copies to shared memory and products
-// of a warpgroup, which a GPU does some time between their start and the wait for them, are done at once, or, if
-// `late`, at the wait, of what registers and memory hold then. Which warp goes on is decided against the kernel
-// (run_block). So a missing wait or barrier mostly shows, in one of the two.
+// It shows what a kernel computes, on machines without a GPU, not its speed. Asynchronous work (cp.async, TMA, wgmma)
+// is done at once, or, if `late`, at the wait, with what registers and memory hold then. Which warp goes on is decided
+// against the kernel (run_block). So a missing wait or barrier mostly shows in one of the two.
 #pragma once
 
 #include <setjmp.h>
@@ -18,17 +17,19 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
-#include "shapes.h"
+#include "../../gdn/shapes.h"
 
 #define __device__
 #define __host__
 #define __global__
 #define __shared__
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
 #define __CUDA_ARCH__ 800
@@ -163,7 +164,7 @@ struct Fiber {
   jmp_buf at;
   std::vector<char> stack;
   bool begun, done;
-  Pending copies, products;
+  Pending copies, products, stores;
 };
 inline std::vector<Fiber> fibers;
 inline int current;
@@ -192,7 +193,7 @@ inline void resume(int i) {
 struct Barrier {
   int size, count, generation;
 };
-inline Barrier block_barrier, warp_barriers[32], meetings[16];
+inline Barrier block_barrier, warp_barriers[32], named_barriers[16];
 inline int64_t steps;                   // threads that ended and barriers that were passed
 inline bool arrive(Barrier& barrier) {  // whether the last
   if (++barrier.count < barrier.size) return false;
@@ -207,17 +208,17 @@ inline void wait(Barrier& barrier) {
     while (barrier.generation == generation) yield();
 }
 // Of `threads` of the block's: bar.sync, bar.arrive
-inline Barrier& meeting(int which, int threads) {
-  Barrier& barrier = meetings[which];
-  if (barrier.count > 0 && barrier.size != threads) throw std::logic_error("a meeting of two sizes");
+inline Barrier& named_barrier(int which, int threads) {
+  Barrier& barrier = named_barriers[which];
+  if (barrier.count > 0 && barrier.size != threads) throw std::logic_error("a named barrier with two numbers of threads");
   barrier.size = threads;
   return barrier;
 }
 
-// bar.red.or: each meeting clears what the one after the next will hold, when nobody reads it any more.
+// bar.red.or: each phase clears the flag of the phase after the next, when nobody reads it any more.
 inline bool any_of(int which, int threads, bool x) {
   static bool any[16][4];
-  Barrier& barrier = meeting(which, threads);
+  Barrier& barrier = named_barrier(which, threads);
   const int now = barrier.generation % 4;
   any[which][(now + 2) % 4] = false;
   any[which][now] |= x;
@@ -225,17 +226,66 @@ inline bool any_of(int which, int threads, bool x) {
   return any[which][now];
 }
 
+// An mbarrier and the TMA loads it waits for, by its address.
+struct MBarrier {
+  int arrivals, missing, bytes, parity;  // of the current phase: arrivals that are missing, bytes still to come
+  std::deque<std::function<void()>> loads;
+};
+inline std::map<const uint64_t*, MBarrier> mbarriers;
+inline MBarrier& mbarrier(const uint64_t* at) {
+  const auto found = mbarriers.find(at);
+  if (found == mbarriers.end()) throw std::logic_error("an mbarrier that was not initialised");
+  return found->second;
+}
+inline void complete(MBarrier& barrier) {
+  if (barrier.missing != 0 || barrier.bytes != 0) return;
+  barrier.missing = barrier.arrivals;
+  barrier.parity ^= 1;
+  steps++;
+}
+inline void arrive(MBarrier& barrier, int bytes) {
+  if (barrier.missing == 0) throw std::logic_error("an arrival too many at an mbarrier");
+  barrier.missing--;
+  barrier.bytes += bytes;
+  complete(barrier);
+}
+inline void load(const uint64_t* at, int bytes, const std::function<void()>& copy) {
+  MBarrier& barrier = mbarrier(at);
+  const auto arrived = [&barrier, bytes, copy] {
+    copy();
+    barrier.bytes -= bytes;
+    complete(barrier);
+  };
+  if (late)
+    barrier.loads.push_back(arrived);
+  else
+    arrived();
+}
+inline void wait(const uint64_t* at, int parity) {
+  MBarrier& barrier = mbarrier(at);
+  while (barrier.parity == parity) {
+    if (barrier.missing == 0 && !barrier.loads.empty()) {
+      const auto next = barrier.loads.front();
+      barrier.loads.pop_front();
+      next();
+    } else {
+      yield();
+    }
+  }
+}
+
 inline void run_block(int threads, const std::function<void()>& call) {
   kernel = call;
+  mbarriers.clear();
   blockDim.x = unsigned(threads);
   block_barrier = {threads, 0, 0};
   for (Barrier& barrier : warp_barriers) barrier = {32, 0, 0};
-  for (Barrier& barrier : meetings) barrier = {0, 0, 0};
+  for (Barrier& barrier : named_barriers) barrier = {0, 0, 0};
   fibers.resize(size_t(threads));
   for (Fiber& fiber : fibers) {
     fiber.stack.resize(1 << 17);
     fiber.begun = fiber.done = false;
-    fiber.copies = fiber.products = {};
+    fiber.copies = fiber.products = fiber.stores = {};
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.data();
     fiber.start.uc_stack.ss_size = fiber.stack.size();
@@ -267,10 +317,12 @@ inline void run_block(int threads, const std::function<void()>& call) {
     if (stuck > 1000) throw std::logic_error("all threads wait");
   }
   for (const Fiber& fiber : fibers)
-    if (!fiber.copies.work.empty() || !fiber.products.work.empty())
+    if (!fiber.copies.work.empty() || !fiber.products.work.empty() || !fiber.stores.work.empty())
       throw std::logic_error("copies or products that nobody waited for");
-  for (const Barrier& barrier : meetings)
-    if (barrier.count != 0) throw std::logic_error("a meeting that did not take place");
+  for (const auto& [at, barrier] : mbarriers)
+    if (!barrier.loads.empty() || barrier.bytes != 0) throw std::logic_error("TMA loads that nobody waited for");
+  for (const Barrier& barrier : named_barriers)
+    if (barrier.count != 0) throw std::logic_error("a named barrier that never completed");
 }
 
 // kernel<<<grid, threads>>>
@@ -348,137 +400,6 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   return largest;
 }
 inline bool __any_sync(unsigned mask, bool x) { return __reduce_max_sync(mask, x) != 0; }
-
-// ---- in place of the kernels' assembly
-
-namespace emulator {
-
-inline unsigned char* shared_memory;  // the running kernel's; a shared address counts from its start
-
-inline uint32_t address_of(const void* p) {
-  return uint32_t(static_cast<const unsigned char*>(p) - shared_memory);
-}
-inline uint16_t load_16_bits(uint32_t address) {
-  uint16_t x;
-  std::memcpy(&x, shared_memory + address, 2);
-  return x;
-}
-inline float number(uint16_t x, bool fp16) { return fp16 ? __half2float({x}) : __bfloat162float({x}); }
-inline uint16_t half_of(uint32_t word, int which) { return uint16_t(word >> 16 * which); }
-
-inline Pending& copies() { return fibers[size_t(current)].copies; }
-inline Pending& products() { return fibers[size_t(current)].products; }
-inline void copy(void* to, const void* from, size_t bytes, bool valid) {
-  copies().add([=] {
-    if (valid)
-      std::memcpy(to, from, bytes);
-    else
-      std::memset(to, 0, bytes);
-  });
-}
-// cp.async.wait_all: of those in no group, too
-inline void cp_async_wait_all() {
-  copies().close();
-  copies().do_all_but(0);
-}
-
-inline void ldmatrix(uint32_t (&r)[4], uint32_t address, bool transposed) {
-  const Words* all = warp_share({address});
-  const int g = int(threadIdx.x % 32 / 4), c = int(threadIdx.x % 4);
-  for (int i = 0; i < 4; i++) {
-    uint16_t x[2];
-    for (int e = 0; e < 2; e++)
-      x[e] = transposed ? load_16_bits(all[8 * i + 2 * c + e][0] + 2 * uint32_t(g))
-                        : load_16_bits(all[8 * i + g][0] + 2 * uint32_t(2 * c + e));
-    r[i] = x[0] | uint32_t(x[1]) << 16;
-  }
-  warp_read();
-}
-
-inline uint32_t transpose_8x8(uint32_t word) {
-  const Words* all = warp_share({word});
-  const int g = int(threadIdx.x % 32 / 4), c = int(threadIdx.x % 4);
-  uint32_t out = 0;
-  for (int e = 0; e < 2; e++) out |= uint32_t(half_of(all[4 * (2 * c + e) + g / 2][0], g % 2)) << 16 * e;
-  warp_read();
-  return out;
-}
-
-// A [16,16] of all lanes' operands, row g of this lane and row g + 8
-inline void rows_of_a(float (&a)[2][16], const Words* all, bool fp16) {
-  const int g = int(threadIdx.x % 32 / 4);
-  for (int c = 0; c < 4; c++)
-    for (int i = 0; i < 4; i++)
-      for (int e = 0; e < 2; e++)
-        a[i % 2][2 * c + e + 8 * (i / 2)] = number(half_of(all[4 * g + c][size_t(i)], e), fp16);
-}
-
-// c [16,8] += a b, as mma.m16n8k16 (delta_rule_mma.cuh)
-inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bool fp16) {
-  const Words* all = warp_share({a[0], a[1], a[2], a[3], b0, b1});
-  float rows[2][16];
-  rows_of_a(rows, all, fp16);
-  for (int e = 0; e < 4; e++) {
-    const int column = 2 * int(threadIdx.x % 4) + e % 2;
-    double sum = 0;
-    for (int k = 0; k < 16; k++)
-      sum += double(rows[e / 2][k]) *
-             number(half_of(all[4 * column + k % 8 / 2][size_t(4 + k / 8)], k % 2), fp16);
-    c[e] = float(c[e] + sum);
-  }
-  warp_read();
-}
-
-inline uint32_t swizzled_address(uint64_t descriptor, uint32_t offset) {
-  const uint32_t address = (uint32_t(descriptor & 0x3fff) << 4) + offset;
-  return address ^ (address >> 7 & 7) << 4;
-}
-
-// d [16 rows of this warp, 8 tiles columns] = sign a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
-// in shared memory, 128-byte swizzle; by_n: its rows are k (delta_rule_wgmma.cuh). rows: of a, row g of this lane and row
-// g + 8.
-inline void wgmma_of_rows(float (*d)[4], int tiles, const float (&rows)[2][16], uint64_t b, bool add, bool by_n, int sign,
-                          bool fp16) {
-  for (int t = 0; t < tiles; t++)
-    for (int e = 0; e < 4; e++) {
-      const uint32_t n = 8 * uint32_t(t) + 2 * (threadIdx.x % 4) + uint32_t(e) % 2;
-      double sum = 0;
-      for (uint32_t k = 0; k < 16; k++)
-        sum += double(rows[e / 2][k]) *
-               number(load_16_bits(swizzled_address(b, by_n ? 128 * k + 2 * n : 128 * n + 2 * k)), fp16);
-      d[t][e] = float((add ? d[t][e] : 0) + sign * sum);
-    }
-  warp_read();
-}
-inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n, int sign,
-                      bool fp16) {
-  const Words* all = warp_share({a[0], a[1], a[2], a[3]});
-  float rows[2][16];
-  rows_of_a(rows, all, fp16);
-  wgmma_of_rows(d, tiles, rows, b, add, by_n, sign, fp16);
-}
-// The same, now or late. What d and a name has to be there until the wait.
-inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n, int sign) {
-  const uint32_t(*operand)[4] = &a;
-  products().add([=] { wgmma_now(d, tiles, *operand, b, add, by_n, sign, true); });
-}
-inline void wgmma_bf16(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add) {
-  const uint32_t(*operand)[4] = &a;
-  products().add([=] { wgmma_now(d, tiles, *operand, b, add, false, 1, false); });
-}
-// a [64, 16] in shared memory, too, its rows m.
-inline void wgmma_bf16(float (*d)[4], int tiles, uint64_t a, uint64_t b, bool add) {
-  products().add([=] {
-    float rows[2][16];
-    const uint32_t first = 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
-    for (uint32_t i = 0; i < 32; i++)
-      rows[i / 16][i % 16] =
-          number(load_16_bits(swizzled_address(a, 128 * (first + i / 16 * 8) + 2 * (i % 16))), false);
-    wgmma_of_rows(d, tiles, rows, b, add, false, 1, false);
-  });
-}
-
-}  // namespace emulator
 
 namespace gdn {
 

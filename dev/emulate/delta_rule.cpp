@@ -4,12 +4,14 @@
 #include <limits>
 #include <random>
 
-#include "gdn/cuda_device.cuh"
 #include "gdn/cpu_layers.h"
-#include "gdn/kernels/delta_rule_gradients.cuh"
-#include "gdn/kernels/delta_rule_passes_wgmma.cuh"
+#include "gdn/kernels/delta_rule/sm80/gradients.cuh"
+#include "gdn/kernels/delta_rule/sm80/passes.cuh"
+#include "gdn/kernels/delta_rule/sm90/gradients.cuh"
+#include "gdn/kernels/delta_rule/sm90/passes.cuh"
+#include "gdn/kernels/delta_rule/solve.cuh"
 
-#include "../../gdn/tests/relative_error.h"
+#include "gdn/tests/relative_error.h"
 
 namespace gdn {
 namespace delta_rule {
@@ -117,13 +119,14 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
   std::memset(tiles, 0x7f, sizeof tiles);
   const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(splits.count);
-  emulator::shared_memory = warpgroups ? tiles : shared;
+  emulator::shared_memory = tiles;  // of prepare_kernel
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
     if (warpgroups)
       prepare_sm90_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
     else
       prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
   });
+  emulator::shared_memory = warpgroups ? tiles : shared;
   const int warps = 4, threads = 32 * warps;
   const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)),
                  slices_k = unsigned(divide_up(dk, 16 * warps));

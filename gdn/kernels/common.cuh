@@ -12,6 +12,7 @@
 
 #include "../cuda_device.cuh"
 #include "../shapes.h"
+#include "ptx.cuh"
 
 namespace gdn {
 
@@ -84,19 +85,13 @@ __device__ inline uint32_t pack2(float low, float high) {
   return uint32_t(__bfloat16_as_ushort(pair.x)) | uint32_t(__bfloat16_as_ushort(pair.y)) << 16;
 }
 
-// Sixteen bytes on their way to shared memory, or zeros where `read` is false (`from` is then not read). To
-// be waited for with __pipeline_commit and __pipeline_wait_prior; a thread sees its own without a barrier.
+// cp.async of sixteen bytes, or zeros where `read` is false. To be waited for with __pipeline_commit and
+// __pipeline_wait_prior; a thread sees its own without a barrier.
 __device__ inline void copy16_async(uint4* to, const act* from, bool read) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)), "r"(read ? 16 : 0)
-               : "memory");
+  cp_async_16(to, __cvta_generic_to_global(from), read);
 }
-
-// The same of one number.
 __device__ inline void copy4_async(float* to, const float* from, bool read) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)), "r"(read ? 4 : 0)
-               : "memory");
+  cp_async_4(to, __cvta_generic_to_global(from), read);
 }
 
 // Rounds to nearest even.
@@ -121,19 +116,6 @@ __device__ inline void store8(float* p, const float (&x)[8]) {
 // ---- functions --------------------------------------------------------------------------------------------
 
 constexpr float kLog2e = 1.4426950408889634f;
-
-// 2^x to 2 units in the last place; 0 for -infinity.
-__device__ inline float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // 1 / (1 + e^-x); where e^-x overflows, the reciprocal of infinity is the right answer, 0.
 __device__ inline float fast_sigmoid(float x) { return fast_reciprocal(1 + fast_exp2(-kLog2e * x)); }

@@ -18,7 +18,9 @@
 // (dev/results/2026-11-29_h200_third).
 #pragma once
 
-#include "delta_rule_prepare.cuh"
+#include <algorithm>
+
+#include "sizes.cuh"
 
 namespace gdn {
 namespace delta_rule {
@@ -58,6 +60,7 @@ inline int64_t max_splits(int64_t tokens, int heads, int slices, int resident) {
 }
 
 constexpr int kMergeRows = 8, kMergeThreads = 512;
+
 // Columns of dk that merge_splits_kernel is compiled for: a power of two.
 constexpr int merge_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : DK; }
 
@@ -78,8 +81,8 @@ __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
   struct __align__(4 * kVector) Vector {
     float x[kVector];
   };
-  __shared__ __align__(16) float rows[kMergeRows][kColumns];
-  __shared__ float partial[kMergeRows][kMergeThreads];
+  static __shared__ __align__(16) float rows[kMergeRows][kColumns];
+  static __shared__ float partial[kMergeRows][kMergeThreads];
   const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kMergeRows, dk = size.dk;
   const int part = threadIdx.x / kColumns, column = threadIdx.x % kColumns, begin = part * kEach;
   const int64_t offset = int64_t(first) * dk + column;

@@ -44,73 +44,32 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common.cuh"
-#include "delta_rule_gradients.cuh"
-#include "delta_rule_gradients_wgmma.cuh"
-#include "delta_rule_passes_wgmma.cuh"
+#include "../common.cuh"
+#include "recurrent.cuh"
+#include "sm80/gradients.cuh"
+#include "sm80/passes.cuh"
+#include "sm90/gradients.cuh"
+#include "sm90/passes.cuh"
+#include "solve.cuh"
 
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kRecurrentParts = 8, kRecurrentThreads = 128;
-constexpr int kRecurrentColumns = kRecurrentThreads / kRecurrentParts, kRecurrentRows = 256 / kRecurrentParts;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int kProbeThreads = 128;
+#else
+constexpr int kProbeThreads = 64;
+#endif
 
-// Sum over the eight lanes that share a column of the state.
-__device__ inline float sum_of_parts(float x) {
-  x = sum_of_quad(x);
-  return x + __shfl_xor_sync(~0u, x, 4);
+// Never launched: its launch bound tells which of the build's architectures this GPU runs.
+static __global__ void __launch_bounds__(kProbeThreads) arch_probe_kernel() {}
+
+// True if this GPU runs code compiled for sm_90a.
+inline bool has_wgmma() {
+  cudaFuncAttributes attributes;
+  cuda_check(cudaFuncGetAttributes(&attributes, arch_probe_kernel));
+  return attributes.maxThreadsPerBlock == 128;
 }
-
-// The recurrence of gdn/cpu_delta_rule.h, token by token; state [B,Hv,dk,dv] fp32 in and out. One CTA: 16
-// columns of dv of a value head. Eight lanes share a column of the state, each with every eighth row in
-// registers.
-//
-// Lower bound for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB. H200: 0.035 ms
-// (dev/results/2026-11-29_h200_third).
-static __global__ void __launch_bounds__(kRecurrentThreads)
-    recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
-                     float s) {
-  constexpr int kParts = kRecurrentParts, kRows = kRecurrentRows;
-  __shared__ float q[kParts * kRows], k[kParts * kRows];
-  const int h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), part = threadIdx.x % kParts;
-  const int column = blockIdx.x * kRecurrentColumns + threadIdx.x / kParts;
-  const bool active = column < size.dv;
-  float* column_state = state + (int64_t(b) * size.heads_v + h) * size.dk * size.dv + column;
-  float S[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; i++)
-    S[i] = active && kParts * i + part < size.dk ? column_state[int64_t(kParts * i + part) * size.dv] : 0.f;
-  for (int t = 0; t < size.tokens; t++) {
-    const int64_t row = int64_t(b) * size.tokens + t, gate = row * size.heads_v + h;
-    const act* inputs = qkv + row * size.channels;
-    __syncthreads();
-    for (int i = threadIdx.x; i < kParts * kRows; i += kRecurrentThreads) {
-      q[i] = i < size.dk ? __bfloat162float(inputs[size.q_column(hk) + i]) : 0.f;
-      k[i] = i < size.dk ? __bfloat162float(inputs[size.k_column(hk) + i]) : 0.f;
-    }
-    __syncthreads();
-    const float decay = expf(g[gate]), v = active ? __bfloat162float(inputs[size.v_column(h) + column]) : 0.f;
-    float predicted = 0.f, out = 0.f;
-#pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      S[i] *= decay;
-      predicted += S[i] * k[kParts * i + part];
-    }
-    const float u = beta[gate] * (v - sum_of_parts(predicted));
-#pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      S[i] += k[kParts * i + part] * u;
-      out += S[i] * q[kParts * i + part];
-    }
-    out = s * sum_of_parts(out);
-    if (active && part == 0) o[gate * size.dv + column] = __float2bfloat16_rn(out);
-  }
-#pragma unroll
-  for (int i = 0; i < kRows; i++)
-    if (active && kParts * i + part < size.dk) column_state[int64_t(kParts * i + part) * size.dv] = S[i];
-}
-
-// ---- launching
 
 inline Sizes sizes(const MixerShape& shape) {
   require_head_dims(shape);
@@ -119,55 +78,69 @@ inline Sizes sizes(const MixerShape& shape) {
 }
 
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
 inline size_t chunk_count(const MixerShape& shape) {
   return size_t(shape.batch) * shape.heads_v * shape.chunks();
 }
+
 inline size_t states_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * shape.head_dim_k * shape.head_dim_v * sizeof(__half));
 }
+
 inline size_t values_bytes(const MixerShape& shape) {
   return aligned(size_t(shape.rows()) * shape.value_dim() * sizeof(__half));
 }
+
 inline size_t exponents_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * (shape.head_dim_v / 16) * sizeof(int));
 }
+
 inline size_t matrices_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * 2 * kMatrixElements * sizeof(__half));
 }
+
 inline size_t gates_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * kGates * sizeof(float));
 }
+
 inline size_t pass_bytes(const MixerShape& shape) {
   return states_bytes(shape) + values_bytes(shape) + exponents_bytes(shape);
 }
+
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
 // CTAs of a pass that the GPU holds at once (occupancy x SMs).
 inline int resident_ctas(const Cuda& device, const MixerShape& shape) {
   return device.sm_count * pass_blocks(shape.head_dim_k);
 }
+
 // Splits of a sequence if CTAs of 64 columns of dv leave SMs idle.
 inline Splits choose_splits(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
   return choose_splits(shape.chunks(), blocks, resident_ctas(device, shape));
 }
+
 inline size_t max_splits(const Cuda& device, const MixerShape& shape) {
   const int slices = divide_up(shape.head_dim_v, 64);
   return size_t(max_splits(shape.rows(), shape.heads_v, slices, resident_ctas(device, shape)));
 }
+
 inline size_t boundary_states_bytes(const Cuda& device, const MixerShape& shape) {
   return aligned(max_splits(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
 }
+
 inline size_t transitions_bytes(const Cuda& device, const MixerShape& shape) {
   return aligned(max_splits(device, shape) * 2 * shape.head_dim_k * shape.head_dim_k * sizeof(float));
 }
 
 inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
+
 // Scratch in front of the splits' matrices: what the backward pass leaves, or what a forward that saves
 // nothing needs.
 inline size_t scratch_before_splits(const MixerShape& shape) {
   return std::max(pass_bytes(shape), prepared_bytes(shape));
 }
+
 inline Splits splits_at(const Cuda& device, void* scratch, const MixerShape& shape) {
   Splits splits = choose_splits(device, shape);
   char* transitions = static_cast<char*>(scratch) + scratch_before_splits(shape);
@@ -183,6 +156,7 @@ inline Saved saved_at(void* saved, const MixerShape& shape) {
   return {static_cast<__half*>(saved), reinterpret_cast<__half*>(errors),
           reinterpret_cast<int*>(errors + values_bytes(shape))};
 }
+
 inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
   const Saved at = saved_at(scratch, shape);
   return {at.states, at.E, at.exponents};
@@ -194,6 +168,7 @@ struct Prepared {
   __half* matrices;
   float* gates;
 };
+
 inline Prepared prepared_at(void* saved, void* scratch, const MixerShape& shape) {
   char* at = saved ? static_cast<char*>(saved) + pass_bytes(shape) : static_cast<char*>(scratch);
   return {reinterpret_cast<__half*>(at), reinterpret_cast<float*>(at + matrices_bytes(shape))};
@@ -412,6 +387,80 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
   gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(
       dqkv, dg, dbeta, in, sizes(shape), work_tiles, buffers, s);
   launched("gradients_kernel");
+}
+
+// TMA descriptor of a tensor of 16-bit elements: sizes, columns first; strides, in elements, of all
+// dimensions but the columns. Boxes have 64 columns and 64 in dimension `rows`, 128-byte swizzle.
+template <int kRank>
+CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
+                       int rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
+                                                &found));
+#else
+    cuda_check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
+#endif
+    if (found != cudaDriverEntryPointSuccess)
+      throw std::runtime_error(
+          "the CUDA driver has no cuTensorMapEncodeTiled; expected a driver of 12.0 or newer");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  cuuint64_t size[kRank], stride[kRank - 1];
+  cuuint32_t box[kRank], step[kRank];
+  for (int i = 0; i < kRank; i++) {
+    size[i] = sizes[i];
+    box[i] = i == 0 || i == rows ? 64 : 1;
+    step[i] = 1;
+  }
+  for (int i = 0; i < kRank - 1; i++) stride[i] = strides[i] * sizeof(__half);
+  CUtensorMap map;
+  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(at), size,
+                                 stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(status)) +
+                             " for a tensor of " + std::to_string(sizes[0]) + " columns");
+  return map;
+}
+
+// True if gradients_sm90_kernel supports these head sizes.
+inline bool has_sm90_gradients(const MixerShape& shape) {
+  const int widest = shape.heads_v > shape.heads_k ? 128 : 256;
+  return shape.head_dim_k <= widest && shape.head_dim_v % 64 == 0;
+}
+
+template <int kTiles, bool kGrouped>
+void launch_sm90_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
+                           const MixerShape& shape, const Sizes& size, float s) {
+  const int64_t dk = shape.head_dim_k, dv = shape.head_dim_v, T = shape.tokens, B = shape.batch;
+  const int64_t C = shape.conv_channels(), values = shape.value_dim();
+  const auto keys = [&](const act* at) {
+    return tensor_map<4>(at, {dk, 2 * shape.heads_k, T, B}, {dk, C, T * C}, 2);
+  };
+  const auto value_tensor = [&](const void* at) {
+    return tensor_map<4>(at, {dv, shape.heads_v, T, B}, {dv, values, T * values}, 2);
+  };
+  const auto states = [&](const __half* at) {
+    return tensor_map<3>(at, {dk, dv, B * shape.heads_v * shape.chunks()}, {dk, dk * dv}, 1);
+  };
+  const GradientTensors tensors = {keys(in.qkv),
+                                   keys(dqkv),
+                                   value_tensor(in.d_o),
+                                   value_tensor(in.saved.E),
+                                   value_tensor(in.adjoints.x),
+                                   states(in.saved.states),
+                                   states(in.adjoints.d_states)};
+  const GateInputs gates = {in.gates, in.saved.exponents, in.adjoints.exponents};
+  constexpr int bytes = GradientLayout<kTiles, kGrouped>::kBytes;
+  const auto kernel = gradients_sm90_kernel<kTiles, kGrouped>;
+  allow_shared_bytes(kernel, bytes, "the gated delta rule");
+  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
+  kernel<<<std::min(work_tiles, device.sm_count), kGradientThreads, bytes, device.stream>>>(
+      tensors, dg, dbeta, gates, size, work_tiles, s);
+  launched("gradients_sm90_kernel");
 }
 
 // Slices of dk as wide as shared memory allows.

@@ -9,17 +9,26 @@
 // what is saved. Warps exchange nothing; the warps of a CTA share the loads.
 #pragma once
 
-#include "delta_rule_pieces.cuh"
+#include "../pass_common.cuh"
 
 namespace gdn {
 namespace delta_rule {
+
+// Converts a tile that copy_tile brought from bf16 to fp16 in place: each thread the vectors that it copied
+// itself, after its own cp.async have arrived.
+__device__ inline void convert_own_copies_to_fp16(act* tile, int ld, int columns) {
+  for_each_vector_of_thread(columns, blockDim.x,
+                            [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
+}
 
 constexpr int kMaxPassWarps = 8;
 
 // N and P packed into one tile of 64 rows of five 16x16 blocks: block N_ij at (i, j), block P_ij at (3 - i, 4
 // - i + j), in the half that N's lower triangle leaves free.
 constexpr int kPackedStride = 5 * 16 + 8, kPackedElements = kChunk * kPackedStride;
+
 __device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kPackedStride + j); }
+
 __device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kPackedStride + 4 - i + j); }
 
 // One stage of the cp.async pipeline: a chunk's inputs. `values` is V in the forward and dO in the backward;
@@ -46,12 +55,6 @@ __device__ inline Sm80Stage pass_stage(unsigned char* shared, int index, int war
   stage.gates = reinterpret_cast<float*>(stage.matrices + kPackedElements);
   return stage;
 }
-
-// What a CTA of a pass works on: one sequence and value head, `warps` x 16 columns of dv, the chunks of one
-// split.
-struct PassBlock {
-  int b, h, hk, warps, first_column, split, first_chunk, end_chunk;
-};
 
 // The CTA issues cp.async of N and P: the 16x16 blocks on and below the diagonal (prepare_kernel writes no
 // others).
@@ -145,66 +148,12 @@ __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a
   }
 }
 
-// Packs x, y to T. bf16: times factor, a power of two. fp16: always factor 1, the value is stored with its
-// scale factor.
-__device__ inline uint32_t pack_as(const act*, float x, float y, float factor) {
-  return scale_bf16(pack_bf16(x, y), factor);
-}
-__device__ inline uint32_t pack_as(const __half*, float x, float y, float) { return pack_fp16(x, y); }
-
-// Stages factor * x [16 of dv, 64 tokens], transposed to rows of tokens, as 16-bit T in the warp's own 16
-// columns of a shared tile with row stride ld.
-template <class T>
-__device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4], float factor) {
-  __syncwarp();
-#pragma unroll
-  for (int t = 0; t < 8; t += 2) {
-    uint32_t w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float(&tile)[4] = x[t + i / 2];
-      w[i] = pack_as(static_cast<T*>(nullptr), tile[2 * (i % 2)], tile[2 * (i % 2) + 1], factor);
-    }
-    store_transposed(staging + 8 * t * ld, ld, w);
-  }
-}
-
-// Writes the n first rows that stage_tokens staged to rows [tokens, 16] of `to`.
-template <class T>
-__device__ inline void write_tokens(T* to, int64_t stride, int n, const act* staging, int ld) {
-  const int lane = threadIdx.x % 32, row = lane / 2, column = 8 * (lane % 2), step = int(stride);
-  __syncwarp();
-  to = advance_rows(to + column, row, step);
-  staging += row * ld + column;
-#pragma unroll
-  for (int i = 0; i < kChunk; i += 16) {
-    const uint4 word = *reinterpret_cast<const uint4*>(staging + i * ld);
-    if (row + i < n) *reinterpret_cast<uint4*>(advance_rows(to, i, step)) = word;
-  }
-}
-
 // stage_tokens, then write_tokens.
 template <class T>
 __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, int ld,
                                     const float (&x)[8][4], float factor) {
   stage_tokens<T>(staging, ld, x, factor);
   write_tokens(to, stride, n, staging, ld);
-}
-
-// Decodes the grid [dv slices, value heads, sequences x count]: splits `first` to first + count - 1 of each
-// sequence, slices of 16 columns a warp.
-__device__ inline PassBlock pass_block(const Sizes& size, const Splits& splits, int first, int count,
-                                       int warps) {
-  PassBlock block;
-  block.b = blockIdx.z / count;
-  block.h = blockIdx.y;
-  block.hk = size.key_head(block.h);
-  block.warps = warps;
-  block.first_column = blockIdx.x * 16 * block.warps;
-  block.split = first + blockIdx.z % count;
-  block.first_chunk = block.split * splits.chunks;
-  block.end_chunk = min(block.first_chunk + splits.chunks, size.chunks);
-  return block;
 }
 
 // Loads the warp's 16 rows [dk] of a fp32 state, row 0 at `from`, into accumulators; zeros if `from` is null.
@@ -260,72 +209,6 @@ __device__ inline void store_transition(float* to, const float (&state)[DK / 8][
       if (8 * t < dk) transposed[(8 * t + c + e % 2) * dk + g + 8 * (e / 2)] = factor * state[t][e];
 }
 
-// Saved by the forward for the backward, fp16: states at the chunks' starts [chunks,dv,dk] and E [B,T,Hv,dv],
-// both times 2^exponent, exponents [chunks, dv / 16].
-struct Saved {
-  __half *states, *E;
-  int* exponents;  // all null: nothing is saved
-};
-
-template <int DK>
-__device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
-#pragma unroll
-  for (int t = 0; t < DK / 8; t++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) state[t][e] *= factor;
-}
-
-// Largest magnitude of this lane's part of a warp's 16 columns of a bf16 tile [64, 16].
-__device__ inline float largest_of_values(uint32_t columns_address, int ld) {
-  __nv_bfloat162 high = __float2bfloat162_rn(0.f), low = high;
-#pragma unroll
-  for (int t = 0; t < 4; t++) {
-    uint32_t v[4];
-    ldmatrix_transposed(v, columns_address + 2 * 16 * t * ld);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const __nv_bfloat162 x = *reinterpret_cast<__nv_bfloat162*>(&v[e]);
-      high = __hmax2(high, x), low = __hmin2(low, x);
-    }
-  }
-  high = __hmax2(high, __hneg2(low));
-  return fmaxf(__low2float(high), __high2float(high));
-}
-
-// Rescales the state at a chunk's start, so that it and the chunk's values are fp16 operands with the same
-// scale factor 2^e. The state comes times 2^exponent; largest_value is the largest magnitude of this lane's
-// values. Returns the new exponent.
-template <int DK>
-__device__ inline int rescale_state(float (&state)[DK / 8][4], float largest_value, int exponent) {
-  float largest[4] = {power_of_two(exponent) * largest_value};  // four chains of dependent instructions
-#pragma unroll
-  for (int t = 0; t < DK / 8; t++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) largest[e] = fmaxf(largest[e], fabsf(state[t][e]));
-  const int e = scale_exponent(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), exponent);
-  if (e != exponent) scale_state<DK>(state, power_of_two(e - exponent));
-  return e;
-}
-
-// (F1) R = scale V - e^G * (K S), in place from c = K S; [16 of dv, 64 tokens], scale a power of two.
-__device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t v_columns, int ld,
-                                 float unit) {
-  const float* from_start = gates + kDecayFromStart * kChunk + 2 * (threadIdx.x & 3);
-#pragma unroll
-  for (int t = 0; t < 4; t++) {
-    uint32_t v[4];
-    ldmatrix_transposed(v, v_columns + 2 * 16 * t * ld);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float2 x = unpack_bf16(scale_bf16(v[e], unit));
-      const float2 gate = *reinterpret_cast<const float2*>(from_start + 16 * t + 8 * (e / 2));
-      float(&tile)[4] = c[2 * t + e / 2];
-      tile[2 * (e % 2)] = fmaf(-gate.x, tile[2 * (e % 2)], x.x);
-      tile[2 * (e % 2) + 1] = fmaf(-gate.y, tile[2 * (e % 2) + 1], x.y);
-    }
-  }
-}
-
 // (F1), (F2): E = R - N (beta * R), in place from c = K S.
 __device__ inline void solve_forward(float (&c)[8][4], const Sm80Stage& stage, uint32_t v_columns, int ld,
                                      float unit) {
@@ -362,14 +245,6 @@ __device__ inline void add_intra_chunk(float (&out)[8][4], const float (&written
   }
 }
 
-__device__ inline void scale_all_tokens(float (&x)[8][4], const float* gate, float factor) {
-#pragma unroll
-  for (int t = 0; t < 4; t++) scale_tokens(x[2 * t], x[2 * t + 1], gate, 16 * t, factor);
-}
-
-// CTAs of 8 warps an SM should hold: a small state leaves registers for two.
-__host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1; }
-
 // (F1)-(F4) over the chunks of a split. One CTA: a sequence, a value head, a slice of dv; two cp.async
 // stages. Writes o and, unless null, Saved.
 //
@@ -380,6 +255,7 @@ template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
                         Sizes size, Splits splits, float s) {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
   const PassBlock block = pass_block(size, splits, 0, splits.count, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
@@ -431,15 +307,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
+#endif
 }
-
-// Left by the backward pass for gradients_kernel, fp16: dS at the chunks' ends [chunks,dv,dk] and X
-// [B,T,Hv,dv], both times 2^exponent, exponents [chunks, dv / 16], which bring the products with dO into
-// range, too.
-struct Adjoints {
-  __half *d_states, *x;
-  int* exponents;
-};
 
 // (B1), intra-chunk part: x [16 of dv, 64 tokens] += dO^T P for rows 16 p to 16 p + 15 of P; d_o: the A
 // fragment of those tokens.
@@ -470,18 +339,6 @@ __device__ inline void solve_backward(float (&x)[8][4], const Sm80Stage& stage) 
   }
 }
 
-// The bf16 A fragment d_o times scale, as accumulators.
-__device__ inline void output_gradient(float (&left)[4], float (&right)[4], const uint32_t (&d_o)[4],
-                                       float unit) {
-#pragma unroll
-  for (int e = 0; e < 4; e++) {
-    const float2 y = unpack_bf16(d_o[e]);
-    float(&tile)[4] = e < 2 ? left : right;
-    tile[2 * (e % 2)] = unit * y.x;
-    tile[2 * (e % 2) + 1] = unit * y.y;
-  }
-}
-
 // (B1)-(B3) over the chunks of a split, last chunk first. One CTA: a sequence, a value head, a slice of dv.
 // Writes dv into dqkv, and X and each chunk's dS before the update into Adjoints. With kStates it writes none
 // of these, but the dS at the split's start, from 0 at its end, to the boundary state of the split before,
@@ -493,6 +350,7 @@ template <int DK, bool kStates>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
                          const float* gates, Sizes size, Splits splits, float s) {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
   const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
@@ -560,9 +418,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   if (kStates && active)
     store_state<DK>(splits.boundary(block.b, block.h, block.split - 1, size) + column * size.dk, state,
                     power_of_two(-exponent), size.dk);
+#endif
 }
-
-// ---- splits (splits.cuh)
 
 // (F1), (F2), (F4) alone: the final states of all splits but the last, from a state of zero, to the boundary
 // state of the next; and M of those that are neither first nor last: CTAs from slices_v on compute rows of
@@ -571,6 +428,7 @@ template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
                          Splits splits, int slices_v) {
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
   PassBlock block = pass_block(size, splits, 0, splits.count - 1, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8;
@@ -618,6 +476,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   else
     store_state<DK>(splits.boundary(block.b, block.h, block.split + 1, size) + row * size.dk, state,
                     power_of_two(-exponent), size.dk);
+#endif
 }
 
 }  // namespace delta_rule

@@ -7,16 +7,10 @@
 // Two neighbouring C tiles, packed to 16 bits, are an A fragment: chained products stay in registers.
 #pragma once
 
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
-#include "../cuda_device.cuh"
+#include "sizes.cuh"
 
 namespace gdn {
 namespace delta_rule {
-
-__device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // The shared-memory address that this lane passes to ldmatrix.x4 for a 16x16 block (row stride ld). The four
 // 8x8 matrices come in the order (0,0), (8,0), (0,8), (8,8) of their first (row, column) with
@@ -26,40 +20,11 @@ __device__ inline uint32_t lane_address_rows_first(const T* block, int ld) {
   const int lane = threadIdx.x % 32;
   return shared_address(block + (lane & 15) * ld + 8 * (lane >> 4));
 }
+
 template <class T>
 __device__ inline uint32_t lane_address_columns_first(const T* block, int ld) {
   const int lane = threadIdx.x % 32;
   return shared_address(block + ((lane & 7) + 8 * (lane >> 4)) * ld + 8 * ((lane >> 3) & 1));
-}
-
-// Address order and load for each kind of fragment (B: 16 columns, two fragments (r0,r1) and (r2,r3)):
-//   A stored as [m][k]: rows first, ldmatrix         A stored as [k][m]: columns first, ldmatrix_transposed
-//   B stored as [n][k]: columns first, ldmatrix      B stored as [k][n]: rows first, ldmatrix_transposed
-__device__ inline void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-__device__ inline void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
-}
-
-// c += a b, bf16 operands
-__device__ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// c += a b, fp16 operands
-__device__ inline void mma_fp16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // [left, right] += a b: two accumulator tiles side by side, b has 16 columns.
@@ -68,6 +33,7 @@ __device__ inline void mma_pair_bf16(float (&left)[4], float (&right)[4], const 
   mma_bf16(left, a, b[0], b[1]);
   mma_bf16(right, a, b[2], b[3]);
 }
+
 __device__ inline void mma_pair(float (&left)[4], float (&right)[4], const uint32_t (&a)[4],
                                 const uint32_t (&b)[4]) {
   mma_fp16(left, a, b[0], b[1]);
@@ -77,16 +43,20 @@ __device__ inline void mma_pair(float (&left)[4], float (&right)[4], const uint3
 __device__ inline float2 unpack_bf16(uint32_t x) {
   return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
 }
+
 __device__ inline uint32_t pack_bf16(float x, float y) {  // x in the low half
   __nv_bfloat162 word = __floats2bfloat162_rn(x, y);
   return *reinterpret_cast<uint32_t*>(&word);
 }
+
 // Two packed bf16 times a power of two; exact.
 __device__ inline uint32_t scale_bf16(uint32_t x, float factor) {
   const __nv_bfloat162 y = __hmul2(*reinterpret_cast<__nv_bfloat162*>(&x), __float2bfloat162_rn(factor));
   return *reinterpret_cast<const uint32_t*>(&y);
 }
+
 __device__ inline float2 unpack_fp16(uint32_t x) { return __half22float2(*reinterpret_cast<__half2*>(&x)); }
+
 __device__ inline uint32_t pack_fp16(float x, float y) {
   __half2 word = __floats2half2_rn(x, y);
   return *reinterpret_cast<uint32_t*>(&word);
@@ -146,57 +116,6 @@ __device__ inline void pack_scaled_a_fragment(uint32_t (&out)[4], const float (&
   pack_a_fragment(out, x, y);
 }
 
-// ---- scale factors for fp16: one power of two per 16 columns, as in block floating point
-
-// fp16 operands are stored times 2^e, e such that the largest magnitude is below 4. Then a chunk's sums of
-// products stay below 65504, and values 2^16 times smaller than the largest keep all 11 bits.
-constexpr int kMaxExponent = 62;
-
-__device__ inline float power_of_two(int e) { return __int_as_float((e + 127) << 23); }  // -126 <= e <= 127
-
-// The exponent for values whose largest magnitude in the warp, already times 2^e, is `largest`: e while
-// `largest` is in [2^-4, 4), else the exponent that brings it into [2,4); at most +-kMaxExponent. Uniform in
-// the warp.
-__device__ inline int scale_exponent(float largest, int e) {
-  const int bits = int(__reduce_max_sync(~0u, __float_as_uint(largest)));
-  const int exponent = (bits >> 23) - 127;
-  if (bits == 0 || (exponent >= -4 && exponent <= 1)) return e;
-  return max(-kMaxExponent, min(kMaxExponent, e + 1 - exponent));
-}
-
-// 2^x, relative error at most 2^-22; 0 below 2^-126.
-__device__ inline float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ inline float largest_of(const float (&x)[4], float largest) {
-#pragma unroll
-  for (int e = 0; e < 4; e++) largest = fmaxf(largest, fabsf(x[e]));
-  return largest;
-}
-
-// Eight bf16 at p -> fp16 times `factor`, in place: exact where the result is in fp16's normal range.
-__device__ inline void to_fp16(void* p, float factor) {
-  uint4 v = *static_cast<uint4*>(p);
-  uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float2 x = unpack_bf16(w[i]);
-    w[i] = pack_fp16(factor * x.x, factor * x.y);
-  }
-  *static_cast<uint4*>(p) = make_uint4(w[0], w[1], w[2], w[3]);
-}
-
-// movmatrix: transposes an 8x8 matrix of 16-bit values held as one register a lane, (row g, columns 2c,
-// 2c+1).
-__device__ inline uint32_t transpose_8x8(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
 // Stores the transposes of four 8x8 matrices (one register a lane each) to a shared tile with row stride ld:
 // matrices 0, 1 to rows [0,8), columns 0 and 8; matrices 2, 3 to rows [8,16).
 template <class T>
@@ -204,9 +123,7 @@ __device__ inline void store_transposed(T* to, int ld, const uint32_t (&r)[4]) {
   const int lane = threadIdx.x % 32;
 #if __CUDA_ARCH__ >= 900
   const uint32_t address = shared_address(to + (lane % 8 + 8 * (lane / 16)) * ld + 8 * (lane / 8 % 2));
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
+  stmatrix_transposed(address, r);
 #else
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -245,45 +162,32 @@ __device__ inline void store_32_columns(T* row, uint32_t (&w)[4], int valid_colu
   if (column < valid_columns) *reinterpret_cast<uint4*>(row + column) = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
-// cp.async of 16 bytes from global to shared memory; zero-fill where !valid.
-__device__ inline void cp_async_16(void* to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-// One 16-byte store. Written in C++, ptxas splits a state's first store into four, each a quarter of 16
-// sectors, which the L2 cache has to merge (backward passes 3 to 8% slower).
-__device__ inline void st_global_v4(void* to, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
-}
-__device__ inline void cp_async_4(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
-}
-__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// cp.async.wait_group 1: all of this thread's groups but the newest have arrived.
-__device__ inline void cp_async_wait_all_but_one() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+// ---- sums over lanes
 
-// ---- named barriers among `threads` threads of the block; id 0 is __syncthreads
+__device__ inline float sum_of_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
 
-__device__ inline void named_barrier_sync(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+__device__ inline float sum_of_column(float x) {
+  x += __shfl_xor_sync(~0u, x, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
 }
-// bar.red.or: named barrier that returns the OR of x over its threads.
-__device__ inline bool named_barrier_any(int id, int threads, bool x) {
-  int any;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.s32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.s32 %0, 1, 0, q;\n}\n"
-      : "=r"(any)
-      : "r"(id), "r"(threads), "r"(int(x))
-      : "memory");
-  return any;
+
+// This lane's part of the sum over a 16x16 block of x y; x, y: fp16 fragments.
+__device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t (&y)[4]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float2 a = unpack_fp16(x[i]), b = unpack_fp16(y[i]);
+    sum += a.x * b.x;
+    sum += a.y * b.y;
+  }
+  return sum;
 }
-// bar.arrive: signals the barrier, does not wait.
-__device__ inline void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+
+// ---- tiles in shared memory
 
 // Advances a pointer by `rows` rows of `stride` elements; one instruction where `rows` is a constant.
 template <class T>
@@ -313,13 +217,6 @@ __device__ inline void copy_tile(T* to, int ld, const T* from, int64_t stride, i
     cp_async_16(to + row * ld + 8 * vector, from + row * stride + 8 * vector,
                 row < valid_rows && 8 * vector < valid_columns);
   });
-}
-
-// Converts a tile that copy_tile brought from bf16 to fp16 in place: each thread the vectors that it copied
-// itself, after its own cp.async have arrived.
-__device__ inline void convert_own_copies_to_fp16(act* tile, int ld, int columns) {
-  for_each_vector_of_thread(columns, blockDim.x,
-                            [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
 }
 
 // The block zeroes `bytes` (a multiple of 16) of shared memory.

@@ -7,19 +7,26 @@
 // one more power of two, `scale`, which keeps their entries, fp16 operands, below 16.
 #pragma once
 
-#include "delta_rule_passes.cuh"
+#include "../gradient_common.cuh"
+#include "passes.cuh"
 
 namespace gdn {
 namespace delta_rule {
 
 // Warps: four m-tiles of 16 tokens times gradient_n_splits splits of the columns; as few as registers allow.
 __host__ __device__ constexpr int gradient_n_splits(int PW) { return PW == 128 ? 4 : 2; }
+
 __host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_n_splits(PW); }
+
 // CTAs that fit in an SM.
 __host__ __device__ constexpr int gradient_blocks(int PW) { return PW > 64 ? 1 : 2; }
+
 constexpr int kMaxNSplits = 4;
-constexpr int kStep = 32;                // columns of dv a step takes
+
+constexpr int kStep = 32;  // columns of dv a step takes
+
 constexpr int kTokenStride = kStep + 8;  // row strides in shared memory
+
 constexpr int kTokenThreads = kChunk * kStep / 8;
 
 // One stage of the cp.async pipeline: kStep columns of dv.
@@ -32,12 +39,14 @@ struct GradientStage {
 __host__ __device__ constexpr int gradient_stage_bytes(int PW) {
   return 2 * (3 * kChunk * kTokenStride + 2 * kStep * (PW + 8));
 }
+
 __host__ __device__ constexpr int key_stride(int dk, int PW) { return (dk + PW - 1) / PW * PW + 8; }
+
 __host__ __device__ constexpr int keys_bytes(int dk, int PW) { return 2 * 2 * kChunk * key_stride(dk, PW); }
 
 // A head tile is one value head's part of a work tile. Its gates [4,64] and exponents a_j, b_j are prefetched
 // up to three head tiles ahead.
-constexpr int kHeadTiles = 4, kMaxColumnGroups = 32;
+constexpr int kHeadTiles = 4;
 constexpr int kHeadTileBytes = 4 * (kGates + 2 * kMaxColumnGroups);
 
 // Floats of DgSums: rows, columns, reads, writes with 4 x 64 each; per warp <S0,dS> and its largest product.
@@ -54,13 +63,6 @@ __host__ __device__ constexpr int gradient_shared_bytes(int dk, int PW, bool gro
          2 * 2 * kChunk * kMatrixStride + kHeadTiles * kHeadTileBytes + 4 * (kMaxColumnGroups + kDgSums) +
          (grouped ? 2 * kChunk * PW * 4 : 0);
 }
-
-struct GradientInputs {
-  const act *qkv, *d_o;
-  Saved saved;
-  Adjoints adjoints;
-  const float* gates;
-};
 
 template <int PW>
 __device__ inline GradientStage gradient_stage(unsigned char* shared, int index) {
@@ -158,6 +160,7 @@ struct TokenVector {
   int row, column;
   bool first, last;
 };
+
 template <int PW>
 __device__ inline TokenVector token_vector() {
   constexpr int kHalves = gradient_threads(PW) / kTokenThreads;
@@ -195,9 +198,6 @@ __device__ inline void copy_step(const GradientStage& stage, const GradientInput
   }
 }
 
-// 2^e; 0 if that is below the smallest normal float.
-__device__ inline float small_power_of_two(int e) { return e < -126 ? 0.f : power_of_two(e); }
-
 // Scales a step's dO and X in shared memory, each thread the elements that it copied; c as in the file's
 // comment.
 template <int PW>
@@ -226,18 +226,6 @@ struct Sm80GradientSums {
   float d_oE[kTokenTiles][4], XE[kTokenTiles][4];                          // dO E^T, X E^T
   float d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];  // dO S0^T, X S0^T, E dS^T
 };
-
-// This lane's part of the sum over a 16x16 block of x y; x, y: fp16 fragments.
-__device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t (&y)[4]) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float2 a = unpack_fp16(x[i]), b = unpack_fp16(y[i]);
-    sum += a.x * b.x;
-    sum += a.y * b.y;
-  }
-  return sum;
-}
 
 // The products of one step, K = kStep columns of dv; and states_dot += this thread's part of <S0, dS>, whose
 // blocks are divided among the m-tiles. factors: 2^(c - a_j - b_j) from the step's first column on.
@@ -300,16 +288,6 @@ __device__ inline DgSums dg_sums_at(float* at) {
   return {at, at + kNSplits, at + kNSplits + kMTiles, at + 2 * kNSplits + kMTiles, states, states + kWarps};
 }
 
-__device__ inline float sum_of_quad(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-__device__ inline float sum_of_column(float x) {
-  x += __shfl_xor_sync(~0u, x, 4);
-  x += __shfl_xor_sync(~0u, x, 8);
-  return x + __shfl_xor_sync(~0u, x, 16);
-}
-
 // Each warp leaves an upper bound on its entries of dqk and dkk (beta <= 2) for scale_exponent_of_block, the
 // exponent of the block's power of two that brings the largest of them into [8, 16).
 template <int PW>
@@ -323,6 +301,7 @@ __device__ inline void leave_largest(const DgSums& dg_sums, const Sm80GradientSu
   const uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(fmaxf(2 * s * d_oE, 4 * XE)));
   if (threadIdx.x % 32 == 0) dg_sums.largest[threadIdx.x / 32] = __uint_as_float(bits);
 }
+
 __device__ inline int scale_exponent_of_block(const DgSums& dg_sums) {
   const float mine = dg_sums.largest[threadIdx.x % (blockDim.x / 32)];
   const int bits = int(__reduce_max_sync(~0u, __float_as_uint(mine)));
@@ -521,14 +500,6 @@ __device__ inline void accumulate_over_group(float* group_sums, float (&x)[Tiles
       if (!first) x[t][e] += *at;
       *at = x[t][e];
     }
-}
-
-template <int Tiles>
-__device__ inline void scale_tiles(float (&x)[Tiles][4], float factor) {
-#pragma unroll
-  for (int t = 0; t < Tiles; t++)
-#pragma unroll
-    for (int e = 0; e < 4; e++) x[t][e] *= factor;
 }
 
 // Stores a warp's rows [16 tokens, 8 Tiles] as bf16 to `to`, row g at the m-tile's first token.

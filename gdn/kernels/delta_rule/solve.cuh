@@ -5,37 +5,11 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../shapes.h"
-#include "delta_rule_wgmma.cuh"
+#include "scale.cuh"
+#include "sm90/tiles.cuh"
 
 namespace gdn {
 namespace delta_rule {
-
-constexpr int kMatrixStride = kChunk + 8;         // row stride of a [64,64] 16-bit tile in shared memory
-constexpr int kMatrixElements = kChunk * kChunk;  // elements of such a tile in global memory
-constexpr int kGates = 4 * kChunk;                // floats of a chunk's gates
-enum Gate {
-  kBeta,
-  kDecayFromStart,
-  kDecayToEnd,
-  kCumulativeLogDecay
-};  // rows of the gates: beta, e^G, e^{G_C - G}, G
-
-// Problem size of a call. Chunk `chunk` of value head h of sequence b has the index (b Hv + h) chunks +
-// chunk.
-struct Sizes {
-  int tokens, heads_k, heads_v, dk, dv, chunks, channels, value_heads_per_key;
-  __device__ int64_t chunk_number(int b, int h, int chunk) const {
-    return (int64_t(b) * heads_v + h) * chunks + chunk;
-  }
-  __device__ int64_t first_row(int b, int chunk) const { return int64_t(b) * tokens + chunk * kChunk; }
-  __device__ int rows_in(int chunk) const { return min(kChunk, tokens - chunk * kChunk); }
-  __device__ int q_column(int hk) const { return hk * dk; }
-  __device__ int k_column(int hk) const { return (heads_k + hk) * dk; }
-  __device__ int v_column(int h) const { return 2 * heads_k * dk + h * dv; }
-  // h / value_heads_per_key by a float division; exact below 2^20 heads.
-  __device__ int key_head(int h) const { return int(__fdividef(h + 0.5f, value_heads_per_key)); }
-};
 
 // The block's first warp issues cp.async of g and beta of a chunk's n tokens, two tokens a lane, to the
 // places in `gates` where chunk_gates reads them.
@@ -79,6 +53,7 @@ __device__ inline void chunk_gates(float* gates, int n) {
 
 // A diagonal 16x16 block of L in shared memory, transposed: [16 columns][kBlockStride rows] float.
 constexpr int kBlockStride = 20;
+
 constexpr int kDiagonalBlock = 16 * kBlockStride;  // floats
 
 __device__ inline void store_diagonal_block(float* to, const float (&left)[4], const float (&right)[4]) {
@@ -128,6 +103,7 @@ struct HiLoFragment {
 // Loads block (i, j) of a matrix stored as hi and lo fp16, [2][64, kMatrixStride] in shared memory, as an A
 // fragment (kLeft) or a B fragment (kRight).
 enum Side { kLeft, kRight };
+
 template <Side kSide>
 __device__ inline HiLoFragment load_block(const __half* tiles, int i, int j) {
   HiLoFragment x;
@@ -150,6 +126,7 @@ __device__ inline HiLoFragment scaled_a_fragment(const float (&x)[2][4], const f
   split_hi_lo(out.high, out.low, scaled[0], scaled[1]);
   return out;
 }
+
 // -diag(beta) x as hi + lo fp16; per 8x8 tile two registers, rows g and g+8 of the fragment.
 __device__ inline HiLoFragment scaled_row_fragment(const float (&x)[2][4], const float* beta, int token) {
   const int g = threadIdx.x % 32 / 4;
@@ -161,6 +138,7 @@ __device__ inline HiLoFragment scaled_row_fragment(const float (&x)[2][4], const
                 scale[i % 2] * x[i / 2][2 * (i % 2) + 1]);
   return out;
 }
+
 // -diag(beta) x as a B fragment, hi + lo fp16.
 __device__ inline HiLoFragment scaled_b_fragment(const float (&x)[2][4], const float* beta, int token) {
   HiLoFragment out = scaled_row_fragment(x, beta, token);
@@ -185,6 +163,7 @@ __device__ inline void store_block(__half* tiles, int i, int j, const HiLoFragme
     *reinterpret_cast<uint32_t*>(to + at + kChunk * kMatrixStride) = x.low[e];
   }
 }
+
 __device__ inline void store_block(__half* tiles, int i, int j, const float (&x)[2][4]) {
   HiLoFragment words;
 #pragma unroll
@@ -197,6 +176,7 @@ __device__ inline void store_block(__half* tiles, int i, int j, const float (&x)
 // code (kBlockBarrier, an id of its own, since compute-sanitizer synccheck objects to barrier 0 at two
 // program points).
 constexpr int kPrepareThreads = 128, kLowerWarpsBarrier = 1, kBlockBarrier = 2;
+
 __device__ inline void block_barrier() { named_barrier_sync(kBlockBarrier, kPrepareThreads); }
 
 // Off-diagonal 16x16 blocks of L that warp w owns: `beside` = L[w][w-1] (w = 1, 3), `under` = L[w][0..1] (w =
@@ -218,6 +198,7 @@ __device__ inline void solve_beside(__half* tiles, LowerRow& x, const float* bet
   add_product(x.beside, own, scaled_b_fragment(x.beside, beta, 16 * warp));
   store_block(tiles, warp, warp - 1, x.beside);
 }
+
 // 32 -> 64: warps 2 and 3 compute N_21 = (I - N_22 diag(beta_2)) T. The block barrier makes N_10 and N_32
 // visible. Warp 2 passes its rows of T to warp 3 through the unused upper triangle.
 __device__ inline void solve_under(__half* tiles, LowerRow& x, const float* beta, int warp) {
@@ -306,7 +287,7 @@ __device__ inline void multiply_by_decay(RowBlock x, const float* G, float* colu
 // Shared-memory layout of a chunk's q and k, whose space N takes over later. q's 16-row blocks are stored in
 // reverse order, so that warp w reads block w of both: it computes row block w of L (w + 1 blocks long) and
 // row block 3 - w of P, five blocks in all, whatever w. Rows are ld elements apart, or (kWgmma) in swizzled
-// tiles of 64 columns (sm90/pipeline.cuh).
+// tiles of 64 columns (sm90/tiles.cuh).
 template <bool kWgmma>
 struct PrepareTiles {
   act* q;
@@ -376,6 +357,7 @@ __device__ inline void add_columns(WarpProducts& x, uint64_t q, uint64_t k, uint
   wgmma_wait_group<0>();
   wgmma_fence_operand(x.q), wgmma_fence_operand(x.k), wgmma_fence_operand(x.second);
 }
+
 __device__ inline void wgmma_products(WarpProducts& x, const PrepareTiles<true>& tiles, int dk, int warp) {
   const int lane = threadIdx.x % 32;
   uint32_t longer_rows = shared_address((warp < 2 ? tiles.q : tiles.k()) + warp * tiles.row_block()) +
@@ -425,6 +407,7 @@ __device__ inline void write_row_of_p(__half* to, RowBlock qk, const float* G, f
 
 // Dynamic shared memory: gates, 64 floats a warp for multiply_by_decay, tiles.
 constexpr int kPrepareFloats = kGates + 4 * kChunk;
+
 template <bool kWgmma>
 int prepare_shared_bytes(int dk) {
   return 4 * kPrepareFloats + PrepareTiles<kWgmma>(nullptr, dk).bytes();
@@ -532,8 +515,10 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
 static __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  prepare_chunk<false>(shared, matrices, gates_out, qkv, g, beta, size, s);
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  prepare_chunk<false>(tiles, matrices, gates_out, qkv, g, beta, size, s);
+#endif
 }
 
 // q k^T and k k^T on wgmma.

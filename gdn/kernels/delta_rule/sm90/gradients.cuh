@@ -19,112 +19,11 @@
 // first epilogue; after its last, dq and dk replace them in shared memory and TMA stores write them out.
 #pragma once
 
-#include <cuda.h>
-
-#include "delta_rule_gradients.cuh"
-#include "delta_rule_passes_wgmma.cuh"
+#include "../gradient_common.cuh"
+#include "tiles.cuh"
 
 namespace gdn {
 namespace delta_rule {
-
-// ---- mbarriers and TMA
-
-__device__ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
-               : "memory");
-}
-__device__ inline void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// mbarrier.arrive.expect_tx: arrives, and the phase also waits for `bytes` bytes of TMA loads.
-__device__ inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
-}
-// Spins until the mbarrier's phase of this parity has completed; a fresh mbarrier counts parity 1 as
-// completed.
-__device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nWAIT_%=:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra WAIT_%=;\n}\n" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-
-// TMA load of `bytes` contiguous bytes (a multiple of 16).
-__device__ inline void tma_load_1d(void* to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-}
-// L2 cache policy evict_first, for data that is read once.
-__device__ inline uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-// TMA load of a box of a 3D tensor (columns, rows, matrix), with an L2 policy.
-__device__ inline void tma_load_3d(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
-                                   uint64_t* barrier, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
-      "l"(tensor), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-// TMA load of a box of a 4D tensor (columns, head, token, sequence): 64 columns of 64 tokens.
-__device__ inline void tma_load_4d(void* to, const CUtensorMap* tensor, int column, int head, int token,
-                                   int sequence, uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-      "%4, %5}], [%6];" ::"r"(shared_address(to)),
-      "l"(tensor), "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(barrier))
-      : "memory");
-}
-__device__ inline void tma_store_4d(const CUtensorMap* tensor, int column, int head, int token, int sequence,
-                                    const void* from) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
-          tensor),
-      "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(from))
-      : "memory");
-}
-// Commits this thread's TMA stores and waits until they have read shared memory.
-__device__ inline void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-#define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
-
-// d [64,64] = a b + (add ? d : 0), fp16, a and b in shared memory; a: kMajorK [m][k], kMajorMN [k][m].
-template <Major kA, Major kB>
-__device__ inline void wgmma_64_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p, 1, 1, %35, %36;\n}\n"
-      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
-      : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
-}
-// d [64,32] = a b + (add ? d : 0), fp16, a and b in shared memory.
-template <Major kA, Major kB>
-__device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p, 1, 1, %19, %20;\n}\n"
-      : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3)
-      : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
-}
-
-#undef GDN_TILE
 
 // wgmma over a warpgroup's 8 kTiles columns of dk, B MN-major.
 template <int kTiles>
@@ -134,6 +33,7 @@ __device__ inline void wgmma_columns(float (&d)[kTiles][4], const uint32_t (&a)[
   else
     wgmma_32<kMajorMN>(d, a, b, add);
 }
+
 template <Major kA, int kTiles>
 __device__ inline void wgmma_columns_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b) {
   if constexpr (kTiles == 8)
@@ -142,10 +42,11 @@ __device__ inline void wgmma_columns_shared(float (&d)[kTiles][4], uint64_t a, u
     wgmma_32_shared<kA, kMajorMN>(d, a, b, 1);
 }
 
-// ---- shared memory
-
 constexpr int kConsumerThreads = 256, kGradientThreads = kConsumerThreads + 128;
+constexpr int kConsumersBarrier = 1;
+
 constexpr int kGradientConsumerRegisters = 240, kGradientProducerRegisters = 24;
+
 constexpr int kMaxGradientStages = 4;
 
 // TMA descriptors. keys, d_keys: (columns, heads of q then of k, tokens, sequences); d_o, E, x: (columns,
@@ -200,6 +101,7 @@ struct GradientLayout {
   static constexpr int kBarriers = kSums + int(sizeof(DgSumsSm90));
   static constexpr int kBytes = kBarriers + int(sizeof(GradientBarriers));
 };
+
 static_assert(sizeof(HeadTileBuffer) % 16 == 0 && sizeof(DgSumsSm90) % 16 == 0, "aligned as they lie");
 
 // A work tile: a chunk of a key head of a sequence.
@@ -273,9 +175,7 @@ __device__ inline void gradients_producer_loop(unsigned char* shared, GradientBa
 }
 
 // Named barrier 1 of the two consumer warpgroups.
-__device__ inline void consumers_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
-}
+__device__ inline void consumers_sync() { named_barrier_sync(kConsumersBarrier, kConsumerThreads); }
 
 // Byte offset of this lane's row in the m-tile's 16 rows of a swizzled tile, plus the i-th 16 columns:
 // address for ldmatrix of an A fragment, and for stmatrix of a packed one.
@@ -288,14 +188,6 @@ struct LaneRow {
   __device__ int operator()(int columns_16) const { return row + 16 * ((2 * columns_16 + half) ^ swizzle); }
 };
 
-__device__ inline void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-#endif
-}
-
 // A consumer thread's accumulators. scores: dO E^T in warpgroup 0, X E^T in warpgroup 1.
 template <int kColumnTiles>
 struct Sm90GradientSums {
@@ -303,7 +195,7 @@ struct Sm90GradientSums {
 };
 
 template <int kColumnTiles>
-__device__ inline void wgmma_fence_operand(Sm90GradientSums<kColumnTiles>& sums) {
+__device__ inline void wgmma_fence_sums(Sm90GradientSums<kColumnTiles>& sums) {
   wgmma_fence_operand(sums.scores), wgmma_fence_operand(sums.d_oS), wgmma_fence_operand(sums.XS),
       wgmma_fence_operand(sums.EdS);
 }
@@ -327,7 +219,7 @@ __device__ inline void add_step(Sm90GradientSums<4 * kTiles>& sums, float& state
   const uint64_t ds = s + kTiles * kNextTile;
   uint32_t d_o[4][4], x[4][4], e[4][4], score_fragments[4][4];
   float factors[4];
-  wgmma_fence_operand(sums);
+  wgmma_fence_sums(sums);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const uint32_t at = d_o_at + lane_row(i);
@@ -368,7 +260,7 @@ __device__ inline void add_step(Sm90GradientSums<4 * kTiles>& sums, float& state
     states_dot += (warpgroup == 0 ? factors[i % 2 * 2] : factors[i % 2 * 2 + 1]) * dot;
   }
   wgmma_wait_group<0>();
-  wgmma_fence_operand(sums), wgmma_fence_operand(d_o), wgmma_fence_operand(x), wgmma_fence_operand(e),
+  wgmma_fence_sums(sums), wgmma_fence_operand(d_o), wgmma_fence_operand(x), wgmma_fence_operand(e),
       wgmma_fence_operand(score_fragments);
 }
 
@@ -458,6 +350,7 @@ __device__ inline void add_halves(float (&x)[16]) {
     x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, 2 * kHalf);
   }
 }
+
 // Sums over the eight lanes 4 g + c of each c: lane 4 g + c returns the sums of x[2 g] and x[2 g + 1].
 __device__ inline float2 sums_of_columns(float (&x)[16]) {
   add_halves<8>(x);
@@ -637,17 +530,17 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     }
     mbarrier_init(&barriers.keys_full, 1);
     mbarrier_init(&barriers.keys_empty, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   clear_shared(score_gradients, 2 * kTileBytes);
   fence_proxy_async();
   __syncthreads();
   if (threadIdx.x >= kConsumerThreads) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGradientProducerRegisters));
+    warpgroup_reg_dealloc<kGradientProducerRegisters>();
     if (threadIdx.x == kConsumerThreads)
       gradients_producer_loop<kTiles, kGrouped>(tiles, barriers, head_tiles, tensors, in, size, work_tiles);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGradientConsumerRegisters));
+    warpgroup_reg_alloc<kGradientConsumerRegisters>();
 
     const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), warpgroup = warp / 4, m_tile = warp % 4;
     const int lane = threadIdx.x % 32, groups = size.dv / 16;
@@ -759,82 +652,6 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     }
   }
 #endif
-}
-
-// ---- launching
-
-// TMA descriptor of a tensor of 16-bit elements: sizes, columns first; strides, in elements, of all
-// dimensions but the columns. Boxes have 64 columns and 64 in dimension `rows`, 128-byte swizzle.
-template <int kRank>
-CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
-                       int rows) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                                &found));
-#else
-    cuda_check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found));
-#endif
-    if (found != cudaDriverEntryPointSuccess)
-      throw std::runtime_error(
-          "the CUDA driver has no cuTensorMapEncodeTiled; expected a driver of 12.0 or newer");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  cuuint64_t size[kRank], stride[kRank - 1];
-  cuuint32_t box[kRank], step[kRank];
-  for (int i = 0; i < kRank; i++) {
-    size[i] = sizes[i];
-    box[i] = i == 0 || i == rows ? 64 : 1;
-    step[i] = 1;
-  }
-  for (int i = 0; i < kRank - 1; i++) stride[i] = strides[i] * sizeof(__half);
-  CUtensorMap map;
-  const CUresult status = encode(&map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, kRank, const_cast<void*>(at), size,
-                                 stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(int(status)) +
-                             " for a tensor of " + std::to_string(sizes[0]) + " columns");
-  return map;
-}
-
-// True if gradients_sm90_kernel supports these head sizes.
-inline bool has_sm90_gradients(const MixerShape& shape) {
-  const int widest = shape.heads_v > shape.heads_k ? 128 : 256;
-  return shape.head_dim_k <= widest && shape.head_dim_v % 64 == 0;
-}
-
-template <int kTiles, bool kGrouped>
-void launch_sm90_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
-                           const MixerShape& shape, const Sizes& size, float s) {
-  const int64_t dk = shape.head_dim_k, dv = shape.head_dim_v, T = shape.tokens, B = shape.batch;
-  const int64_t C = shape.conv_channels(), values = shape.value_dim();
-  const auto keys = [&](const act* at) {
-    return tensor_map<4>(at, {dk, 2 * shape.heads_k, T, B}, {dk, C, T * C}, 2);
-  };
-  const auto value_tensor = [&](const void* at) {
-    return tensor_map<4>(at, {dv, shape.heads_v, T, B}, {dv, values, T * values}, 2);
-  };
-  const auto states = [&](const __half* at) {
-    return tensor_map<3>(at, {dk, dv, B * shape.heads_v * shape.chunks()}, {dk, dk * dv}, 1);
-  };
-  const GradientTensors tensors = {keys(in.qkv),
-                                   keys(dqkv),
-                                   value_tensor(in.d_o),
-                                   value_tensor(in.saved.E),
-                                   value_tensor(in.adjoints.x),
-                                   states(in.saved.states),
-                                   states(in.adjoints.d_states)};
-  const GateInputs gates = {in.gates, in.saved.exponents, in.adjoints.exponents};
-  constexpr int bytes = GradientLayout<kTiles, kGrouped>::kBytes;
-  const auto kernel = gradients_sm90_kernel<kTiles, kGrouped>;
-  allow_shared_bytes(kernel, bytes, "the gated delta rule");
-  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
-  kernel<<<std::min(work_tiles, device.sm_count), kGradientThreads, bytes, device.stream>>>(
-      tensors, dg, dbeta, gates, size, work_tiles, s);
-  launched("gradients_sm90_kernel");
 }
 
 }  // namespace delta_rule

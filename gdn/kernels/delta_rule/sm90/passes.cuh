@@ -6,7 +6,7 @@
 // warp, and asynchronously: meanwhile the warps copy, pack and store.
 //
 // One copy of K serves both K S, as K-major operand, and the update K^T E, as MN-major operand
-// (sm90/pipeline.cuh).
+// (sm90/tiles.cuh).
 //
 // Columns of Q and K are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
 // Products over dk do not depend on the order of columns, and a lane then holds 8 contiguous columns of a row
@@ -20,13 +20,13 @@
 // between the first wgmma and N's, half of these waiting for shared memory, and 12% wait for wgmma.
 #pragma once
 
-#include "delta_rule_passes.cuh"
-#include "delta_rule_wgmma.cuh"
+#include <type_traits>
+
+#include "../pass_common.cuh"
+#include "tiles.cuh"
 
 namespace gdn {
 namespace delta_rule {
-
-// ---- a chunk's inputs
 
 // One stage of the pipeline: swizzled tiles of q, k (arrive as bf16, converted to fp16 in place), N and P;
 // the [64, 64 groups + 8] tile `values` (V or dO, and staging for results); gates [4,64]. Without q (kWithQ
@@ -52,20 +52,6 @@ struct Sm90Stage {
   __device__ act* values() const { return reinterpret_cast<act*>(at + kValues); }
   __device__ float* gates() const { return reinterpret_cast<float*>(at + kGatesAt); }
 };
-
-// Re-reads %tid.x: keeps address arithmetic from being hoisted out of the chunk loop, where it would cost
-// registers.
-__device__ inline int reload_thread_idx() {
-  int x;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-  return x;
-}
-
-// Makes a pointer opaque to the compiler, so that it stays in a register instead of being recomputed.
-template <class T>
-__device__ inline void keep(T*& pointer) {
-  asm volatile("" : "+l"(pointer));
-}
 
 // f(width, which, tile) for each tile of q and k of which this warp loads rows. With one load warpgroup that
 // is every tile of both; with two, the tiles of the warpgroup's own (which = 0: q, 1: k). The warp has 16
@@ -205,25 +191,18 @@ __device__ inline void wait_and_convert_chunk(const Sm90Stage<DK, kGroups, kWith
 // the critical path.
 
 __host__ __device__ constexpr bool has_producer(int DK) { return pass_blocks(DK) == 1 && DK <= 128; }
+
 __host__ __device__ constexpr int pass_threads(int DK, int groups) {
   return 128 * (groups + has_producer(DK));
 }
+
 __host__ __device__ constexpr int pass_stages(int DK) { return has_producer(DK) ? 3 : 2; }
 
 // Named barriers. kStageFull + stage, per consumer warpgroup: inputs have arrived. kStageEmpty + stage: the
 // stage may be refilled. kRescaleVote + warpgroup: does any warp have to rescale its state?
 enum NamedBarrier { kStageFull = 1, kStageEmpty = 7, kRescaleVote = 10 };
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
-// setmaxnreg: registers a thread of this warpgroup from here on, fewer (dealloc) or more (alloc).
-template <int kRegisters>
-__device__ inline void warpgroup_reg_dealloc() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ inline void warpgroup_reg_alloc() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 // The producer warpgroup. copy(i, stage) issues the loads of the i-th chunk of the pass, write(i, stage)
 // stores its results.
@@ -287,8 +266,6 @@ __device__ inline void write_results(act* to, int64_t stride, int n, int columns
   else
     write(std::false_type());
 }
-
-// ---- products with the state
 
 // Stores the state's A fragments `first` to `end` (both even), in permuted column order, to the warp's rows
 // [16 of dv, dk]: a lane 8 columns of each 32.
@@ -512,10 +489,12 @@ __device__ inline void clear_matrices(unsigned char* shared) {
 
 // Registers hold Q S beside K S from the chunk's start on; otherwise Q S is computed after E.
 __device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_blocks(DK) < 4; }
+
 // Enough registers to overlap the state's stores and rescaling with wgmma. The state is then stored in two
 // parts, each during a wgmma: stores of all warps at once would fill the memory pipe for longer than one
 // wgmma takes.
 __device__ constexpr bool roomy(int DK, int groups) { return all_fragments_fit(DK) && q_with_k(DK, groups); }
+
 // Number of A fragments in the first of the two parts, even.
 __device__ constexpr int first_half_of_fragments(int DK) { return (DK / 16 + 3) / 4 * 2; }
 
@@ -889,24 +868,6 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
       if (column < size.dk) to[column * size.dk + row] = unit * state[t][e];
     });
 #endif
-}
-
-// ---- whether this build's wgmma kernels can run
-
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int kProbeThreads = 128;
-#else
-constexpr int kProbeThreads = 64;
-#endif
-
-// Never launched: its launch bound tells which of the build's architectures this GPU runs.
-static __global__ void __launch_bounds__(kProbeThreads) arch_probe_kernel() {}
-
-// True if this GPU runs code compiled for sm_90a.
-inline bool has_wgmma() {
-  cudaFuncAttributes attributes;
-  cuda_check(cudaFuncGetAttributes(&attributes, arch_probe_kernel));
-  return attributes.maxThreadsPerBlock == 128;
 }
 
 }  // namespace delta_rule
