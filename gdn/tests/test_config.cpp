@@ -1,7 +1,5 @@
 // Folders of flash-linear-attention as checkpoints: which configurations load, and which key is named where
 // one does not.
-#pragma once
-
 #include <doctest/doctest.h>
 
 #include <string>
@@ -9,12 +7,12 @@
 
 #include "../cpu_layers.h"
 #include "../model_checkpoint.h"
-#include "test_checkpoint.h"
+#include "files.h"
 
 namespace {
-namespace config_tests {
 
 using namespace gdn;
+using namespace gdn_tests;
 
 ModelConfig config_of(const std::string& json) {
   Checkpoint checkpoint;
@@ -61,15 +59,15 @@ TEST_CASE("config: what this program does not have is refused by its key") {
                {"num_hidden_layers", "0"},  {"hidden_size", "\"8\""}, {"head_dim", "-1"}};
   for (const auto& c : cases) {
     const std::string json = "{\"" + std::string(c.key) + "\": " + c.value + "}";
-    const std::string error = checkpoint_tests::error_of([&] { config_of(json); });
+    const std::string error = error_of([&] { config_of(json); });
     CAPTURE(error);
-    CHECK(checkpoint_tests::contains(error, "folder/config.json: "));
-    CHECK(checkpoint_tests::contains(error, std::string("'") + c.key + "'"));
+    CHECK(contains(error, "folder/config.json: "));
+    CHECK(contains(error, std::string("'") + c.key + "'"));
   }
 }
 
 TEST_CASE("config: an embedding without its padding loads, and the padding is zero") {
-  const checkpoint_tests::TemporaryFolder folder;
+  const TemporaryFolder folder;
   std::vector<float> stored(50 * 3, 2.0f);
   const std::string path = folder.file("a.safetensors");
   write_safetensors(path, {from_host("w", "F32", {50, 3}, stored.data())}, {});
@@ -79,11 +77,10 @@ TEST_CASE("config: an embedding without its padding loads, and the padding is ze
   load_tensor(dev, loaded.data(), {"w", TensorClass::embedding, {64, 3}, 0, 64 * 3}, file, "", path, 50);
   stored.resize(64 * 3);
   CHECK(loaded == stored);
-  const std::string error = checkpoint_tests::error_of([&] {
+  const std::string error = error_of([&] {
     load_tensor(dev, loaded.data(), {"w", TensorClass::hidden, {64, 3}, 0, 64 * 3}, file, "", path, 50);
   });
-  CHECK(checkpoint_tests::contains(error, "tensor 'w' is 50 x 3, expected 64 x 3"));
+  CHECK(contains(error, "tensor 'w' is 50 x 3, expected 64 x 3"));
 }
 
-}  // namespace config_tests
 }  // namespace

@@ -2,9 +2,9 @@
 // built-in corpus states the probability of its text rightly. The last is checked by two independent readers:
 // one decodes the text alone and recomputes every sentence's probability and every answer, the other forks
 // the corpus at one point many times and compares each byte's stated probability with its frequency.
-#pragma once
-
 #include <stdlib.h>
+
+#include <doctest/doctest.h>
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +23,6 @@
 #include "../../dataloader.h"
 
 namespace {
-namespace dataloader_tests {
 
 using namespace gdn;
 namespace fs = std::filesystem;
@@ -714,5 +713,4 @@ TEST_CASE("built-in corpus: the mean of the nats of an opening is the entropy of
   CHECK(std::abs(mean - expected) < 5.0 * deviation);
 }
 
-}  // namespace dataloader_tests
 }  // namespace
