@@ -27,7 +27,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 FOLDERS = r"(?:dev|gdn|scripts|\.ci)"
 PATH = re.compile(rf"(?:^|(?<=[\s(]))(?:\./)?({FOLDERS}/[\w./*{{}},+-]*[\w/*}}])")
-RECORD = re.compile(r"(?<![\w/(])dev/(?:results|doc)/[\w./-]*\w")  # not in a URL, not a link's target
+RECORD = re.compile(r"(?<!\]\()(?<![\w/])dev/(?:results|doc)/[\w./-]*\w")  # not in a URL, not a link's target
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|mnt|data|scratch|Users)/[\w.-]")
 REQUIRED = {  # of a README in dev/results
     "device": r"(?i)\bdevices?: *[^\s@]",
