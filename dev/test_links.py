@@ -6,9 +6,9 @@
 1. In every *.md: relative links and images, and paths in backticks that begin with a folder of the repository.
 2. In every *.md, *.h, *.cuh, *.cu, *.cpp, *.py and *.sh: dev/results/NAME and dev/doc/NAME.
 3. dev/results: under 2 MB; every folder has a README.md with device, date, commit and command, is in the index
-   dev/results/README.md, and holds no path of a machine.
+   dev/results/README.md, and holds no path of a machine; run.sh, where there is one, is bash.
 
-Files are those that git tracks or would track. Exit code 1, after a line a fault; 0 else. Needs git, no packages.
+Files are those that git tracks or would track. Exit code 1, after a line a fault; 0 else. Needs git and bash, no packages.
 """
 
 from __future__ import annotations
@@ -40,8 +40,11 @@ MADE = re.compile(r"^(?:dev/bench_\w+|dev/delta_rule_file|dev/test_\w+|scripts/\
 
 
 def tracked() -> list[Path]:
-    names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, check=True,
-                           stdout=subprocess.PIPE, text=True).stdout.split("\0")  # fmt: skip
+    git = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    if git.returncode:
+        sys.exit(f"test_links.py: git ls-files in {ROOT.name}: {git.stderr.strip()}")
+    names = git.stdout.split("\0")
     return [path for path in (ROOT / name for name in sorted(set(names)) if name) if path.is_file()]
 
 
@@ -97,6 +100,9 @@ def faults_of_results(files: list[Path]) -> list[str]:
         name = folder.relative_to(ROOT)
         if folder.name not in listed:
             found.append(f"{name}: not in the index dev/results/README.md")
+        script = folder / "run.sh"
+        if script.is_file() and subprocess.run(["bash", "-n", script]).returncode:
+            found.append(f"{name}/run.sh: bash does not read it")
         readme = folder / "README.md"
         if not readme.is_file():
             found.append(f"{name}: no README.md")

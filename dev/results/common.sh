@@ -10,7 +10,7 @@
 # OUT: the folder for the results, and the state: no sweep starts a run that would not end within SECONDS, and the same command
 # goes on from the CSVs in OUT. Exit code 1, after a line that says why, where a file is missing or a run failed.
 # Environment: OPTIONS, more of train_gdn's options, the last one of a name counts (to try a script on a small machine);
-# WIDTHS, SEEDS; PER_GPU, runs at once on a GPU; DRY_RUN=1, list the runs and train nothing; CUDA_VISIBLE_DEVICES; PYTHON.
+# WIDTHS, SEEDS; BASE, the plots' base width [256]; PER_GPU, runs at once on a GPU; DRY_RUN=1, list the runs and train nothing; CUDA_VISIBLE_DEVICES; PYTHON.
 set -euo pipefail
 
 # begin FILES... -- ARGUMENTS...: what DATA must hold, then run.sh's own arguments. Changes to DATA, so that no path gets into
@@ -72,7 +72,8 @@ plot() {
   [ -z "${DRY_RUN:-}" ] || return 0
   for name in "$@"; do
     [ ! -e "$OUT/$name.csv" ] ||
-      "$PYTHON" "$ROOT/scripts/plot_transfer.py" "$OUT/$name.csv" -o "$OUT/$name" --ymax 0.4 --table "$OUT/$name.md"
+      "$PYTHON" "$ROOT/scripts/plot_transfer.py" "$OUT/$name.csv" -o "$OUT/$name" --base "${BASE:-256}" --ymax 0.4 \
+        --table "$OUT/$name.md"
   done
 }
 
