@@ -13,13 +13,15 @@ A learning rate at which a seed diverged is not a point of the parabola; it is m
 that is not inside its points is "not bracketed", and then best lr, shift and regret are not given as if measured.
 
 Intervals of 95% are those of a parametric bootstrap: each run's loss is drawn again around its point's mean, all figures
-are computed from the drawn losses in the same way, and the 2.5% and 97.5% quantiles are taken; of the regret, which cannot be below 0,
-the 95% quantile as an upper bound. The noise, normal, is the root mean square difference of seeds at equal (width, learning rate),
-over all such points of an optimizer and kind of heads, those with one seed taken to have it too; a learning rate at which it is
-more than three times as large has its own (3 degrees of freedom at least). That the noise is itself an estimate is drawn too (chi
-squared). What a seed changes at all learning rates of a width alike counts as noise: intervals are then too wide. An end
-"open" means that there the minimum is not bracketed.
+are computed from the drawn losses in the same way, and the 2.5% and 97.5% quantiles are taken; of the regret, which cannot be
+below 0, the 95% quantile as an upper bound. The noise, normal, is the pooled deviation of seeds at equal (width, learning
+rate), over all such points of an optimizer and kind of heads; a point with one seed is taken to have it too. Points more than
+0.05 above their width's lowest have a noise of their own where at least 3 degrees of freedom say that it is larger. That the
+noise is itself an estimate is drawn too (chi squared). What a seed changes at all learning rates of a width alike moves no
+minimum, but counts as noise unless --paired takes it out: without, such intervals are too wide. An end "open" means that
+there the minimum is not bracketed.
     each seed             the grid's best lr of its runs alone, and its own shift from three points or more
+    P(regret > 0.01)      share of draws; one whose regret the points do not measure counts
     regret on the grid    the base's grid best instead of the width's own; 0 says only that |shift| < half the grid's step
     P(other lr)           share of draws in which the grid's best differs from the base's (at the base: from the measured one)
     within                yes: the interval of the shift is within +-0.5 and the bound of the regret within 0.01; no: either is
@@ -160,60 +162,70 @@ def find_minimum(losses: Losses, bad_lrs: set[float] = frozenset()) -> Minimum:
 
 @dataclass
 class Noise:
-    """Standard deviation of one run's loss, and the degrees of freedom it was estimated with (inf: known)."""
+    """Standard deviation of one run's loss, with the degrees of freedom it was estimated with (inf: known)."""
 
     sigma: float
     freedom: float
-    own: dict[float, tuple[float, float]] = field(default_factory=dict)  # learning rate -> its sigma and freedom
+    far: tuple[float, float] | None = None  # the same of points more than NEAR above the lowest, where it is larger
 
     def draw(self, rng: random.Random) -> Callable[[float], float]:
-        """Learning rate -> sigma, as uncertain as it is."""
+        """Height above the lowest loss -> sigma, as uncertain as it is."""
 
         def one(sigma: float, freedom: float) -> float:
             return sigma if math.isinf(freedom) else sigma * math.sqrt(freedom / rng.gammavariate(freedom / 2, 2))
 
-        common, own = one(self.sigma, self.freedom), {lr: one(*s) for lr, s in self.own.items()}
-        return lambda lr: own.get(lr, common)
+        near = one(self.sigma, self.freedom)
+        far = one(*self.far) if self.far else near
+        return lambda height: near if height <= NEAR else far
 
     def text(self) -> str:
         def say(sigma: float, freedom: float) -> str:
             return f"{sigma:.4f}" + ("" if math.isinf(freedom) else f" ({freedom:g} degrees of freedom)")
 
-        return "; ".join(
-            [f"noise of one run {say(self.sigma, self.freedom)}"]
-            + [f"at lr {lr:g} {say(*s)}" for lr, s in sorted(self.own.items())]
-        )
+        far = f"; more than {NEAR:g} above the lowest {say(*self.far)}" if self.far else ""
+        return f"noise of one run {say(self.sigma, self.freedom)}{far}"
 
 
-MIN_FREEDOM, LOUD = 3, 3.0  # of a learning rate with noise of its own: degrees of freedom, ratio to the others
+NEAR = 0.05  # nats above the lowest loss of a width: where the noise is that of the minimum
+MIN_FREEDOM = 3  # of a noise of its own above that
 
 
-def estimate_noise(panels: list[dict[int, Curve]]) -> Noise | None:
-    """From all points with two seeds or more that are not far above their width's lowest; None where there are none."""
-    points: dict[tuple, list[float]] = {}  # at the base width panels share runs: each point once
+def estimate_noise(panels: list[dict[int, Curve]], paired: bool = False) -> Noise | None:
+    """From all points with two seeds or more that are not far above their width's lowest; None where there are none.
+
+    paired: near the minimum, each seed's mean deviation at a width is taken out first, over learning rates with the same
+    seeds.
+    """
+    groups: dict[tuple, tuple[float, int]] = {}  # squares and freedom; at the base width panels share runs: each once
     for panel in panels:
         for width, curve in panel.items():
-            lowest = min((min(losses) for losses in curve.points().values()), default=0)
-            for lr, losses in curve.points().items():
-                if len(losses) > 1 and statistics.fmean(losses) <= lowest + FAR:
-                    points[width, lr, tuple(sorted(losses))] = losses
-    if not points:
-        return None
+            points = curve.points()
+            lowest = min(map(statistics.fmean, points.values()), default=0)
+            together: dict[tuple, list[list[float]]] = {}  # near or not, seeds, lr unless paired -> losses
+            for lr, losses in points.items():
+                seeds = tuple(seed for seed, of_seed in curve.by_seed.items() if lr in of_seed)
+                height = statistics.fmean(losses) - lowest
+                if len(losses) > 1 and height <= FAR:
+                    near = height <= NEAR
+                    together.setdefault((near, seeds, None if paired and near else lr), []).append(losses)
+            for (near, _, lr), rows in together.items():
+                count = len(rows[0])
+                of_seed = [statistics.fmean(column) for column in zip(*rows)] if lr is None else [0.0] * count
+                deviations = [y - m for row in rows for y, m in zip([y - statistics.fmean(row) for y in row], of_seed)]
+                if lr is None:
+                    center = statistics.fmean(of_seed)
+                    deviations = [y + center for y in deviations]
+                freedom = (count - 1) * (len(rows) - (lr is None))
+                groups[width, near, lr, str(sorted(rows))] = (sum(x * x for x in deviations), freedom)
 
-    def pooled(lrs: set[float]) -> tuple[float, int]:
-        of_lrs = [losses for (_, lr, _), losses in points.items() if lr in lrs]
-        freedom = sum(len(losses) - 1 for losses in of_lrs)
-        squares = sum((y - statistics.fmean(losses)) ** 2 for losses in of_lrs for y in losses)
-        return (math.sqrt(squares / freedom) if freedom else 0.0), freedom
+    def pooled(near: bool) -> tuple[float, float]:
+        squares, freedom = (sum(g[i] for key, g in groups.items() if key[1] == near) for i in (0, 1))
+        return (math.sqrt(squares / freedom) if freedom else 0.0), float(freedom)
 
-    lrs = {lr for _, lr, _ in points}
-    own = {}
-    for lr in sorted(lrs):
-        (sigma, freedom), (others, others_freedom) = pooled({lr}), pooled(lrs - {lr})
-        if min(freedom, others_freedom) >= MIN_FREEDOM and sigma > LOUD * others:
-            own[lr] = (sigma, float(freedom))
-    sigma, freedom = pooled(lrs - set(own))
-    return Noise(sigma, float(freedom), own)
+    (sigma, freedom), far = pooled(True), pooled(False)
+    if not freedom:
+        return Noise(*far) if far[1] else None
+    return Noise(sigma, freedom, far if far[1] >= MIN_FREEDOM and far[0] > sigma else None)
 
 
 @dataclass
@@ -285,17 +297,18 @@ def regret_of(width: Minimum, base: Minimum, lrs: Iterable[float]) -> float:
 
 def drawn(curve: Curve, sigma: Callable[[float], float], rng: random.Random, mean: Losses) -> Losses:
     """The curve's means, with every run's loss drawn around its point's."""
+    lowest = min(mean.values())
+
+    def one(lr: float) -> float:
+        return mean[lr] + rng.gauss(0, 1) * sigma(mean[lr] - lowest)
+
     seeds = [set(losses) for losses in curve.by_seed.values()]
     if all(lrs == seeds[0] for lrs in seeds):
-        return {lr: y + rng.gauss(0, 1) * sigma(lr) / math.sqrt(len(seeds)) for lr, y in mean.items()}
-    again = Curve(
-        {
-            seed: {lr: mean[lr] + rng.gauss(0, 1) * sigma(lr) if lr in mean else y for lr, y in losses.items()}
-            for seed, losses in curve.by_seed.items()
-        },
-        curve.bad_lrs,
-    )
-    return again.mean()
+        return {lr: y + (one(lr) - y) / math.sqrt(len(seeds)) for lr, y in mean.items()}
+    again = {
+        seed: {lr: one(lr) if lr in mean else y for lr, y in losses.items()} for seed, losses in curve.by_seed.items()
+    }
+    return Curve(again, curve.bad_lrs).mean()
 
 
 def bootstrap(panel: dict[int, Curve], base: int, noise: Noise, draws: int) -> dict[int, Spread]:
@@ -584,6 +597,10 @@ def main(argv: list[str]) -> int:
     p.add_argument(
         "--noise", type=float, metavar="X", help="standard deviation of one run's loss, where no point has two seeds"
     )
+    p.add_argument(
+        "--paired", action="store_true",
+        help="take out of the noise what a seed changes at all learning rates of a width alike",
+    )  # fmt: skip
     a = p.parse_args(argv)
     if a.draws < 100:
         raise Error(f"--draws {a.draws}: expected 100 or more")
@@ -610,7 +627,7 @@ def main(argv: list[str]) -> int:
     figures, said = {}, {}
     for name, panel in panels.items():
         kind = (name[0], name[2])
-        noise = estimate_noise([p for other, p in panels.items() if (other[0], other[2]) == kind])
+        noise = estimate_noise([p for other, p in panels.items() if (other[0], other[2]) == kind], a.paired)
         if a.noise is not None:
             noise = Noise(a.noise, math.inf)
         figures[name] = evaluate(panel, a.base, noise, a.draws)

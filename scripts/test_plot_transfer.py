@@ -89,23 +89,39 @@ class TheNoise(unittest.TestCase):
         rng = random.Random(1)
         panel = {w: measured(rng, -8, 0.004, 4) for w in range(64)}
         noise = estimate_noise([panel])
-        self.assertEqual((noise.freedom, noise.own), (64 * 5 * 3, {}))
-        self.assertAlmostEqual(noise.sigma, 0.004, delta=0.0003)
+        self.assertEqual(noise.freedom, 64 * 3 * 3)
+        for sigma in (noise.sigma, noise.far[0] if noise.far else noise.sigma):
+            self.assertAlmostEqual(sigma, 0.004, delta=0.0003)
+
+    def test_what_a_seed_changes_everywhere(self) -> None:
+        """Counts as noise, unless paired."""
+        rng = random.Random(1)
+        panel = {w: measured(rng, -8, 0.004, 2) for w in range(64)}
+        for curve in panel.values():
+            curve.by_seed[43] = {lr: y + 0.02 for lr, y in curve.by_seed[43].items()}
+        paired = estimate_noise([panel], paired=True)
+        self.assertEqual(paired.freedom, 64 * 2)
+        self.assertAlmostEqual(paired.sigma, 0.004, delta=0.0005)
+        self.assertAlmostEqual(estimate_noise([panel]).sigma, math.hypot(0.004, 0.02 / math.sqrt(2)), delta=0.001)
+        curve = Curve({seed: {2.0**-8: 4 + 0.1 * seed} for seed in (0, 1)})  # one point: nothing is left
+        self.assertIsNone(estimate_noise([{256: curve}], paired=True))
 
     def test_runs_that_panels_share_count_once(self) -> None:
         panel = {256: measured(random.Random(1), -8, 0.004, 2)}
         self.assertEqual(estimate_noise([panel, panel]), estimate_noise([panel]))
 
-    def test_a_loud_learning_rate_has_its_own(self) -> None:
+    def test_a_larger_noise_above_the_minimum_stays_there(self) -> None:
         rng = random.Random(1)
         panel = {w: measured(rng, -8, 0.004, 2) for w in range(40)}
         for curve in panel.values():
             for losses in curve.by_seed.values():
-                losses[2.0**-6] += rng.gauss(0, 0.05)
+                losses[2.0**-6] += rng.gauss(0, 0.04)  # 0.16 above the lowest
         noise = estimate_noise([panel])
-        self.assertEqual(list(noise.own), [2.0**-6])
-        self.assertAlmostEqual(noise.own[2.0**-6][0], 0.05, delta=0.02)
-        self.assertAlmostEqual(noise.sigma, 0.004, delta=0.0008)
+        self.assertAlmostEqual(noise.sigma, 0.004, delta=0.001)
+        self.assertGreater(noise.far[0], 0.02)
+        sigma = noise.draw(rng)
+        self.assertLess(sigma(0.04), 0.01)
+        self.assertGreater(sigma(0.06), 0.02)
 
     def test_far_losses_do_not_count(self) -> None:
         curve = measured(random.Random(1), -8, 0.0, 2)
