@@ -16,10 +16,10 @@ Intervals of 95% are those of a parametric bootstrap: each run's loss is drawn a
 are computed from the drawn losses in the same way, and the 2.5% and 97.5% quantiles are taken; of the regret, which cannot be
 below 0, the 95% quantile as an upper bound. The noise, normal, is the pooled deviation of seeds at equal (width, learning
 rate), over all such points of an optimizer and kind of heads; a point with one seed is taken to have it too. Points more than
-0.05 above their width's lowest have a noise of their own where at least 3 degrees of freedom say that it is larger. That the
-noise is itself an estimate is drawn too (chi squared). What a seed changes at all learning rates of a width alike moves no
-minimum, but counts as noise unless --paired takes it out: without, such intervals are too wide. An end "open" means that
-there the minimum is not bracketed.
+0.05 above their width's lowest have a noise of their own where at least 3 degrees of freedom say that it is 1.5 times as
+large. That the noise is itself an estimate is drawn too (chi squared). What a seed changes at all learning rates of a width
+alike moves no minimum, but counts as noise unless --paired takes it out: without, such intervals are too wide. An end
+"open" means that there the minimum is not bracketed.
     each seed             the grid's best lr of its runs alone, and its own shift from three points or more
     P(regret > 0.01)      share of draws; one whose regret the points do not measure counts
     regret on the grid    the base's grid best instead of the width's own; 0 says only that |shift| < half the grid's step
@@ -187,7 +187,7 @@ class Noise:
 
 
 NEAR = 0.05  # nats above the lowest loss of a width: where the noise is that of the minimum
-MIN_FREEDOM = 3  # of a noise of its own above that
+MIN_FREEDOM, LARGER = 3, 1.5  # of a noise of its own above that: degrees of freedom, ratio
 
 
 def estimate_noise(panels: list[dict[int, Curve]], paired: bool = False) -> Noise | None:
@@ -225,7 +225,7 @@ def estimate_noise(panels: list[dict[int, Curve]], paired: bool = False) -> Nois
     (sigma, freedom), far = pooled(True), pooled(False)
     if not freedom:
         return Noise(*far) if far[1] else None
-    return Noise(sigma, freedom, far if far[1] >= MIN_FREEDOM and far[0] > sigma else None)
+    return Noise(sigma, freedom, far if far[1] >= MIN_FREEDOM and far[0] > LARGER * sigma else None)
 
 
 @dataclass
