@@ -30,6 +30,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from plot_transfer import Curve, evaluate, find_minimum  # noqa: E402
+from test_plot_transfer import Coverage, NotBracketed, Table, TheNoise  # noqa: E402, F401
 
 TRAIN_GDN = HERE.parent / "train_gdn"
 HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -228,6 +229,32 @@ class Sweep(InFolder):
         self.assertEqual(self.sweep(*words[:4]).returncode, 0)
         self.assertEqual(len(self.calls()), 4)
 
+    def test_expected_seconds_of_a_width(self) -> None:
+        words = ("--widths", "256,512", "--lrs", "0.004,0.008", "--expect", "256=9,512=90")
+        done = self.sweep(*words, "--minutes", "0.5")
+        self.assertIn("2 ok, 0 diverged, 0 failed, 2 left", done.stdout)
+        self.assertEqual({row["width"] for row in rows_of(self.csv)}, {"256"})
+        done = self.sweep(*words, "--minutes", "1.9")  # one fits; what it took counts from then on
+        self.assertIn("4 ok, 0 diverged, 0 failed", done.stdout)
+
+    def test_clipped_steps(self) -> None:
+        """The fake's gradients have norm 1."""
+        words = ("--optimizers", "sgd,adamw", "--widths", "256", "--lrs", "0.1")
+        for clip, share, said in ((0.25, "1.000", "100% of steps clipped, lr x clip 0.025"), (1, "0.000", ""), (0, "0.000", "")):
+            self.csv = self.folder / f"clip{clip}.csv"
+            done = self.sweep(*words, extra=("-n", "20", "-clip", str(clip)))
+            self.assertEqual([row["clipped"] for row in rows_of(self.csv)], [share, share])
+            self.assertEqual(done.stdout.count("clipped"), 1 if said else 0, done.stdout)  # not under AdamW
+            self.assertIn(said, done.stdout)
+
+    def test_rows_from_before_the_column_clipped(self) -> None:
+        self.sweep("--widths", "256", "--lrs", "0.004")
+        old = [",".join(line.split(",")[:-1]) for line in self.csv.read_text().splitlines()]
+        self.csv.write_text("\n".join(old) + "\n")
+        self.assertEqual(self.sweep("--widths", "256", "--lrs", "0.004,0.008").returncode, 0)
+        self.assertEqual([row["clipped"] for row in rows_of(self.csv)], ["", "0.000"])
+        self.assertEqual(len(self.calls()), 2)
+
     def test_every_gpu_is_filled(self) -> None:
         words = ("--widths", "256", "--lrs", "0.001,0.002,0.004,0.008", "-j", "2")
         self.assertEqual(self.sweep(*words, CUDA_VISIBLE_DEVICES="4,7", FAKE_SECONDS="0.3").returncode, 0)
@@ -287,6 +314,7 @@ class Sweep(InFolder):
         self.assert_one_line_error(self.sweep(extra=("-L",)), "no value")
         self.assert_one_line_error(self.sweep(extra=("-n", "0")), "-n '0'")
         self.assert_one_line_error(self.sweep("--minutes", "0"), "--minutes 0")
+        self.assert_one_line_error(self.sweep("--expect", "256:9"), "--expect '256:9'")
         self.assert_one_line_error(self.sweep("-j", "0"), "--per-gpu 0")
         self.assert_one_line_error(self.sweep("--optimizers", "adam"), "--optimizers 'adam'")
         self.assert_one_line_error(
@@ -526,7 +554,8 @@ class Minima(unittest.TestCase):
         self.assertAlmostEqual(of_base.minimum.c, 4.1)
         self.assertEqual((of_base.shift, of_base.regret), (0, 0))
         self.assertAlmostEqual(of_wide.shift, -0.5)
-        self.assertAlmostEqual(of_wide.shift_std, 0)
+        for own in of_wide.by_seed.values():
+            self.assertAlmostEqual(own.shift, -0.5)
         self.assertAlmostEqual(of_wide.regret, 0.08 * 0.25)
         self.assertAlmostEqual(of_wide.grid_regret, 0)  # x = -8 and -9 are as good
 
@@ -554,7 +583,7 @@ class Plots(InFolder):
             f.write("param,optimizer,width,lr,seed,val_loss,status,options\n")
             for width, best in x0.items():
                 for lr, loss in parabola(best, 0.04, 4.0, lrs).items():
-                    for seed, noise in ((1, 0.01), (2, -0.01)):
+                    for seed, noise in ((1, 0.0001), (2, -0.0001)):
                         ending = (
                             f",diverged,{OPTIONS}" if lr >= diverged else f"{loss + noise:.9f},ok,{OPTIONS}"
                         )
@@ -580,11 +609,24 @@ class Plots(InFolder):
         self.assert_drawn("plot")
         table = (self.folder / "table.md").read_text()
         self.assertIn(table, done.stdout)
-        cells = [[c.strip() for c in line.strip("|\n").split("|")] for line in table.splitlines()]
-        by_name = {(c[0], c[1]): c for c in cells}
-        self.assertEqual(by_name["AdamW, muP", "512"][4:8], ["-0.25 ± 0.00", "0.0025", "0.0000", "yes"])
-        self.assertEqual(by_name["AdamW, SP", "512"][4:8], ["-2.00 ± 0.00", "0.1600", "0.1600", "no"])
-        self.assertEqual(by_name["AdamW, SP", "256"][4], "base")
+        cells = [[c.strip() for c in line.strip("|\n").split("|")] for line in table.splitlines() if line.startswith("|")]
+        by_name = {(c[0], c[1]): dict(zip(cells[0], c)) for c in cells}
+        mup, sp = by_name["AdamW, muP", "512"], by_name["AdamW, SP", "512"]
+        self.assertRegex(mup["shift"], r"^-0\.25 \[-0\.2[5-7], -0\.2[3-5]\]$")
+        self.assertRegex(mup["regret"], r"^0\.0025 \(< 0\.002[5-9]\)$")
+        self.assertEqual((mup["regret on the grid"], mup["within"]), ("0.0000", "yes"))
+        self.assertRegex(sp["shift"], r"^-2\.00 \[open, -1\.9\d\]$")  # the base's best is the last that did not diverge
+        self.assertEqual((sp["regret"][:6], sp["regret on the grid"], sp["within"]), ("0.1600", "0.1600", "no"))
+        self.assertEqual(by_name["AdamW, SP", "256"]["shift"], "base")
+        self.assertRegex(table, r"\nAdamW: noise of one run 0\.0001 \(\d+ degrees of freedom\)\.\n$")
+
+    @needs_matplotlib
+    def test_noise_from_outside(self) -> None:
+        path = self.write("a.csv", {256: -8.0, 512: -8.25})
+        done = self.plot(path, "--noise", 0.01, "--draws", 200)
+        self.assertIn("AdamW: noise of one run 0.0100.", done.stdout)
+        self.assert_one_line_error(self.plot(path, "--noise", 0), "--noise 0")
+        self.assert_one_line_error(self.plot(path, "--draws", 9), "--draws 9")
 
     @needs_matplotlib
     def test_minimum_at_the_edge_is_said(self) -> None:
