@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../gdn_kernels.cuh"
+#include "../gdn/kernels/delta_rule.cuh"
 
 namespace {
 

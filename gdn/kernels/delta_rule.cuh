@@ -64,64 +64,6 @@
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kRecurrentParts = 8, kRecurrentThreads = 128;
-constexpr int kRecurrentColumns = kRecurrentThreads / kRecurrentParts, kRecurrentRows = 256 / kRecurrentParts;
-
-// Over the eight lanes that share a column.
-__device__ inline float sum_of_parts(float x) {
-  x = sum_of_quad(x);
-  return x + __shfl_xor_sync(~0u, x, 4);
-}
-
-// Token by token; o_t, u_t, S_t as in gdn/cpu_delta_rule.h, state [B,Hv,dk,dv] fp32 in and out. One block: 16
-// columns of dv of a value head. Eight lanes share a column of the state, each with every eighth row in
-// registers.
-//
-// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.017 ms at the copy
-// rate. Reached: 0.035 ms, 48% of floor (H100, dev/results/2026-11-28_h100).
-static __global__ void __launch_bounds__(kRecurrentThreads)
-    recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
-                     float s) {
-  constexpr int kParts = kRecurrentParts, kRows = kRecurrentRows;
-  __shared__ float q[kParts * kRows], k[kParts * kRows];
-  const int h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h), part = threadIdx.x % kParts;
-  const int column = blockIdx.x * kRecurrentColumns + threadIdx.x / kParts;
-  const bool active = column < size.dv;
-  float* column_state = state + (int64_t(b) * size.heads_v + h) * size.dk * size.dv + column;
-  float S[kRows];
-#pragma unroll
-  for (int i = 0; i < kRows; i++)
-    S[i] = active && kParts * i + part < size.dk ? column_state[int64_t(kParts * i + part) * size.dv] : 0.f;
-  for (int t = 0; t < size.tokens; t++) {
-    const int64_t row = int64_t(b) * size.tokens + t, gate = row * size.heads_v + h;
-    const act* inputs = qkv + row * size.channels;
-    __syncthreads();
-    for (int i = threadIdx.x; i < kParts * kRows; i += kRecurrentThreads) {
-      q[i] = i < size.dk ? __bfloat162float(inputs[size.q_column(hk) + i]) : 0.f;
-      k[i] = i < size.dk ? __bfloat162float(inputs[size.k_column(hk) + i]) : 0.f;
-    }
-    __syncthreads();
-    const float decay = expf(g[gate]), v = active ? __bfloat162float(inputs[size.v_column(h) + column]) : 0.f;
-    float predicted = 0.f, out = 0.f;
-#pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      S[i] *= decay;
-      predicted += S[i] * k[kParts * i + part];
-    }
-    const float u = beta[gate] * (v - sum_of_parts(predicted));
-#pragma unroll
-    for (int i = 0; i < kRows; i++) {
-      S[i] += k[kParts * i + part] * u;
-      out += S[i] * q[kParts * i + part];
-    }
-    out = s * sum_of_parts(out);
-    if (active && part == 0) o[gate * size.dv + column] = __float2bfloat16_rn(out);
-  }
-#pragma unroll
-  for (int i = 0; i < kRows; i++)
-    if (active && kParts * i + part < size.dk) column_state[int64_t(kParts * i + part) * size.dv] = S[i];
-}
-
 // ---- launching
 
 inline Sizes sizes(const MixerShape& shape) {
@@ -235,19 +177,6 @@ inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int p
   return slices(slices(warps));
 }
 
-inline void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
-                    float s, const Prepared& to) {
-  const bool warpgroup = has_warpgroup_products();
-  const int dk = shape.head_dim_k,
-            bytes = warpgroup ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
-  const auto kernel = warpgroup ? prepare_warpgroup_kernel : prepare_kernel;
-  allow_shared_bytes(kernel, bytes, "the gated delta rule");
-  const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
-  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta,
-                                                          sizes(shape), s);
-  launched("prepare_kernel");
-}
-
 // Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
 // loads and a block of two takes 1.5 times as long as one of one, not twice; or one, where that leaves so many
 // more blocks to share the work that it ends earlier.
@@ -260,196 +189,68 @@ inline int pass_groups(const Cuda& device, const MixerShape& shape, int pieces) 
   return 2 * rounds(1) < 3 * rounds(2) ? 1 : 2;
 }
 
-// Calls launch with dk's compiled size, a pass's warpgroups, and the grid.
-template <class Launch>
-void with_warpgroups(const Cuda& device, const MixerShape& shape, int pieces, const Launch& launch) {
-  const int groups = pass_groups(device, shape, pieces);
-  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * pieces);
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    if (groups == 1) return launch(head_dim, std::integral_constant<int, 1>(), grid);
-    launch(head_dim, std::integral_constant<int, 2>(), grid);
-  });
-}
+// The kernels' launches, in objects of their own (delta_rule_launch.cuh): those of one compiled dk,
+template <int DK>
+struct Passes {
+  static void join_pieces(Cuda&, const MixerShape&, const Pieces&, bool backward);
+  static void forward_states(Cuda&, const act* qkv, const MixerShape&, const Prepared&, const Pieces&, bool ends);
+  static void backward_states(Cuda&, const act* d_o, const act* qkv, const MixerShape&, float s, const Prepared&,
+                              const Pieces&);
+  static void forward_pass(Cuda&, act* o, const Saved&, const act* qkv, const MixerShape&, float s,
+                           const Prepared&, const Pieces&);
+  static void backward_pass(Cuda&, act* dqkv, const act* d_o, const act* qkv, const MixerShape&, float s,
+                            const Prepared&, const Pieces&, void* scratch);
+};
+extern template struct Passes<32>;
+extern template struct Passes<64>;
+extern template struct Passes<96>;
+extern template struct Passes<128>;
+extern template struct Passes<192>;
+extern template struct Passes<256>;
+
+// and those of every dk.
+void prepare(Cuda&, const act* qkv, const float* g, const float* beta, const MixerShape&, float s,
+             const Prepared& to);
+void gradients(Cuda&, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved&, const act* qkv,
+               const MixerShape&, float s, const float* gates, void* scratch);
 
 // From transitions and ends from zero: the states at all pieces' starts, or (backward) their gradients at the
 // ends.
 inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
   if (pieces.count < 3) return;
-  const dim3 grid(divide_up(shape.head_dim_v, kJoinRows), shape.heads_v, shape.batch);
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    constexpr int kColumns = join_columns(decltype(head_dim)::value);
-    const auto kernel = backward ? join_pieces_kernel<kColumns, true> : join_pieces_kernel<kColumns, false>;
-    kernel<<<grid, kJoinThreads, 0, device.stream>>>(pieces, sizes(shape));
+    Passes<decltype(head_dim)::value>::join_pieces(device, shape, pieces, backward);
   });
-  launched("join_pieces_kernel");
 }
 
 // Transitions, and with `ends` the ends from zero.
 inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
                            const Pieces& pieces, bool ends) {
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    constexpr int DK = decltype(head_dim)::value;
-    const auto launch = [&](auto kernel, int warps, int bytes) {
-      const int slices_v = ends ? divide_up(shape.head_dim_v, 16 * warps) : 0;
-      const int slices_k = divide_up(shape.head_dim_k, 16 * warps);
-      allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (pieces.count - 1));
-      kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), pieces,
-                                                         slices_v);
-    };
-    if (has_warpgroup_products()) {
-      // Where each block can have a multiprocessor of its own it asks for so much shared memory that none
-      // takes a second. Else some would: the first piece's transitions, which nobody needs, are blocks that
-      // end at once, but have a multiprocessor when the last blocks look for one.
-      const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
-      const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = pieces.count - 1;
-      const int64_t blocks =
-          int64_t(shape.batch) * shape.heads_v * (ends_count * slices_v + (ends_count - 1) * slices_k);
-      const int bytes = 2 * WarpgroupStage<DK, 1, false>::kBytes, alone = shared_bytes_limit() / 2 + 1;
-      return launch(forward_state_warpgroup_kernel<DK>, 4,
-                    blocks <= device.multiprocessors ? std::max(bytes, alone) : bytes);
-    }
-    const int warps = pass_warps(device, shape, DK, pieces.count);
-    launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
+    Passes<decltype(head_dim)::value>::forward_states(device, qkv, shape, prepared, pieces, ends);
   });
-  launched("forward_state_kernel");
 }
 
 // Of all pieces but the first, dS at the start from 0 at the end.
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
                             const Prepared& prepared, const Pieces& pieces) {
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    constexpr int DK = decltype(head_dim)::value;
-    const auto launch = [&](auto kernel, int warps, int threads, int bytes) {
-      allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v,
-                      shape.batch * (pieces.count - 1));
-      kernel<<<grid, threads, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates,
-                                                         sizes(shape), pieces, s);
-    };
-    if (has_warpgroup_products())
-      return launch(backward_pass_warpgroup_kernel<DK, 1, true>, 4, pass_threads(DK, 1),
-                    pass_stages(DK) * WarpgroupStage<DK, 1>::kBytes);
-    const int warps = pass_warps(device, shape, DK, pieces.count);
-    launch(backward_pass_kernel<DK, true>, warps, 32 * warps, 2 * pass_stage_bytes(DK, warps));
+    Passes<decltype(head_dim)::value>::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
   });
-  launched("backward_pass_kernel of states");
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
                          float s, const Prepared& prepared, const Pieces& pieces) {
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
-  if (has_warpgroup_products()) {
-    with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
-      constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = pass_stages(DK) * WarpgroupStage<DK, kGroups>::kBytes;
-      const auto kernel = forward_pass_warpgroup_kernel<DK, kGroups>;
-      allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(o, saved, qkv, matrices, gates,
-                                                                        sizes(shape), pieces, s);
-    });
-  } else {
-    with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-      constexpr int DK = decltype(head_dim)::value;
-      const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
-      allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
-      forward_pass_kernel<DK><<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates,
-                                                                          sizes(shape), pieces, s);
-    });
-  }
-  launched("forward_pass_kernel");
+  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::forward_pass(device, o, saved, qkv, shape, s, prepared, pieces);
+  });
 }
 
 inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
                           float s, const Prepared& prepared, const Pieces& pieces, void* scratch) {
-  const Adjoints adjoints = adjoints_at(scratch, shape);
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
-  if (has_warpgroup_products()) {
-    with_warpgroups(device, shape, pieces.count, [&](auto head_dim, auto warpgroups, dim3 grid) {
-      constexpr int DK = decltype(head_dim)::value, kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = pass_stages(DK) * WarpgroupStage<DK, kGroups>::kBytes;
-      const auto kernel = backward_pass_warpgroup_kernel<DK, kGroups, false>;
-      allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(
-          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), pieces, s);
-    });
-  } else {
-    with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-      constexpr int DK = decltype(head_dim)::value;
-      const int warps = pass_warps(device, shape, DK, pieces.count), bytes = 2 * pass_stage_bytes(DK, warps);
-      allow_shared_bytes(backward_pass_kernel<DK, false>, bytes, "the gated delta rule");
-      const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * pieces.count);
-      backward_pass_kernel<DK, false><<<grid, 32 * warps, bytes, device.stream>>>(
-          dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), pieces, s);
-    });
-  }
-  launched("backward_pass_kernel");
-}
-
-// The most buffers that fit `limit` bytes of shared memory, or no stages. A third stage would reach two items
-// ahead where an item is one step, and there are q and k of two.
-inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
-  const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
-  const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
-  for (const GradientBuffers buffers : {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2},
-                                        GradientBuffers{2, 1}})
-    if (gradient_shared_bytes(dk, PW, group > 1, buffers) <= limit && (steps > 1 || buffers.stages == 2))
-      return buffers;
-  return {0, 0};
-}
-
-// The shared memory a block may have where `blocks` are to share a multiprocessor, which keeps 1 KiB for each.
-inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
-
-template <int PW>
-void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
-                      const MixerShape& shape, float s) {
-  int blocks = gradient_blocks(PW);
-  GradientBuffers buffers = gradient_buffers(shape, PW, shared_bytes_share(blocks));
-  if (buffers.stages == 0) {
-    blocks = 1;
-    buffers = gradient_buffers(shape, PW, shared_bytes_limit());
-  }
-  const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k, buffers);
-  allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
-  const int items = shape.chunks() * shape.heads_k * shape.batch;
-  const int grid = std::min(items, blocks * device.multiprocessors);
-  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape),
-                                                                            items, buffers, s);
-  launched("gradients_kernel");
-}
-
-// Passes over dk as wide as shared memory allows.
-inline void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
-                      const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
-  const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
-  const int dk = shape.head_dim_k;
-  if (has_warpgroup_products() && takes_warpgroup_gradients(shape)) {
-    const auto launch = [&](auto tiles, auto grouped) {
-      launch_warpgroup_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
-                                                                                   shape, sizes(shape), s);
-    };
-    const auto with_group = [&](auto tiles) {
-      if (shape.heads_v > shape.heads_k) return launch(tiles, std::true_type());
-      launch(tiles, std::false_type());
-    };
-    if (dk <= 64) return with_group(std::integral_constant<int, 1>());
-    if (dk <= 128) return with_group(std::integral_constant<int, 2>());
-    return launch(std::integral_constant<int, 4>(), std::false_type());
-  }
-  const auto fits = [&](int PW) { return gradient_buffers(shape, PW, shared_bytes_limit()).stages > 0; };
-  if (dk <= 32) return launch_gradients<32>(device, dqkv, dg, dbeta, in, shape, s);
-  if (dk <= 64 || !fits(96)) return launch_gradients<64>(device, dqkv, dg, dbeta, in, shape, s);
-  if (dk <= 96 || (dk > 128 && dk <= 192) || !fits(128))
-    return launch_gradients<96>(device, dqkv, dg, dbeta, in, shape, s);
-  launch_gradients<128>(device, dqkv, dg, dbeta, in, shape, s);
+  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, pieces, scratch);
+  });
 }
 
 }  // namespace delta_rule

@@ -527,8 +527,8 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
 static __global__ void __launch_bounds__(kPrepareThreads)
     prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
                    Sizes size, float s) {
-  extern __shared__ __align__(1024) unsigned char shared[];
-  prepare_chunk<false>(shared, matrices, gates_out, qkv, g, beta, size, s);
+  extern __shared__ __align__(1024) unsigned char tiles[];
+  prepare_chunk<false>(tiles, matrices, gates_out, qkv, g, beta, size, s);
 }
 
 // On Hopper: q.k and k.k as warpgroup products.

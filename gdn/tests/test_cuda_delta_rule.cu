@@ -15,7 +15,9 @@
 #include <vector>
 
 #include "../../dev/readable/delta_rule.cuh"
+#include "../../gdn_kernels.cuh"
 #include "../cpu_layers.h"
+#include "../kernels/delta_rule.cuh"
 #include "relative_error.h"
 #include "needs_gpu.h"
 
