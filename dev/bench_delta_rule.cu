@@ -154,8 +154,8 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
   const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch.get(), shape);
-  const delta_rule::Pieces whole = {1, shape.chunks(), nullptr, nullptr};
+  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch.get(), shape);
+  const delta_rule::Splits whole = {1, shape.chunks(), nullptr, nullptr};
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
@@ -180,24 +180,24 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   time("prepare_kernel", prepare,
        [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });
   time("forward_pass_kernel", forward_pass,
-       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, pieces); });
+       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, splits); });
   time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
-       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, pieces); });
+       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, splits); });
   time("backward_pass_kernel", backward_pass, [&] {
-    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, pieces,
+    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, splits,
                               scratch.get());
   });
-  if (pieces.count > 1) {
-    std::printf("  %d pieces of %d chunks\n", pieces.count, pieces.chunks);
+  if (splits.count > 1) {
+    std::printf("  %d splits of %d chunks\n", splits.count, splits.chunks);
     const Cost states_forward = {keys / 2 + value + matrices / 2,  // k, v and N
                                  chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
     const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
     time("forward_states", states_forward,
-         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, pieces, true); });
+         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, splits, true); });
     time("backward_states", states_backward,
-         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, pieces); });
-    time("join_pieces_kernel", {0, 2.0 * shape.batch * shape.heads_v * (pieces.count - 2) * dk * dk * dv},
-         [&] { delta_rule::join_pieces(device, shape, pieces, false); });
+         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, splits); });
+    time("merge_splits_kernel", {0, 2.0 * shape.batch * shape.heads_v * (splits.count - 2) * dk * dk * dv},
+         [&] { delta_rule::merge_splits(device, shape, splits, false); });
     time("forward pass, not cut", forward_pass,
          [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, whole); });
     time("backward pass, not cut", backward_pass, [&] {
