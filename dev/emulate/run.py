@@ -85,7 +85,7 @@ def emulated(name: str) -> str:
         text = replace_bodies(text, WGMMA)
     if name == "delta_rule_passes_wgmma.cuh":
         text = replace_bodies(text, PASSES)
-        text = text[: text.index("// ---- whether these kernels can run")] + "}\n}\n"
+        text = text[: text.index("// ---- whether this build's wgmma kernels can run")] + "}\n}\n"
     if "asm volatile(" in text and name != "delta_rule_mma.cuh":
         sys.exit(f"run.py: {name} has assembly that is not replaced")
     return text

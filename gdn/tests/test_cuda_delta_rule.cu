@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -19,6 +18,7 @@
 #include "../cpu_layers.h"
 #include "../kernels/delta_rule.cuh"
 #include "relative_error.h"
+#include "inputs.h"
 #include "needs_gpu.h"
 
 namespace {
@@ -50,14 +50,6 @@ struct Inputs {
   float s;
 };
 
-MixerShape make_shape(int batch, int tokens, int heads_k, int heads_v, int dk, int dv) {
-  MixerShape shape;
-  shape.batch = batch, shape.tokens = tokens;
-  shape.heads_k = heads_k, shape.heads_v = heads_v;
-  shape.head_dim_k = dk, shape.head_dim_v = dv;
-  return shape;
-}
-
 std::string describe(const MixerShape& shape) {
   const auto text = [](int x) { return std::to_string(x); };
   return "B=" + text(shape.batch) + " T=" + text(shape.tokens) + " Hk=" + text(shape.heads_k) +
@@ -84,19 +76,11 @@ double draw_beta(std::mt19937_64& random, Regime regime) {
 Inputs make_inputs(const MixerShape& shape, Regime regime, int seed) {
   std::mt19937_64 random(seed);
   std::normal_distribution<double> normal;
-  const int C = shape.conv_channels(), dk = shape.head_dim_k;
   Inputs in;
-  in.s = 1 / std::sqrt(float(dk));
-  in.qkv.resize(size_t(shape.rows()) * C);
+  in.s = 1 / std::sqrt(float(shape.head_dim_k));
+  in.qkv = random_qkv<double>(shape, random);
   in.d_o.resize(size_t(shape.rows()) * shape.value_dim());
-  for (double& x : in.qkv) x = normal(random);
   for (double& x : in.d_o) x = round_to_bf16(normal(random));
-  for (int m = 0; m < shape.rows(); m++)
-    for (int head = 0; head < 2 * shape.heads_k; head++) {
-      double* row = &in.qkv[size_t(m) * C + head * dk];
-      const double length = std::sqrt(std::inner_product(row, row + dk, row, 0.0));
-      for (int i = 0; i < dk; i++) row[i] /= length;
-    }
   for (double& x : in.qkv) x = round_to_bf16(x);
   for (int m = 0; m < shape.rows(); m++)
     for (int h = 0; h < shape.heads_v; h++) {
@@ -147,14 +131,6 @@ Results recurrence(const MixerShape& shape, const Inputs& in) {
 
 // ---- on the GPU
 // ---------------------------------------------------------------------------------------------------
-
-template <class T>
-Buffer<Cuda, T> upload(Cuda& device, const std::vector<T>& x) {
-  Buffer<Cuda, T> buffer(device, x.size(), "a test");
-  device.upload(buffer.get(), x.data(), buffer.bytes());
-  device.synchronize();
-  return buffer;
-}
 
 std::vector<act> to_act(const Doubles& x) {
   std::vector<act> out;
