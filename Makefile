@@ -64,7 +64,9 @@ endif
 objects = $(patsubst %,$(BUILD)/%.o,$(basename $(1)))
 TESTS := $(call objects,test_gdn.cu $(wildcard gdn/tests/*.cpp))
 ifneq ($(NVCC),)
-LAYERS := $(call objects,$(wildcard gdn/*.cu gdn/kernels/*.cu))
+HEAD_DIMS := 32 64 96 128 192 256
+PASSES := $(HEAD_DIMS:%=$(BUILD)/gdn/kernels/delta_rule_head_dim_%.o)
+LAYERS := $(PASSES) $(filter-out %/delta_rule_head_dim.o,$(call objects,$(wildcard gdn/*.cu gdn/kernels/*.cu)))
 TESTS += $(call objects,$(wildcard gdn/tests/*.cu))
 else
 TESTS := $(filter-out $(BUILD)/gdn/tests/test_cuda_%,$(TESTS))
@@ -99,6 +101,10 @@ $(BUILD)/%.o: %.cu $(BUILD)/COMPILE_NVCC
 	@mkdir -p $(@D)
 	$(COMPILE_NVCC) $< -o $@
 
+$(PASSES): $(BUILD)/gdn/kernels/delta_rule_head_dim_%.o: gdn/kernels/delta_rule_head_dim.cu $(BUILD)/COMPILE_NVCC
+	@mkdir -p $(@D)
+	$(COMPILE_NVCC) -DGDN_HEAD_DIM_K=$* $< -o $@
+
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 # ---- tests
@@ -126,12 +132,16 @@ ci:
 
 # ---- for developers
 
-# the GPU layers of dev/readable in place of the fast ones
+# the GPU layers of dev/readable in place of the fast ones; their tests without those of the fast ones' insides
 READABLE := $(BUILD)/dev/readable/layers.o $(BUILD)/gdn/cuda_device.o
+READABLE_TEST := $(BUILD)/dev/readable/test_cuda_delta_rule.o
+$(READABLE_TEST): gdn/tests/test_cuda_delta_rule.cu $(BUILD)/COMPILE_NVCC | doctest
+	@mkdir -p $(@D)
+	$(COMPILE_NVCC) -DGDN_READABLE $< -o $@
 train_gdn_readable: $(BUILD)/train_gdn.o $(READABLE) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
 
-test_gdn_readable: $(filter-out %/test_cuda_delta_rule.o,$(TESTS)) $(READABLE) | needs_nvcc
+test_gdn_readable: $(filter-out %/test_cuda_delta_rule.o,$(TESTS)) $(READABLE_TEST) $(READABLE) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
 
 bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
