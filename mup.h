@@ -45,8 +45,6 @@ enum class DecayMode { coupled, independent };  // decay per step: its rate time
 // W_a and W_b under mup: by fan-in, or like output weights, there with gradients of independent or aligned
 // signs.
 enum class GateRule { independent, output, aligned };
-// The readout scale s: of the parametrization, or mup's or sp's whatever the parametrization (section 3).
-enum class ReadoutRule { own, mup, sp };
 // The norm that is clipped: of all gradients alike, or as at the end of section 5.
 enum class ClipNorm { plain, scaled };
 
@@ -85,7 +83,6 @@ struct Mup {
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
   double logit_factor = 1;  // of the logits, at every width
-  ReadoutRule readout = ReadoutRule::own;
   Perturbation perturbation = {};
 };
 
@@ -218,13 +215,8 @@ inline double logit_scale(const Mup& m) {
 // (measured, d = 256 to 1024: S^T q has slope -0.4 at initial values; after 50 steps of SGD 0.0 in the first
 // layer and -0.4 in the second). The norm undoes a growing o, while eps spoils a falling one: of the two
 // estimates the one to scale for is the smaller.
-//
-// The code that the authors of [GDN] released has dk^-1/2 under every parametrization; -readout sp is that, and
-// -readout mup gives mup0 the s above, which tells apart what s and what the gates' rates do.
 inline double readout_scale(const Mup& m) {
-  const bool grows = m.readout == ReadoutRule::own ? m.parametrization == Parametrization::mup
-                                                   : m.readout == ReadoutRule::mup;
-  if (!grows) return 1 / std::sqrt(m.shape.head_dim_k);
+  if (m.parametrization != Parametrization::mup) return 1 / std::sqrt(m.shape.head_dim_k);
   return 1 / std::sqrt(m.base.head_dim_k) * std::sqrt(ratios(m).r_k) *
          power_of_ratio(m, m.perturbation.readout_scale);
 }
@@ -500,11 +492,6 @@ inline const char* name(GateRule rule) {
   return names[int(rule)];
 }
 
-inline const char* name(ReadoutRule rule) {
-  constexpr const char* names[] = {"own", "mup", "sp"};
-  return names[int(rule)];
-}
-
 inline const char* name(ClipNorm norm) { return norm == ClipNorm::plain ? "plain" : "scaled"; }
 
 inline const char* name(DecayMode mode) { return mode == DecayMode::coupled ? "coupled" : "independent"; }
@@ -531,12 +518,6 @@ inline GateRule parse_gate_rule(const std::string& text) {
   for (const GateRule rule : {GateRule::independent, GateRule::output, GateRule::aligned})
     if (text == name(rule)) return rule;
   throw std::runtime_error("gates '" + text + "': expected independent, output or aligned");
-}
-
-inline ReadoutRule parse_readout_rule(const std::string& text) {
-  for (const ReadoutRule rule : {ReadoutRule::own, ReadoutRule::mup, ReadoutRule::sp})
-    if (text == name(rule)) return rule;
-  throw std::runtime_error("readout scale '" + text + "': expected own, mup or sp");
 }
 
 inline DecayMode parse_decay_mode(const std::string& text) {

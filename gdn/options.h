@@ -36,7 +36,7 @@ struct Options {
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.9, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
-  std::string parametrization = "mup", gains = "vector", gates = "independent", readout = "own";
+  std::string parametrization = "mup", gains = "vector", gates = "independent";
   double logit_factor = 1;
   std::string device = "auto";
   uint64_t seed = 42;
@@ -94,8 +94,6 @@ class OptionTable {
     text("gates", "independent|output|aligned", o.gates,
          "under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent or of "
          "aligned signs (mup.h, open question 2)");
-    text("readout", "own|mup|sp", o.readout,
-         "readout scale s: the parametrization's own, or that of mup or sp whatever -param is (mup.h, section 3)");
     text("init_of", "CLASS=X,...", o.init_factors,
          "factors of the initial values of classes of tensors, at every width: embedding, unembedding, hidden, gate, conv",
          "1 each");

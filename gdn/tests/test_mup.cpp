@@ -169,24 +169,6 @@ TEST_CASE("mup: every constant grows with the exponent of the table") {
     }
 }
 
-TEST_CASE("mup: -readout gives any parametrization mup's or sp's readout scale, and changes nothing else") {
-  using namespace mup_tests;
-  for (const Family family : kFamilies)
-    for (const Parametrization p : kParametrizations)
-      for (const double width : kWidths) {
-        const Mup plain = model(p, family, width);
-        Mup m = plain;
-        m.readout = ReadoutRule::mup;
-        CHECK(readout_scale(m) == readout_scale(model(Parametrization::mup, family, width)));
-        CHECK(logit_scale(m) == logit_scale(plain));
-        for (const TensorClass cls : kTensorClasses)
-          for (const OptimizerKind optimizer : kOptimizerKinds)
-            CHECK(learning_rate_scale(m, optimizer, cls) == learning_rate_scale(plain, optimizer, cls));
-        m.readout = ReadoutRule::sp;
-        CHECK(readout_scale(m) == 1 / std::sqrt(m.shape.head_dim_k));
-      }
-}
-
 TEST_CASE("mup: sp changes nothing with width") {
   using namespace mup_tests;
   for (const Family family : kFamilies)
