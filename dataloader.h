@@ -1,10 +1,5 @@
-// Batches of token sequences from three sources: token shards, raw text files and a built-in corpus.
-//
-// - shards: files ending in .bin, the format of llm.c and modded-nanogpt: 256 little-endian int32 (magic
-//   20240520, version 1, token count, zeros), then uint16 GPT-2 tokens; vocabulary 50257.
-// - raw text: all other files, one token per byte; vocabulary 256.
-// - built-in: stories generated from a seed, one token per byte, each byte's probability known exactly
-//   (gdn/stories.h).
+// Batches of token sequences from three sources: token shards, raw text files (gdn/token_file.h) and a
+// built-in corpus of stories generated from a seed (gdn/stories.h).
 //
 // A source is cut into sequences of T inputs and T targets shifted by one: sequence i of a file covers its
 // tokens [iT, iT + T], so a file of n tokens holds (n - 1) / T sequences and drops the tail. The loader
@@ -13,139 +8,83 @@
 // element by element, so p is the whole state. Row j of global batch s is p = s B + j, whatever the number of
 // ranks; rank r of R reads rows [r B / R, (r + 1) B / R).
 //
-// Errors are std::runtime_error with one line: the file, the value seen, what was expected.
-// Files are memory-mapped and read in the host's byte order, which is taken to be little-endian.
+// Errors are std::runtime_error with one line: the file, the value seen, what was expected. A file that
+// shrinks, is written to, replaced or deleted fails the next read of it.
 #pragma once
 
-#include <fcntl.h>
 #include <glob.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
+#include <climits>
 #include <cstdint>
-#include <cstring>
 #include <limits>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "gdn/random.h"
 #include "gdn/stories.h"
+#include "gdn/token_file.h"
 
 namespace gdn {
 
 namespace data {
 
-[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
-
-constexpr int32_t kShardMagic = 20240520, kShardVersion = 1;
-constexpr int64_t kShardHeaderBytes = 256 * sizeof(int32_t);
-constexpr int kShardVocabulary = 50257, kByteVocabulary = 256;
-
-// A memory-mapped file of tokens; the mapping lives as long as the last copy.
-struct TokenFile {
-  std::string path;
-  std::shared_ptr<const uint8_t> bytes;
-  int64_t size = 0;    // bytes
-  int64_t tokens = 0;  // tokens
-};
-
-inline bool is_shard(const std::string& path) {
-  return path.size() >= 4 && path.compare(path.size() - 4, 4, ".bin") == 0;
-}
-
-// Maps a file for reading (tokens is left 0). Fails if it cannot be opened, is empty, or is not a regular
-// file.
-inline TokenFile map_file(const std::string& path) {
-  struct Descriptor {
-    int number;
-    ~Descriptor() { close(number); }
-  } descriptor{open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (descriptor.number < 0) fail(path + ": cannot open: " + std::strerror(errno));
+// Whether the name is a file's, or something else's that opening it will refuse.
+inline bool exists(const std::string& path) {
   struct stat status;
-  if (fstat(descriptor.number, &status) != 0) fail(path + ": cannot stat: " + std::strerror(errno));
-  if (!S_ISREG(status.st_mode)) fail(path + ": not a regular file, expected a token shard or a text file");
-  if (status.st_size == 0) fail(path + ": empty file, expected at least one token");
-  size_t size = static_cast<size_t>(status.st_size);
-  void* address = mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor.number, 0);
-  if (address == MAP_FAILED) fail(path + ": cannot map: " + std::strerror(errno));
-  TokenFile file;
-  file.path = path;
-  file.size = status.st_size;
-  file.bytes.reset(static_cast<const uint8_t*>(address),
-                   [address, size](const uint8_t*) { munmap(address, size); });
-  return file;
+  return stat(path.c_str(), &status) == 0;
 }
 
-// Checks a shard's header against the format and the file's size; returns the number of tokens.
-inline int64_t shard_tokens(const TokenFile& file) {
-  if (file.size < kShardHeaderBytes) {
-    fail(file.path + ": " + std::to_string(file.size) + " bytes, shorter than the shard header of " +
-         std::to_string(kShardHeaderBytes));
-  }
-  int32_t header[3];
-  std::memcpy(header, file.bytes.get(), sizeof(header));
-  const auto [magic, version, tokens] = header;
-  if (magic != kShardMagic) {
-    fail(file.path + ": magic number " + std::to_string(magic) + ", expected " + std::to_string(kShardMagic));
-  }
-  if (version != kShardVersion) {
-    fail(file.path + ": shard version " + std::to_string(version) + ", expected " +
-         std::to_string(kShardVersion));
-  }
-  int64_t expected_size = kShardHeaderBytes + int64_t{tokens} * static_cast<int64_t>(sizeof(uint16_t));
-  if (file.size != expected_size) {
-    fail(file.path + ": " + std::to_string(file.size) + " bytes, expected " + std::to_string(expected_size) +
-         " for the " + std::to_string(tokens) + " tokens of its header");
-  }
-  if (tokens == 0) fail(file.path + ": empty shard (0 tokens), expected at least one token");
-  return tokens;
-}
-
-inline TokenFile open_tokens(const std::string& path) {
-  TokenFile file = map_file(path);
-  file.tokens = is_shard(path) ? shard_tokens(file) : file.size;
-  return file;
-}
-
-// Files that match one glob pattern, sorted by name. Fails if there are none.
+// Files that match one glob pattern, sorted by name; none where nothing does.
 inline std::vector<std::string> glob_paths(const std::string& pattern) {
   glob_t matches;
   int status = glob(pattern.c_str(), 0, nullptr, &matches);
   std::vector<std::string> paths;
   if (status == 0) paths.assign(matches.gl_pathv, matches.gl_pathv + matches.gl_pathc);
   globfree(&matches);
-  if (paths.empty()) fail("data: no file matches '" + pattern + "'");
   return paths;
 }
 
-// The parts of a list separated by commas.
-inline std::vector<std::string> split_commas(const std::string& list) {
-  std::vector<std::string> parts(1);
-  for (char c : list) {
-    if (c == ',') {
-      parts.emplace_back();
-    } else {
-      parts.back() += c;
-    }
-  }
-  return parts;
+inline std::string without_blanks_around(const std::string& text) {
+  const size_t first = text.find_first_not_of(' ');
+  return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(' ') + 1 - first);
 }
 
-// Writes inputs[t] = tokens[t], targets[t] = tokens[t + 1] for t < length; returns the largest token seen.
-template <typename Token>
-int32_t copy_shifted(const Token* tokens, int length, int32_t* inputs, int32_t* targets) {
-  Token largest = tokens[0];
-  for (int t = 0; t < length; ++t) {
-    inputs[t] = tokens[t];
-    targets[t] = tokens[t + 1];
-    largest = std::max(largest, tokens[t + 1]);
+// The files that a name or glob pattern means: the file of that name, else what matches; either without the
+// blanks around it where there is none with them.
+inline std::vector<std::string> matching_files(const std::string& pattern) {
+  for (const std::string& text : {pattern, without_blanks_around(pattern)}) {
+    if (exists(text)) return {text};
+    if (const std::vector<std::string> paths = glob_paths(text); !paths.empty()) return paths;
   }
-  return largest;
+  return {};
+}
+
+// The files of a list of names and glob patterns with commas. A name that is a file's is that file, whatever
+// brackets, commas or blanks it has: of the ways to read the next name the longest that is a file counts;
+// else the next pattern ends at the first comma at which something matches. Throws where nothing does.
+inline std::vector<std::string> list_files(const std::string& list) {
+  std::vector<std::string> files;
+  for (size_t begin = 0, taken = 0; begin <= list.size(); begin = taken + 1) {
+    std::vector<size_t> ends;  // the commas at which the next name may end
+    for (size_t end = begin; end <= list.size() && end - begin < PATH_MAX; ++end) {
+      if (end == list.size() || list[end] == ',') ends.push_back(end);
+    }
+    const auto text_to = [&](size_t end) { return list.substr(begin, end - begin); };
+    std::vector<std::string> found;
+    for (auto end = ends.rbegin(); end != ends.rend() && found.empty(); ++end) {
+      const std::string name = text_to(taken = *end);
+      if (exists(name) || exists(without_blanks_around(name))) found = matching_files(name);
+    }
+    for (auto end = ends.begin(); end != ends.end() && found.empty(); ++end) {
+      found = matching_files(text_to(taken = *end));
+    }
+    if (found.empty()) fail("data: no file matches '" + text_to(ends.empty() ? list.size() : ends[0]) + "'");
+    files.insert(files.end(), found.begin(), found.end());
+  }
+  return files;
 }
 
 }  // namespace data
@@ -153,27 +92,35 @@ int32_t copy_shifted(const Token* tokens, int length, int32_t* inputs, int32_t* 
 // Where tokens come from: the built-in corpus, or a set of files of one kind.
 class TokenSource {
  public:
-  // spec: "" for the built-in corpus, otherwise glob patterns separated by commas (so no commas in file
-  // names); files ending in .bin are shards, all others raw text. seed and split choose the built-in stories
-  // and do not touch files. Fails if a pattern matches nothing, the files are of both kinds, or a file is
-  // unreadable, empty or malformed.
-  explicit TokenSource(const std::string& spec, uint64_t seed = 0, Split split = Split::train)
+  // spec: "" for the built-in corpus, otherwise names and glob patterns separated by commas (list_files).
+  // seed and split choose the built-in stories and do not touch files. vocabulary: that of the shards where
+  // it is not their format's, else 0. Fails if a pattern matches nothing, the files are of several kinds, or
+  // a file is unreadable, empty or malformed.
+  explicit TokenSource(const std::string& spec, uint64_t seed = 0, Split split = Split::train,
+                       int vocabulary = 0)
       : spec_(spec), seed_(seed), split_(split) {
-    if (is_builtin()) return;
-    for (const std::string& pattern : data::split_commas(spec)) {
-      for (const std::string& path : data::glob_paths(pattern)) {
-        if (!files_.empty() && data::is_shard(path) != data::is_shard(files_[0].path)) {
-          data::fail("data: '" + files_[0].path + "' and '" + path +
-                     "' mix token shards (.bin) and raw text, expected one kind");
-        }
-        files_.push_back(data::open_tokens(path));
-      }
+    if (is_builtin()) {
+      if (vocabulary)
+        data::fail("-vocab_size " + std::to_string(vocabulary) + ": the built-in stories are bytes");
+      return;
+    }
+    for (const std::string& path : data::list_files(spec)) {
+      files_.push_back(data::open_tokens(path, vocabulary, files_.size() < kKeptOpen));
+      const data::TokenFile &first = files_[0], &last = files_.back();
+      if (first.is_bytes() != last.is_bytes())
+        data::fail("data: '" + first.path() + "' and '" + path +
+                   "' mix token shards and raw text, expected one kind");
+      if (first.vocabulary != last.vocabulary)
+        data::fail("data: '" + first.path() + "' has a vocabulary of " + std::to_string(first.vocabulary) +
+                   ", '" + path + "' one of " + std::to_string(last.vocabulary) + ", expected the same");
     }
   }
 
   bool is_builtin() const { return spec_.empty(); }
-  bool is_bytes() const { return is_builtin() || !data::is_shard(files_[0].path); }
-  int vocab_size() const { return is_bytes() ? data::kByteVocabulary : data::kShardVocabulary; }
+  bool is_bytes() const { return is_builtin() || files_[0].is_bytes(); }
+  int vocab_size() const { return is_builtin() ? data::kByteVocabulary : files_[0].vocabulary; }
+  // The token that begins a document, -1 where it is not known.
+  int separator() const { return is_builtin() ? -1 : files_[0].separator; }
 
   // Number of sequences of seq_len inputs: (tokens - 1) / seq_len summed over the files; 2^20 when built-in.
   int64_t sequences(int seq_len) const { return sequence_ends(seq_len).back(); }
@@ -195,43 +142,60 @@ class TokenSource {
     return sum;
   }
 
+  // One line where more than a tenth of the tokens is in no sequence, "" otherwise.
+  std::string dropped(int seq_len) const {
+    if (is_builtin()) return "";
+    const int64_t all = tokens(), left = all - sequences(seq_len) * seq_len - int64_t(files_.size());
+    if (left * 10 <= all) return "";
+    return "data: '" + spec_ + "': " + std::to_string(left) + " of " + std::to_string(all) + " tokens in " +
+           std::to_string(files_.size()) +
+           " file(s) are never read: a file's last ones that do not fill a sequence of " +
+           std::to_string(seq_len) + "; join the files into one, or lower -T";
+  }
+
+  // Throws unless some document begins with the token `separator`: with none, masking documents does nothing.
+  // Reads up to the first one.
+  void require_separator(int separator) const {
+    constexpr int64_t kPiece = int64_t{1} << 20;
+    for (const data::TokenFile& file : files_) {
+      for (int64_t first = 0; first < file.tokens; first += kPiece) {
+        const int64_t count = std::min(kPiece, file.tokens - first);
+        const std::vector<int32_t> tokens = data::read_tokens(file, first, count);
+        if (std::count(tokens.begin(), tokens.end(), separator)) return;
+      }
+    }
+    data::fail("-mask_docs: none of the " + std::to_string(tokens()) + " tokens of '" + spec_ + "' is " +
+               std::to_string(separator) + ", expected it at the start of every document (-separator)");
+  }
+
   // Sequence `index` of file `file`, both in range: writes inputs and targets, [seq_len] int32 each. Returns
   // the entropy floor of the targets, the mean of -log p in nats per token, or NaN for files, whose p is not
-  // known. Fails if a token is not in the vocabulary.
+  // known. Fails if a token is not in the vocabulary, or the file is not as it was when it was opened.
   double read(size_t file, int64_t index, int seq_len, int32_t* inputs, int32_t* targets) const {
     if (is_builtin()) return read_stories(index, seq_len, inputs, targets);
-    int64_t start = index * seq_len;
-    const uint8_t* bytes = files_[file].bytes.get();
-    if (is_bytes()) {
-      data::copy_shifted(bytes + start, seq_len, inputs, targets);
-    } else {
-      auto* tokens = reinterpret_cast<const uint16_t*>(bytes + data::kShardHeaderBytes) + start;
-      int32_t largest = data::copy_shifted(tokens, seq_len, inputs, targets);
-      if (largest >= vocab_size()) fail_vocabulary(files_[file].path, start, tokens, seq_len);
-    }
+    const std::vector<int32_t> tokens =
+        data::read_tokens(files_[file], index * seq_len, int64_t{seq_len} + 1);
+    std::copy_n(tokens.begin(), seq_len, inputs);
+    std::copy_n(tokens.begin() + 1, seq_len, targets);
     return std::numeric_limits<double>::quiet_NaN();
   }
 
  private:
+  static constexpr size_t kKeptOpen = 400;  // a process may have 1024 files open by default
+
   double read_stories(int64_t index, int seq_len, int32_t* inputs, int32_t* targets) const {
     stories::Writer writer = stories::sequence(seed_, split_, index);
     const size_t length = static_cast<size_t>(seq_len) + 1;
     writer.text.reserve(length + 256);
     writer.nats.reserve(length + 256);
     while (writer.text.size() < length) writer.sentence();
-    data::copy_shifted(reinterpret_cast<const uint8_t*>(writer.text.data()), seq_len, inputs, targets);
     double sum = 0.0;
-    for (size_t t = 1; t < length; ++t) sum += writer.nats[t];
+    for (size_t t = 0; t + 1 < length; ++t) {
+      inputs[t] = static_cast<unsigned char>(writer.text[t]);
+      targets[t] = static_cast<unsigned char>(writer.text[t + 1]);
+      sum += writer.nats[t + 1];
+    }
     return sum / seq_len;
-  }
-
-  [[noreturn]] void fail_vocabulary(const std::string& path, int64_t start, const uint16_t* tokens,
-                                    int seq_len) const {
-    auto outside = [this](uint16_t token) { return token >= vocab_size(); };
-    const uint16_t* token = std::find_if(tokens, tokens + seq_len + 1, outside);
-    data::fail(path + ": token " + std::to_string(start + (token - tokens)) + " is " +
-               std::to_string(*token) + ", expected less than the vocabulary of " +
-               std::to_string(vocab_size()));
   }
 
   std::string spec_;
@@ -243,12 +207,12 @@ class TokenSource {
 // Draws batches from a source in shuffled order, for one rank of several.
 class DataLoader {
  public:
-  // spec, split: see TokenSource; seed keys the order and the built-in stories. seq_len: tokens in a
-  // sequence, T; global_batch: sequences in a batch over all ranks, B. Fails as TokenSource does, if T, B or
-  // the ranks are out of range, if ranks does not divide B, or if no file holds one sequence.
+  // spec, split, vocabulary: see TokenSource; seed keys the order and the built-in stories. seq_len: tokens
+  // in a sequence, T; global_batch: sequences in a batch over all ranks, B. Fails as TokenSource does, if T,
+  // B or the ranks are out of range, if ranks does not divide B, or if no file holds one sequence.
   DataLoader(const std::string& spec, int seq_len, int64_t global_batch, uint64_t seed, int rank = 0,
-             int ranks = 1, Split split = Split::train)
-      : source_(spec, seed, split),
+             int ranks = 1, Split split = Split::train, int vocabulary = 0)
+      : source_(spec, seed, split, vocabulary),
         seq_len_(seq_len),
         global_batch_(global_batch),
         seed_(seed),

@@ -5,8 +5,11 @@
 #pragma once
 
 #include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -574,14 +577,23 @@ TEST_CASE("dataloader: what malformed sources report") {
   CHECK(open_error(folder.file("dang*")) == dangling + ": cannot open: No such file or directory");
   fs::create_directory(folder.file("folder.bin"));
   CHECK(open_error(folder.file("folder.bin")) ==
-        folder.file("folder.bin") + ": not a regular file, expected a token shard or a text file");
+        folder.file("folder.bin") + ": is a folder, expected a regular file");
 
   const std::string empty = folder.write("empty.txt", "");
   CHECK(open_error(empty) == empty + ": empty file, expected at least one token");
   const std::string stub = folder.write("stub.bin", std::string(1023, '\0'));
   CHECK(open_error(stub) == stub + ": 1023 bytes, shorter than the shard header of 1024");
-  const std::string magic = folder.write_shard("magic.bin", {1, 2, 3}, 3, 20240801);
-  CHECK(open_error(magic) == magic + ": magic number 20240801, expected 20240520");
+  const std::string magic = folder.write_shard("magic.bin", {1, 2, 3}, 3, 20240802);
+  CHECK(open_error(magic) ==
+        magic +
+            ": magic number 20240802, expected 20240520; a file of tokens without a header "
+            "(nanoGPT's) needs the shard header of 1024 bytes");
+  const std::string swapped = folder.write_shard("swapped.bin", {1, 2, 3}, 3, -1999096831);
+  CHECK(open_error(swapped) == swapped + ": magic number -1999096831, expected 20240520; it is big-endian");
+  const std::string wide = folder.write_shard("wide.bin", {1, 0, 2, 0}, 2);
+  CHECK(open_error(wide) == wide +
+                                ": 1032 bytes, expected 1028 for the 2 tokens of its header, uint16 in this "
+                                "version; these are uint32");
   const std::string version = folder.write_shard("version.bin", {1, 2, 3}, 3, 20240520, 7);
   CHECK(open_error(version) == version + ": shard version 7, expected 1");
   const std::string truncated = folder.write_shard("truncated.bin", {1, 2, 3}, 5);
@@ -592,10 +604,221 @@ TEST_CASE("dataloader: what malformed sources report") {
   CHECK(open_error(hollow) == hollow + ": empty shard (0 tokens), expected at least one token");
 
   CHECK(open_error(good + "," + text) ==
-        "data: '" + good + "' and '" + text + "' mix token shards (.bin) and raw text, expected one kind");
+        "data: '" + good + "' and '" + text + "' mix token shards and raw text, expected one kind");
   CHECK(open_error(text, 8) == "");
   CHECK(open_error(text, 9) ==
         "data: '" + text + "' has 9 tokens in 1 file(s), expected one of at least 10 tokens, one sequence");
+}
+
+TEST_CASE("dataloader: names with brackets, commas and blanks are files, before they are patterns or lists") {
+  TemporaryFolder folder;
+  const std::string brackets = folder.write("[ab].txt", "brackets"), a = folder.write("a.txt", "plain a");
+  const std::string comma = folder.write("x,y.txt", "a comma"), x = folder.write("x", "an x!");
+  const std::string blank = folder.write(" b c.txt", "blanks");
+  const auto files = [](const std::string& list) { return data::list_files(list); };
+  using Names = std::vector<std::string>;
+  CHECK(files(brackets) == Names{brackets});
+  CHECK(files(folder.file("[a].txt")) == Names{a});
+  CHECK(files(comma) == Names{comma});
+  CHECK(files(a + "," + comma + "," + x) == Names{a, comma, x});
+  const std::string other = folder.write("p,q.txt", "another");
+  CHECK(files(folder.file("p,*.txt")) == Names{other});
+  CHECK(files(blank) == Names{blank});
+  CHECK(files(a + ", " + x + " ,  " + comma) == Names{a, x, comma});
+  CHECK(error_of([&] { files(a + ", ,"); }) == "data: no file matches ' '");
+  CHECK(error_of([&] { files(x + ",y.md"); }) == "data: no file matches 'y.md'");
+}
+
+TEST_CASE("dataloader: a shard is one by its header, whatever its name") {
+  TemporaryFolder folder;
+  const std::string shard = folder.write_shard("n.bin", consecutive(300, 9));
+  for (const char* name : {"upper.BIN", "blob", "shard.txt"}) {
+    fs::copy_file(shard, folder.file(name));
+    DataLoader loader(folder.file(name), 4, 1, 0);
+    CHECK(loader.source().vocab_size() == 50257);
+    CHECK(read_sequence(loader, 1, 4).targets[3] == 308);
+  }
+  CHECK(open_error(folder.write("text.BIN", "some text that is long enough")) ==
+        folder.file("text.BIN") + ": 29 bytes, shorter than the shard header of 1024");
+}
+
+TEST_CASE("dataloader: what is neither text nor a shard is named") {
+  TemporaryFolder folder;
+  const std::string padding(2000, 'x');
+  const auto error = [&](const std::string& name, const std::string& bytes) {
+    const std::string path = folder.write(name, bytes), message = open_error(path);
+    return message.empty() ? message : message.substr(path.size());
+  };
+  using namespace std::string_literals;
+  const std::pair<std::string, std::string> formats[] = {
+      {"\x1f\x8b\x08", "gzip"},
+      {"\x28\xb5\x2f\xfd", "zstd"},
+      {"\xfd\x37zXZ\0"s, "xz"},
+      {"BZh91AY&SY", "bzip2"},
+      {"PK\x03\x04", "zip"},
+      {"PAR1\x15", "parquet"},
+      {"ARROW1", "Arrow"},
+      {"\x93NUMPY", "numpy"},
+      {"\x89HDF", "HDF5"},
+      {"\xff\xfe\0\0"s, "UTF-32"},
+      {"\xff\xfe", "UTF-16"},
+      {"\xfe\xff", "UTF-16"},
+      {"\x80\x04\x95", "pickle"},
+      {"GGUF", "GGUF"},
+      {"%PDF-1.4", "PDF"},
+      {"\x04\x22\x4d\x18", "lz4"},
+      {"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"},
+      {"\x10\0\0\0\0\0\0\0{\"a"s, "safetensors"},
+      {std::string(257, 'n') + "ustar", "tar"}};
+  for (const auto& [begin, name] : formats) {
+    CAPTURE(name);
+    CHECK(error("data.txt", begin + padding).rfind(": is " + name, 0) == 0);
+  }
+  std::string utf16;
+  for (char c : padding) utf16 += {c, '\0'};
+  CHECK(error("marked.txt", utf16) ==
+        ": is UTF-16, expected text or a token shard; convert it: iconv -f UTF-16 -t UTF-8");
+  CHECK(error("a.bin", "\x1f\x8b\x08" + padding).find("; it is gzip") != std::string::npos);
+  // JSON by its name or its text; .txt says that bytes are meant
+  for (const char* name : {"a.json", "a.jsonl", "a.NDJSON", "a"}) {
+    CHECK(error(name, "{\"text\": \"once\"}\n{\"text\": \"upon\"}\n").rfind(": is JSON", 0) == 0);
+  }
+  CHECK(error("b", " [ {\"text\": 1}]").rfind(": is JSON", 0) == 0);
+  CHECK(error("a.txt", "{\"text\": \"once\"}") == "");
+  CHECK(error("c", "{\"name\", said he") == "");
+  CHECK(error("d", "[{ or } and more]") == "");
+  // tokens without header
+  std::string tokens;
+  for (int i = 0; i < 1000; i++) tokens += {char(i * 7), char(i % 5 ? i % 190 : 0)};
+  CHECK(error("tokens.dat", tokens).find("are control characters") != std::string::npos);
+  CHECK(error("tokens.txt", tokens) == "");
+  CHECK(error("latin1", "caf\xe9 na\xefve, d\xe9j\xe0 vu\r\n\tand more") == "");
+  CHECK(error("bom", "\xef\xbb\xbfwith UTF-8's mark") == "");
+}
+
+TEST_CASE("dataloader: pipes and devices are refused without waiting") {
+  TemporaryFolder folder;
+  for (const char* name : {"pipe.bin", "pipe.txt"}) {
+    REQUIRE(mkfifo(folder.file(name).c_str(), 0600) == 0);
+    CHECK(open_error(folder.file(name)) == folder.file(name) + ": is a pipe, expected a regular file");
+  }
+  CHECK(open_error("/dev/zero") == "/dev/zero: is a device, expected a regular file");
+}
+
+TEST_CASE("dataloader: a file that shrinks, grows, is rewritten, replaced or deleted fails the next read") {
+  TemporaryFolder folder;
+  const std::vector<uint16_t> tokens = consecutive(0, 4001);
+  const std::string path = folder.write_shard("n.bin", tokens);
+  const auto error_after = [&](const std::function<void()>& change) {
+    folder.write_shard("n.bin", tokens);
+    DataLoader loader(path, 4, 2, 0);
+    CHECK(error_of([&] { next_batch(loader, 4); }) == "");
+    change();
+    const uint64_t position = loader.position();
+    const std::string error = error_of([&] { next_batch(loader, 4); });
+    CHECK(loader.position() == position);
+    return error;
+  };
+  CHECK(error_after([&] { fs::resize_file(path, 0); }) ==
+        path + ": has 0 bytes, expected the 9026 it had at the start");
+  CHECK(error_after([&] { fs::resize_file(path, 9025); }) ==
+        path + ": has 9025 bytes, expected the 9026 it had at the start");
+  CHECK(error_after([&] { fs::resize_file(path, 9027); }) ==
+        path + ": has 9027 bytes, expected the 9026 it had at the start");
+  CHECK(error_after([&] {
+          folder.write_shard("n.bin", tokens);
+          fs::last_write_time(path, fs::last_write_time(path) + std::chrono::seconds(1));
+        }) == path + ": was written to since the start, expected it to stay as it was");
+  CHECK(error_after([&] { fs::remove(path); }) ==
+        path + ": was deleted or replaced, expected it to stay as it was");
+  CHECK(error_after([&] { fs::rename(folder.write_shard("m.bin", tokens), path); }) ==
+        path + ": was deleted or replaced, expected it to stay as it was");
+  // a file that is not kept open
+  folder.write_shard("n.bin", tokens);
+  const data::TokenFile file = data::open_tokens(path, 0, false);
+  CHECK(data::read_tokens(file, 7, 2) == std::vector<int32_t>{7, 8});
+  fs::rename(folder.write_shard("m.bin", tokens), path);
+  CHECK(error_of([&] { data::read_tokens(file, 7, 2); }) ==
+        path + ": is another file than at the start, expected it to stay as it was");
+  fs::remove(path);
+  CHECK(error_of([&] { data::read_tokens(file, 7, 2); }) ==
+        path + ": cannot open: No such file or directory");
+}
+
+TEST_CASE("dataloader: more files than a process may have open") {
+  TemporaryFolder folder;
+  for (int i = 0; i < 1100; ++i)
+    folder.write(std::to_string(10000 + i) + ".txt", std::string(5, char('a' + i % 26)));
+  rlimit before, few;
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  few = before;
+  few.rlim_cur = 500;
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &few) == 0);
+  {
+    DataLoader loader(folder.file("*.txt"), 4, 1, 0);
+    REQUIRE(loader.sequences() == 1100);
+    for (int64_t i : {0, 399, 400, 1099}) CHECK(read_sequence(loader, i, 4).inputs[0] == 'a' + i % 26);
+  }
+  CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+}
+
+TEST_CASE("dataloader: shards of other tokenizers, by their header or by the vocabulary that is given") {
+  TemporaryFolder folder;
+  std::vector<uint16_t> words;
+  for (uint32_t token : {128000u, 65536u, 70001u, 3u, 128255u})
+    words.insert(words.end(), {uint16_t(token), uint16_t(token >> 16)});
+  const std::string llama = folder.write_shard("llama3.bin", words, 5, 20240801, 7);
+  DataLoader loader(llama, 4, 1, 0);
+  CHECK(loader.source().vocab_size() == 128256);
+  CHECK(loader.source().separator() == 128000);
+  CHECK(read_sequence(loader, 0, 4).inputs == std::vector<int32_t>{128000, 65536, 70001, 3});
+  CHECK(read_sequence(loader, 0, 4).targets[3] == 128255);
+  words[1] = 0xffff;
+  const std::string bad = folder.write_shard("bad.bin", words, 5, 20240801, 7);
+  DataLoader of_bad(bad, 4, 1, 0);
+  CHECK(error_of([&] { read_sequence(of_bad, 0, 4); }) ==
+        bad + ": token 0 is 4294964224, expected less than the vocabulary of 128256");
+
+  const std::string other = folder.write_shard("other.bin", {1, 31999, 60000, 2, 1});
+  const auto with_vocabulary = [&](int n) { return DataLoader(other, 4, 1, 0, 0, 1, Split::train, n); };
+  CHECK(with_vocabulary(60001).source().vocab_size() == 60001);
+  CHECK(with_vocabulary(60001).source().separator() == -1);
+  CHECK(read_sequence(with_vocabulary(60001), 0, 4).inputs[2] == 60000);
+  CHECK(error_of([&] { read_sequence(with_vocabulary(32000), 0, 4); }) ==
+        other + ": token 2 is 60000, expected less than the vocabulary of 32000");
+  CHECK(open_error(other + "," + llama) ==
+        "data: '" + other + "' has a vocabulary of 50257, '" + llama + "' one of 128256, expected the same");
+  const std::string text = folder.write("a.txt", "some text");
+  CHECK(error_of([&] { DataLoader(text, 4, 1, 0, 0, 1, Split::train, 300); }) ==
+        text + ": is text, whose bytes are tokens: expected no -vocab_size");
+  CHECK(error_of([&] { DataLoader("", 4, 1, 0, 0, 1, Split::train, 300); }) ==
+        "-vocab_size 300: the built-in stories are bytes");
+}
+
+TEST_CASE("dataloader: masking documents needs a token that separates them") {
+  TemporaryFolder folder;
+  std::vector<uint16_t> tokens = consecutive(0, 3000);
+  folder.write_shard("a.bin", tokens);
+  tokens.back() = 50256;
+  folder.write_shard("b.bin", tokens);
+  const std::string first = folder.file("a.bin");
+  CHECK(error_of([&] { TokenSource(folder.file("*.bin")).require_separator(50256); }) == "");
+  CHECK(error_of([&] { TokenSource(first).require_separator(2999); }) == "");
+  CHECK(error_of([&] { TokenSource(first).require_separator(50256); }) ==
+        "-mask_docs: none of the 3000 tokens of '" + first +
+            "' is 50256, expected it at the start of every document (-separator)");
+}
+
+TEST_CASE("dataloader: short files of which much is dropped are said in one line") {
+  TemporaryFolder folder;
+  for (int i = 0; i < 10; ++i) folder.write(std::to_string(i) + ".txt", std::string(i < 5 ? 90 : 101, 'x'));
+  const std::string spec = folder.file("*.txt");
+  CHECK(TokenSource(spec).dropped(100) ==
+        "data: '" + spec +
+            "': 445 of 955 tokens in 10 file(s) are never read: a file's last ones that do not fill a "
+            "sequence of 100; join the files into one, or lower -T");
+  CHECK(TokenSource(spec).dropped(10) == "");  // 9 of each of the first five
+  CHECK(TokenSource("").dropped(1000) == "");
 }
 
 TEST_CASE("dataloader: a token outside the vocabulary is reported when its sequence is read") {
