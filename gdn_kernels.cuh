@@ -167,18 +167,3 @@ void round_weights(Cuda&, act* weights, const float* master, size_t n);
 void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_deviation);
 
 }  // namespace gdn
-
-#ifdef GDN_READABLE  // make train_gdn_readable
-#include "dev/readable/layers.cuh"
-#else
-#include "gdn/kernels/classifier.cuh"
-#include "gdn/kernels/delta_rule.cuh"
-#include "gdn/kernels/embedding.cuh"
-#include "gdn/kernels/initial_values.cuh"
-#include "gdn/kernels/linear.cuh"
-#include "gdn/kernels/optimizer.cuh"
-#include "gdn/kernels/output_norm.cuh"
-#include "gdn/kernels/rmsnorm.cuh"
-#include "gdn/kernels/short_conv.cuh"
-#include "gdn/kernels/swiglu.cuh"
-#endif

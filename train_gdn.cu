@@ -20,7 +20,7 @@
 #include "dataloader.h"
 #include "mup.h"
 #include "gdn/cpu_layers.h"
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
 #include "gdn_kernels.cuh"
 #endif
 #include "gdn/coord_check.h"
@@ -502,11 +502,11 @@ int run(int argc, char** argv) {
         "-coord_check neither resumes nor generates, and takes whole sequences: leave out -resume, -gen and "
         "-mask_docs");
   install_signal_handlers();
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
   const std::string no_gpu = Cuda::unavailable();
   if (o.device == "cuda" || (o.device == "auto" && no_gpu.empty())) {
     Cuda dev;
-    if (!o.generate && !o.coord_check) std::printf("device: %s\n", dev.name.c_str());
+    if (!o.generate && !o.coord_check) std::printf("device: %s\nkernels: %s\n", dev.name.c_str(), kernels_in_use().c_str());
     run_on(dev, o, table);
     return 0;
   }

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../gdn/cpu_layers.h"
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
 #include "../gdn_kernels.cuh"
 #endif
 #include "../gdn/model_checkpoint.h"
@@ -129,7 +129,7 @@ int main(int argc, char** argv) {
       run(dev, argv[1], argv[2]);
       return 0;
     }
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
     Cuda dev;
     run(dev, argv[1], argv[2]);
     return 0;

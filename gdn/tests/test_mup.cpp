@@ -1,11 +1,11 @@
 // Tests of mup.h: at the base size all parametrizations are one, and away from it every constant grows with
 // the exponent that is written out below, for both ways to grow a model.
-#pragma once
-
 #include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <doctest/doctest.h>
 
 #include "../../mup.h"
 

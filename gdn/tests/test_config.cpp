@@ -1,7 +1,5 @@
 // Folders of flash-linear-attention as checkpoints: which configurations load, and which key is named where
 // one does not.
-#pragma once
-
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -12,12 +10,12 @@
 
 #include "../cpu_layers.h"
 #include "../model_checkpoint.h"
-#include "test_checkpoint.h"
+#include "files.h"
 
 namespace {
-namespace config_tests {
 
 using namespace gdn;
+using namespace gdn_tests;
 
 ModelConfig config_of(const std::string& json) { return parse_config(parse_json(json, "config.json")); }
 
@@ -45,7 +43,7 @@ std::vector<StoredTensor> tensors_of(const ModelConfig& config) {
 }
 
 // A folder of weights as Hugging Face writes it.
-std::string write_folder(const checkpoint_tests::TemporaryFolder& folder, const std::string& config,
+std::string write_folder(const TemporaryFolder& folder, const std::string& config,
                          const std::vector<StoredTensor>& tensors) {
   folder.write("config.json", config);
   std::vector<TensorSource> sources;
@@ -110,9 +108,9 @@ TEST_CASE("config: what this program does not have is refused by its key") {
                {"hidden_act", "3"}};
   for (const auto& c : cases) {
     const std::string json = "{\"" + std::string(c.key) + "\": " + c.value + "}";
-    const std::string error = checkpoint_tests::error_of([&] { config_of(json); });
+    const std::string error = error_of([&] { config_of(json); });
     CAPTURE(error);
-    CHECK(checkpoint_tests::contains(error, std::string("'") + c.key + "'"));
+    CHECK(contains(error, std::string("'") + c.key + "'"));
   }
 }
 
@@ -126,9 +124,7 @@ TEST_CASE("config: null is the same as a missing key, and keys without effect he
 }
 
 TEST_CASE("config: sizes that are out of range, alone or as products, are refused in one place") {
-  const auto error = [](const std::string& json) {
-    return checkpoint_tests::error_of([&] { config_of(json); });
-  };
+  const auto error = [](const std::string& json) { return error_of([&] { config_of(json); }); };
   const std::string ours = R"("base_width": 8, "fixed_head_size": true, "parametrization": "mup")";
   const auto own = [&](const std::string& vocab) {
     return error("{" + kSmall + ", \"vocab_size\": 64, \"train_gdn\": {\"vocab\": " + vocab + ", " + ours +
@@ -148,36 +144,35 @@ TEST_CASE("config: sizes that are out of range, alone or as products, are refuse
         "'expand_v' is 1e+300, which times head_dim 256 is no whole number from 1 to 16777216");
   CHECK(error(R"({"num_hidden_layers": 16777216})") == "'num_hidden_layers' is 16777216, expected 1 to 4096");
   const auto options_error = [](int width, int heads, int head_dim, double ev) {
-    return checkpoint_tests::error_of(
-        [&] { make_config(width, 8, 1, heads, head_dim, ev, 256, Parametrization::mup); });
+    return error_of([&] { make_config(width, 8, 1, heads, head_dim, ev, 256, Parametrization::mup); });
   };
   CHECK(options_error(64, 2, 16, 2) == "");
   CHECK(options_error(65536, 1, 0, 64) ==
         "a head's state, key size times value size, is 154618822656, expected 1 to 16777216");
   CHECK(options_error(65536, 4096, 4096, 64) ==
         "value heads times their size is 1073741824, expected 1 to 16777216");
-  CHECK(checkpoint_tests::error_of([] { require_batch(32, 64, 1024); }) == "");
-  CHECK(checkpoint_tests::error_of([] { require_batch(1 << 20, 1 << 20, 1 << 24); }) ==
+  CHECK(error_of([] { require_batch(32, 64, 1024); }) == "");
+  CHECK(error_of([] { require_batch(1 << 20, 1 << 20, 1 << 24); }) ==
         "-b 1048576 times -T 16777216: expected at most 2147483647 tokens");
-  CHECK(checkpoint_tests::error_of([] { require_batch(1, 1 << 24, 1024); }) ==
+  CHECK(error_of([] { require_batch(1, 1 << 24, 1024); }) ==
         "-B 16777216 times -T 1024: expected at most 2147483647 tokens");
 }
 
 TEST_CASE("config: sizes that the tensors do not have take no memory") {
-  const checkpoint_tests::TemporaryFolder folder;
+  const TemporaryFolder folder;
   const std::string path = write_folder(
       folder, R"({"hidden_size": 65536, "num_hidden_layers": 4096, "vocab_size": 16777216})", {});
-  CHECK(checkpoint_tests::error_of([&] { read_config(open_checkpoint(path)); }) ==
+  CHECK(error_of([&] { read_config(open_checkpoint(path)); }) ==
         path + "/model.safetensors: tensor 'model.embeddings.weight' is missing");
 }
 
 TEST_CASE("config: tensors that the model does not have, or has in another shape, end the load by name") {
-  const checkpoint_tests::TemporaryFolder folder;
+  const TemporaryFolder folder;
   const std::string config = "{" + kSmall + R"(, "vocab_size": 64, "tie_word_embeddings": true})";
   const std::vector<StoredTensor> good = tensors_of(config_of(config));
   const auto error = [&](const std::vector<StoredTensor>& tensors) {
     const std::string path = write_folder(folder, config, tensors);
-    const std::string message = checkpoint_tests::error_of([&] { read_config(open_checkpoint(path)); });
+    const std::string message = error_of([&] { read_config(open_checkpoint(path)); });
     return message.empty() ? message : message.substr(path.size());
   };
   const auto with = [&](StoredTensor extra) {
@@ -206,7 +201,7 @@ TEST_CASE("config: tensors that the model does not have, or has in another shape
 }
 
 TEST_CASE("config: weights of every type load, and a number that is not finite does not") {
-  const checkpoint_tests::TemporaryFolder folder;
+  const TemporaryFolder folder;
   const auto loaded = [&](const std::string& dtype, const std::string& bytes, int64_t count) {
     const std::string path = folder.file("a.safetensors");
     write_safetensors(path, {from_host("w", dtype, {count}, bytes.data())}, {});
@@ -226,17 +221,17 @@ TEST_CASE("config: weights of every type load, and a number that is not finite d
   CHECK(loaded("F64", std::string(reinterpret_cast<const char*>(doubles), 16), 2) ==
         std::vector<float>{0.5f, -3});
   for (uint16_t bits : {0x7c00, 0xfc00, 0x7c01, 0x7e00})
-    CHECK(checkpoint_tests::error_of([&] {
+    CHECK(error_of([&] {
             loaded("F16", words({0x3c00, bits}), 2);
           }) == "folder: tensor 'w' holds a number that is not finite, at place 1");
-  CHECK(checkpoint_tests::error_of([&] { loaded("BF16", words({0x7fc0}), 1); }) ==
+  CHECK(error_of([&] { loaded("BF16", words({0x7fc0}), 1); }) ==
         "folder: tensor 'w' holds a number that is not finite, at place 0");
-  CHECK(checkpoint_tests::error_of([&] { loaded("I16", words({1}), 1); }) ==
+  CHECK(error_of([&] { loaded("I16", words({1}), 1); }) ==
         "folder: tensor 'w' is I16, expected F32, F64, F16 or BF16");
 }
 
 TEST_CASE("config: an embedding without its padding loads, and the padding is zero") {
-  const checkpoint_tests::TemporaryFolder folder;
+  const TemporaryFolder folder;
   std::vector<float> stored(50 * 3, 2.0f);
   const std::string path = folder.file("a.safetensors");
   write_safetensors(path, {from_host("w", "F32", {50, 3}, stored.data())}, {});
@@ -246,11 +241,10 @@ TEST_CASE("config: an embedding without its padding loads, and the padding is ze
   load_tensor(dev, loaded.data(), {"w", TensorClass::embedding, {64, 3}, 0, 64 * 3}, file, "", path, 50);
   stored.resize(64 * 3);
   CHECK(loaded == stored);
-  const std::string error = checkpoint_tests::error_of([&] {
+  const std::string error = error_of([&] {
     load_tensor(dev, loaded.data(), {"w", TensorClass::hidden, {64, 3}, 0, 64 * 3}, file, "", path, 50);
   });
-  CHECK(checkpoint_tests::contains(error, "tensor 'w' is 50 x 3, expected 64 x 3"));
+  CHECK(contains(error, "tensor 'w' is 50 x 3, expected 64 x 3"));
 }
 
-}  // namespace config_tests
 }  // namespace

@@ -3,10 +3,8 @@
 // OLMo-hybrid) run in float64. Inputs are bf16 numbers, outputs float64 rounded to float.
 //
 // Yardsticks. CPU in double: the rounding of the stored numbers. CPU in float: kFloatError. GPU: what the
-// same layers in float cost whose activations are rounded to bf16 (Rounded of test_model.h), times 2, or
+// same layers in float cost whose activations are rounded to bf16 (rounded.h), times 2, or
 // times 4 for tensors of fewer than 256 numbers, whose error is a few roundings and not their mean.
-#pragma once
-
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -20,13 +18,14 @@
 #include "../cpu_layers.h"
 #include "../model.h"
 #include "../model_checkpoint.h"
-#include "skip.h"
-#include "test_model.h"
+#include "needs_gpu.h"
+#include "relative_error.h"
+#include "rounded.h"
 
 namespace {
-namespace golden_tests {
 
 using namespace gdn;
+using namespace gdn_tests;
 
 using Doubles = std::vector<double>;
 using Outputs = std::map<std::string, Doubles>;
@@ -45,15 +44,6 @@ struct GoldenFile {
   int size(const std::string& name, int axis) const { return int(file.at(name).shape.at(axis)); }
   SafetensorsFile file;
 };
-
-double relative_error(const Doubles& x, const Doubles& reference) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < x.size(); i++) {
-    error += (x[i] - reference[i]) * (x[i] - reference[i]);
-    size += reference[i] * reference[i];
-  }
-  return std::sqrt(size > 0 ? error / size : error);
-}
 
 template <class Device, class T>
 Buffer<Device, T> to_device(Device& dev, const Doubles& x) {
@@ -278,7 +268,7 @@ TEST_CASE("golden: a mixer and a model on the CPU") {
   check_within(run_model(dev, model), model, kFloatError);
 }
 
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
 
 void check_on_gpu(const Outputs& gpu, const Outputs& rounded, const GoldenFile& golden) {
   CAPTURE(golden.file.path());
@@ -292,8 +282,7 @@ void check_on_gpu(const Outputs& gpu, const Outputs& rounded, const GoldenFile& 
   }
 }
 
-TEST_CASE("golden: gated delta rule on the GPU") {
-  if (gdn_tests::skip_without_gpu("golden: gated delta rule on the GPU")) return;
+TEST_CASE("golden: gated delta rule on the GPU" * needs_gpu()) {
   Cuda dev;
   for (const char* name : kRegimeFiles) {
     const GoldenFile golden(name);
@@ -305,11 +294,10 @@ TEST_CASE("golden: gated delta rule on the GPU") {
   }
 }
 
-TEST_CASE("golden: a mixer and a model on the GPU") {
-  if (gdn_tests::skip_without_gpu("golden: a mixer and a model on the GPU")) return;
+TEST_CASE("golden: a mixer and a model on the GPU" * needs_gpu()) {
   Cuda dev;
   const GoldenFile mixer("mixer"), model("model");
-  model_tests::Rounded rounded;
+  Rounded rounded;
   check_on_gpu(run_mixer(dev, mixer), run_mixer(rounded, mixer), mixer);
   const Outputs gpu = run_model(dev, model), yardstick = run_model(rounded, model);
   CHECK(std::fabs(gpu.at("loss")[0] - model["loss"][0]) <= 1e-3 * model["loss"][0]);
@@ -320,5 +308,4 @@ TEST_CASE("golden: a mixer and a model on the GPU") {
 
 #endif
 
-}  // namespace golden_tests
 }  // namespace

@@ -1,9 +1,7 @@
 // Every GPU layer but the delta rule against its CPU twin: fresh random inputs, rounded to bf16 where the GPU
 // stores bf16, the reference in double on the same rounded numbers, outputs poisoned with NaN before the run,
 // and every layer run twice from the same start with bit-for-bit the same results.
-#pragma once
-
-#ifdef __CUDACC__
+#include <doctest/doctest.h>
 
 #include <algorithm>
 #include <cmath>
@@ -18,16 +16,18 @@
 
 #include "../../gdn_kernels.cuh"
 #include "../cpu_layers.h"
-#include "skip.h"
+#include "needs_gpu.h"
+#include "relative_error.h"
 
-namespace cuda_layer_tests {
+namespace {
 
 using gdn::act;
 using gdn::Buffer;
 using gdn::Cuda;
 using gdn::MixerShape;
 using gdn::ParameterSpan;
-using gdn_tests::skip_without_gpu;
+using gdn::relative_error;
+using gdn_tests::needs_gpu;
 using Reference = gdn::Cpu<double>;
 using Numbers = std::vector<double>;
 
@@ -126,16 +126,6 @@ class DeviceCopy {
   Buffer<Cuda, T> buffer_;
 };
 
-// ||out - ref|| / ||ref||; NaN if any number is.
-inline double relative_error(const Numbers& out, const Numbers& ref) {
-  double difference = 0, length = 0;
-  for (size_t i = 0; i < ref.size(); i++) {
-    difference += (out[i] - ref[i]) * (out[i] - ref[i]);
-    length += ref[i] * ref[i];
-  }
-  return length == 0 ? std::sqrt(difference) : std::sqrt(difference / length);
-}
-
 template <class T>
 void check_close(const char* what, const Array<T>& out, const Numbers& ref, double tolerance) {
   INFO(std::string(what) << ", next seed " << seed());
@@ -198,8 +188,7 @@ inline bool all_nan(const Numbers& x) {
   return std::all_of(x.begin(), x.end(), [](double v) { return std::isnan(v); });
 }
 
-TEST_CASE("cuda: embedding") {
-  if (skip_without_gpu("cuda: embedding")) return;
+TEST_CASE("cuda: embedding" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   struct Case {
@@ -235,8 +224,7 @@ TEST_CASE("cuda: embedding") {
   }
 }
 
-TEST_CASE("cuda: rmsnorm") {
-  if (skip_without_gpu("cuda: rmsnorm")) return;
+TEST_CASE("cuda: rmsnorm" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   struct Case {
@@ -311,8 +299,7 @@ TEST_CASE("cuda: rmsnorm") {
   CHECK_THROWS(gdn::rmsnorm_forward(dev, h, r, x, w, 1, 12));
 }
 
-TEST_CASE("cuda: linear") {
-  if (skip_without_gpu("cuda: linear")) return;
+TEST_CASE("cuda: linear" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   struct Case {
@@ -343,8 +330,7 @@ TEST_CASE("cuda: linear") {
   }
 }
 
-TEST_CASE("cuda: short convolution and gates") {
-  if (skip_without_gpu("cuda: short convolution and gates")) return;
+TEST_CASE("cuda: short convolution and gates" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   std::vector<MixerShape> shapes = mixer_shapes();
@@ -429,8 +415,7 @@ TEST_CASE("cuda: short convolution and gates") {
     }
 }
 
-TEST_CASE("cuda: output norm") {
-  if (skip_without_gpu("cuda: output norm")) return;
+TEST_CASE("cuda: output norm" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   std::vector<MixerShape> shapes = mixer_shapes();
@@ -487,8 +472,7 @@ TEST_CASE("cuda: output norm") {
   CHECK_THROWS(gdn::output_norm_forward(dev, none, no_floats, none, none, no_floats, odd));
 }
 
-TEST_CASE("cuda: swiglu") {
-  if (skip_without_gpu("cuda: swiglu")) return;
+TEST_CASE("cuda: swiglu" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   struct Case {
@@ -521,8 +505,7 @@ TEST_CASE("cuda: swiglu") {
   }
 }
 
-TEST_CASE("cuda: softmax cross-entropy") {
-  if (skip_without_gpu("cuda: softmax cross-entropy")) return;
+TEST_CASE("cuda: softmax cross-entropy" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   struct Case {
@@ -582,8 +565,7 @@ TEST_CASE("cuda: softmax cross-entropy") {
   check_close("sum of many", total, sum, 1e-6);
 }
 
-TEST_CASE("cuda: norm of the gradients, rounding of weights") {
-  if (skip_without_gpu("cuda: norm of the gradients, rounding of weights")) return;
+TEST_CASE("cuda: norm of the gradients, rounding of weights" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   for (size_t n : {size_t(1), size_t(7), size_t(4096), size_t(100003), size_t(6000001)}) {
@@ -685,8 +667,7 @@ struct UpdateTest {
   }
 };
 
-TEST_CASE("cuda: adamw") {
-  if (skip_without_gpu("cuda: adamw")) return;
+TEST_CASE("cuda: adamw" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   INFO("seed " << seed());
@@ -717,8 +698,7 @@ TEST_CASE("cuda: adamw") {
   t.check("weights", t.dev_weights, weights, kActTolerance);
 }
 
-TEST_CASE("cuda: sgd") {
-  if (skip_without_gpu("cuda: sgd")) return;
+TEST_CASE("cuda: sgd" * needs_gpu()) {
   Cuda dev;
   Reference cpu;
   INFO("seed " << seed());
@@ -748,8 +728,7 @@ TEST_CASE("cuda: sgd") {
   }
 }
 
-TEST_CASE("cuda: a gradient that is not finite changes nothing") {
-  if (skip_without_gpu("cuda: a gradient that is not finite changes nothing")) return;
+TEST_CASE("cuda: a gradient that is not finite changes nothing" * needs_gpu()) {
   Cuda dev;
   INFO("seed " << seed());
   UpdateTest t(dev);
@@ -776,8 +755,7 @@ TEST_CASE("cuda: a gradient that is not finite changes nothing") {
   }
 }
 
-TEST_CASE("cuda: a loss that is not finite makes the norm NaN, another leaves it") {
-  if (skip_without_gpu("cuda: a loss that is not finite makes the norm NaN, another leaves it")) return;
+TEST_CASE("cuda: a loss that is not finite makes the norm NaN, another leaves it" * needs_gpu()) {
   Cuda dev;
   for (const double loss : {1e300, std::numeric_limits<double>::infinity(), std::nan("")}) {
     const Floats norm(dev, Numbers(1, 3));
@@ -787,14 +765,11 @@ TEST_CASE("cuda: a loss that is not finite makes the norm NaN, another leaves it
   }
 }
 
-TEST_CASE("cuda: out of memory says what was asked for") {
-  if (skip_without_gpu("cuda: out of memory says what was asked for")) return;
+TEST_CASE("cuda: out of memory says what was asked for" * needs_gpu()) {
   Cuda dev;
   CHECK_THROWS_WITH_AS(dev.allocate(size_t(1) << 50, "a test", "ask for less"),
                        doctest::Contains("asked for a test"), std::runtime_error);
   CHECK(cudaGetLastError() == cudaSuccess);
 }
 
-}  // namespace cuda_layer_tests
-
-#endif  // __CUDACC__
+}  // namespace

@@ -1,8 +1,6 @@
 // The whole model: its gradient against finite differences, its recurrent form against the chunked one, the
 // GPU against the CPU, the optimizer's view of the parametrizations, and a small run against the entropy
 // floor.
-#pragma once
-
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -16,71 +14,15 @@
 #include "../model.h"
 #include "../optimizer.h"
 #include "../training_step.h"
-#include "skip.h"
+#include "models.h"
+#include "needs_gpu.h"
+#include "relative_error.h"
+#include "rounded.h"
 
-namespace model_tests {
+namespace {
 
 using namespace gdn;
-
-struct TestBatch {
-  int batch, length;
-  std::vector<int32_t> tokens, targets;
-};
-
-inline TestBatch random_batch(int batch, int length, int vocab, uint64_t seed) {
-  TestBatch b{batch, length, {}, {}};
-  for (int i = 0; i < batch * length; i++) {
-    b.tokens.push_back(int32_t(random_bits(seed, 2 * i) % vocab));
-    b.targets.push_back(int32_t(random_bits(seed, 2 * i + 1) % vocab));
-  }
-  return b;
-}
-
-// A small model of the family the arguments name; the base width is half the width, so that mup's scales are
-// not 1.
-inline ModelConfig small_config(int heads, int head_dim,
-                                Parametrization parametrization = Parametrization::mup) {
-  ModelConfig c = make_config(32, 16, 2, heads, head_dim, 2, 50, parametrization);
-  c.mlp_size = 40;
-  return c;
-}
-
-// Initial values far from symmetric points: gains and gates scattered.
-template <class Device>
-void scatter(Parameters<Device>& p, uint64_t seed) {
-  p.initialize(seed);
-  for (const Tensor& t : p.table.tensors) {
-    std::vector<typename Device::real> values(t.size);
-    p.dev.download(values.data(), p.master(t.offset), t.size * sizeof(values[0]));
-    const double scale = t.cls == TensorClass::conv || t.shape.size() == 1 ? 0.2 : 0.1;
-    for (size_t i = 0; i < t.size; i++)
-      values[i] += float(scale * random_normal(stream_key(seed + 1, t.name), i));
-    p.dev.upload(p.master(t.offset), values.data(), t.size * sizeof(values[0]));
-  }
-  p.round();
-}
-
-template <class Device>
-double loss_of(Model<Device>& model, const TestBatch& b) {
-  model.forward_loss(b.tokens.data(), b.targets.data(), b.batch, b.length);
-  return model.loss_sum() / (b.batch * b.length);
-}
-
-template <class Device>
-void add_gradient(Model<Device>& model, const TestBatch& b) {
-  model.forward_backward(b.tokens.data(), b.targets.data(), b.batch, b.length,
-                         1.0f / float(b.batch * b.length));
-}
-
-template <class A, class B>
-double relative_error(const A* x, const B* reference, size_t n) {
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < n; i++) {
-    error += (double(x[i]) - double(reference[i])) * (double(x[i]) - double(reference[i]));
-    norm += double(reference[i]) * double(reference[i]);
-  }
-  return std::sqrt(error / norm);
-}
+using namespace gdn_tests;
 
 TEST_CASE("model: gradient of every tensor against central differences (double)") {
   std::vector<ModelConfig> configs = {small_config(2, 0), small_config(0, 8),
@@ -451,7 +393,7 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
     out.norms.push_back(optimizer.step(step, learning_rate));
   }
   while (training_step.running()) wait();
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
   if constexpr (Device::is_gpu) {  // a recording that holds all the layers, or none
     const bool recorded = how == How::queued_as_graphs;
     CHECK((training_step.micro_batch_graph().nodes > 50) == recorded);
@@ -546,108 +488,11 @@ TEST_CASE("model: a small run on the built-in stories comes within 0.1 nats of t
   CHECK(excess_over_floor(dev, 64, 2, 8, 128, 300, 20, 0.01) <= kExcessBound);
 }
 
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
 
-TEST_CASE("CUDA model: a small run on the built-in stories comes within 0.1 nats of their entropy") {
-  if (gdn_tests::skip_without_gpu("CUDA model: a small run on the built-in stories")) return;
+TEST_CASE("CUDA model: a small run on the built-in stories comes within 0.1 nats of their entropy" * needs_gpu()) {
   Cuda dev;
   CHECK(excess_over_floor(dev, 64, 2, 8, 128, 300, 20, 0.01) <= kExcessBound);
-}
-
-// The CPU's layers in float with every activation and activation gradient rounded to bf16 where the GPU
-// stores one: how far a model of bf16 activations is from the exact one, whoever computes it. The yardstick
-// for the GPU's.
-struct Rounded : Cpu<float> {};
-
-inline void round_all(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i++) x[i] = __bfloat162float(__float2bfloat16(x[i]));
-}
-
-inline void rmsnorm_forward(Rounded& dev, float* h, float* rstd, const float* x, const float* w, int rows,
-                            int width) {
-  rmsnorm_forward(static_cast<Cpu<float>&>(dev), h, rstd, x, w, rows, width);
-  round_all(h, int64_t(rows) * width);
-}
-inline void residual_rmsnorm_forward(Rounded& dev, float* x_out, float* h, float* rstd, const float* x,
-                                     const float* branch, const float* w, int rows, int width) {
-  for (int64_t i = 0; i < int64_t(rows) * width; i++) x_out[i] = x[i] + branch[i];
-  round_all(x_out, int64_t(rows) * width);
-  rmsnorm_forward(dev, h, rstd, x_out, w, rows, width);
-}
-inline void rmsnorm_backward(Rounded& dev, float* dx, float* dw, float* h, const float* dh, const float* x,
-                             const float* rstd, const float* w, int rows, int width, void* scratch) {
-  rmsnorm_backward(static_cast<Cpu<float>&>(dev), dx, dw, h, dh, x, rstd, w, rows, width, scratch);
-  round_all(dx, int64_t(rows) * width);
-  if (h) round_all(h, int64_t(rows) * width);
-}
-inline void linear_forward(Rounded& dev, float* y, const float* x, const float* w, int rows, int out, int in,
-                           float scale = 1) {
-  linear_forward(static_cast<Cpu<float>&>(dev), y, x, w, rows, out, in, scale);
-  round_all(y, int64_t(rows) * out);
-}
-inline void linear_backward_input(Rounded& dev, float* dx, const float* dy, const float* w, int rows, int out,
-                                  int in, float scale = 1) {
-  linear_backward_input(static_cast<Cpu<float>&>(dev), dx, dy, w, rows, out, in, scale);
-  round_all(dx, int64_t(rows) * in);
-}
-inline void short_conv_gates_forward(Rounded& dev, float* qkv, float* rnorm, float* g, float* beta,
-                                     const float* proj, const float* taps, const float* A_log,
-                                     const float* dt_bias, float* history, const MixerShape& shape,
-                                     float beta_max, const int32_t* position) {
-  short_conv_gates_forward(static_cast<Cpu<float>&>(dev), qkv, rnorm, g, beta, proj, taps, A_log, dt_bias,
-                           history, shape, beta_max, position);
-  round_all(qkv, int64_t(shape.rows()) * shape.conv_channels());
-}
-inline void short_conv_gates_backward(Rounded& dev, float* dproj, float* dtaps, float* dA_log,
-                                      float* ddt_bias, float* dqkv, const float* dg, const float* dbeta,
-                                      const float* rnorm, const float* g, const float* beta,
-                                      const float* proj, const float* taps, const float* A_log,
-                                      const float* dt_bias, const MixerShape& shape, float beta_max,
-                                      void* scratch, const int32_t* position) {
-  short_conv_gates_backward(static_cast<Cpu<float>&>(dev), dproj, dtaps, dA_log, ddt_bias, dqkv, dg, dbeta,
-                            rnorm, g, beta, proj, taps, A_log, dt_bias, shape, beta_max, scratch, position);
-  round_all(dproj, int64_t(shape.rows()) * shape.columns());  // all of dproj is filled by now
-}
-inline void gated_delta_rule_forward(Rounded& dev, float* o, void* saved, const float* qkv, const float* g,
-                                     const float* beta, const MixerShape& shape, float s, void* scratch) {
-  gated_delta_rule_forward(static_cast<Cpu<float>&>(dev), o, saved, qkv, g, beta, shape, s, scratch);
-  round_all(o, int64_t(shape.rows()) * shape.value_dim());
-}
-inline void gated_delta_rule_backward(Rounded& dev, float* dqkv, float* dg, float* dbeta, const float* d_o,
-                                      const void* saved, const float* qkv, const float* g, const float* beta,
-                                      const MixerShape& shape, float s, void* scratch) {
-  gated_delta_rule_backward(static_cast<Cpu<float>&>(dev), dqkv, dg, dbeta, d_o, saved, qkv, g, beta, shape,
-                            s, scratch);
-  round_all(dqkv, int64_t(shape.rows()) * shape.conv_channels());
-}
-inline void output_norm_forward(Rounded& dev, float* y, float* rstd, const float* o, const float* proj,
-                                const float* w_o, const MixerShape& shape) {
-  output_norm_forward(static_cast<Cpu<float>&>(dev), y, rstd, o, proj, w_o, shape);
-  round_all(y, int64_t(shape.rows()) * shape.value_dim());
-}
-inline void output_norm_backward(Rounded& dev, float* d_o, float* dproj, float* dw_o, float* y,
-                                 const float* dy, const float* o, const float* rstd, const float* proj,
-                                 const float* w_o, const MixerShape& shape, void* scratch) {
-  output_norm_backward(static_cast<Cpu<float>&>(dev), d_o, dproj, dw_o, y, dy, o, rstd, proj, w_o, shape,
-                       scratch);
-  round_all(y, int64_t(shape.rows()) * shape.value_dim());
-  round_all(d_o, int64_t(shape.rows()) * shape.value_dim());
-}
-inline void swiglu_forward(Rounded& dev, float* out, const float* gate_up, int rows, int inner) {
-  swiglu_forward(static_cast<Cpu<float>&>(dev), out, gate_up, rows, inner);
-  round_all(out, int64_t(rows) * inner);
-}
-inline void swiglu_backward(Rounded& dev, float* dgate_up, float* out, const float* dout,
-                            const float* gate_up, int rows, int inner) {
-  swiglu_backward(static_cast<Cpu<float>&>(dev), dgate_up, out, dout, gate_up, rows, inner);
-  round_all(out, int64_t(rows) * inner);
-  round_all(dgate_up, int64_t(rows) * 2 * inner);
-}
-inline void softmax_cross_entropy(Rounded& dev, float* logits, float* losses, const int32_t* targets,
-                                  int rows, int vocab, int padded, float dlogits_scale) {
-  softmax_cross_entropy(static_cast<Cpu<float>&>(dev), logits, losses, targets, rows, vocab, padded,
-                        dlogits_scale);
-  round_all(logits, int64_t(rows) * padded);
 }
 
 // A model and its gradients on a device, from the given master weights.
@@ -670,8 +515,7 @@ struct Trained {
   std::vector<float> gradients;
 };
 
-TEST_CASE("CUDA model: loss and gradients against the CPU's") {
-  if (gdn_tests::skip_without_gpu("CUDA model: loss and gradients against the CPU's")) return;
+TEST_CASE("CUDA model: loss and gradients against the CPU's" * needs_gpu()) {
   struct Size {
     int width, heads, head_dim, batch, length;
     bool documents;
@@ -713,8 +557,7 @@ TEST_CASE("CUDA model: loss and gradients against the CPU's") {
   }
 }
 
-TEST_CASE("CUDA model: initial values are the CPU's, bit by bit") {
-  if (gdn_tests::skip_without_gpu("CUDA model: initial values are the CPU's, bit by bit")) return;
+TEST_CASE("CUDA model: initial values are the CPU's, bit by bit" * needs_gpu()) {
   check_initial_values<Cuda>(make_config(256, 256, 1, 6, 0, 2, 257, Parametrization::mup));
   Cuda dev;
   const Buffer<Cuda, float> x(dev, 1001, "a test");
@@ -726,20 +569,15 @@ TEST_CASE("CUDA model: initial values are the CPU's, bit by bit") {
   CHECK(values == expected);
 }
 
-TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer") {
-  if (gdn_tests::skip_without_gpu(
-          "CUDA training step: steps queued as graphs have the bits of steps done layer by layer"))
-    return;
+TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer" * needs_gpu()) {
   check_queued_steps<Cuda>();
 }
 
-TEST_CASE("CUDA training step: a loss that is not finite changes nothing") {
-  if (gdn_tests::skip_without_gpu("CUDA training step: a loss that is not finite changes nothing")) return;
+TEST_CASE("CUDA training step: a loss that is not finite changes nothing" * needs_gpu()) {
   check_bad_loss<Cuda>();
 }
 
-TEST_CASE("CUDA model: the same seed gives the same bits") {
-  if (gdn_tests::skip_without_gpu("CUDA model: the same seed gives the same bits")) return;
+TEST_CASE("CUDA model: the same seed gives the same bits" * needs_gpu()) {
   std::vector<std::vector<float>> results;
   for (int run = 0; run < 2; run++) {
     Cuda dev;
@@ -760,9 +598,7 @@ TEST_CASE("CUDA model: the same seed gives the same bits") {
   CHECK(results[0] == results[1]);
 }
 
-TEST_CASE("CUDA model: recomputing activations changes no bit of the gradients") {
-  if (gdn_tests::skip_without_gpu("CUDA model: recomputing activations changes no bit of the gradients"))
-    return;
+TEST_CASE("CUDA model: recomputing activations changes no bit of the gradients" * needs_gpu()) {
   Cuda dev;
   Parameters<Cuda> p(dev, make_config(256, 256, 2, 6, 0, 2, 256, Parametrization::mup));
   p.allocate_gradients();
@@ -772,8 +608,7 @@ TEST_CASE("CUDA model: recomputing activations changes no bit of the gradients")
   CHECK(gradients[0] == gradients[2]);
 }
 
-TEST_CASE("CUDA model: the recurrent form gives the chunked form's losses") {
-  if (gdn_tests::skip_without_gpu("CUDA model: the recurrent form gives the chunked form's losses")) return;
+TEST_CASE("CUDA model: the recurrent form gives the chunked form's losses" * needs_gpu()) {
   Cuda dev;
   Parameters<Cuda> p(dev, make_config(256, 256, 2, 6, 0, 2, 256, Parametrization::mup));
   p.initialize(25);
@@ -788,4 +623,4 @@ TEST_CASE("CUDA model: the recurrent form gives the chunked form's losses") {
 
 #endif
 
-}  // namespace model_tests
+}  // namespace

@@ -1,13 +1,13 @@
 // Tests of json.h, safetensors.h and checkpoint.h: what is written reads back, what is malformed is refused
 // with a message, and no damage, kill or full disk costs more than the checkpoint being written.
-#pragma once
-
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include <doctest/doctest.h>
 
 #include <chrono>
 #include <cmath>
@@ -29,58 +29,13 @@
 #include "../checkpoint.h"
 #include "../json.h"
 #include "../safetensors.h"
+#include "files.h"
 
 namespace {
-namespace checkpoint_tests {
 
 using namespace gdn;
+using namespace gdn_tests;
 namespace fs = std::filesystem;
-
-// A new folder for temporary files, removed with all it holds.
-struct TemporaryFolder {
-  TemporaryFolder() {
-    path = (fs::temp_directory_path() / "gdn_checkpoint_XXXXXX").string();
-    if (mkdtemp(path.data()) == nullptr) throw std::runtime_error("cannot make " + path);
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  std::string file(const std::string& name) const { return path + "/" + name; }
-
-  std::string write(const std::string& name, const std::string& bytes) const {
-    std::ofstream(file(name), std::ios::binary) << bytes;
-    return file(name);
-  }
-
-  // Names of what is in the folder, sorted, with spaces between.
-  std::string listing() const {
-    std::set<std::string> names;
-    for (const auto& entry : fs::directory_iterator(path)) names.insert(entry.path().filename().string());
-    std::string text;
-    for (const std::string& name : names) text += (text.empty() ? "" : " ") + name;
-    return text;
-  }
-
-  std::string path;
-};
-
-// What the call throws, "" if it does not.
-inline std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::runtime_error& e) {
-    return e.what();
-  }
-  return "";
-}
-
-inline bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
 
 inline std::string parse_error(const std::string& text) {
   return error_of([&] { parse_json(text, "a.json"); });
@@ -678,5 +633,4 @@ TEST_CASE("checkpoint: an error while a tensor is read fails the save and leaves
   CHECK(newest(folder.path).first == before);
 }
 
-}  // namespace checkpoint_tests
 }  // namespace

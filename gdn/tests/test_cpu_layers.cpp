@@ -5,8 +5,6 @@
 //   give the same bits with any number of threads.
 // Besides: the gated delta rule in chunks against the recurrence, feeding a sequence in pieces, matrix
 // products against three loops, and the optimizers against PyTorch's documented algorithms, number by number.
-#pragma once
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -22,10 +20,12 @@
 #include <omp.h>
 #endif
 
+#include <doctest/doctest.h>
+
 #include "../cpu_layers.h"
+#include "relative_error.h"
 
 namespace {
-namespace cpu_layer_tests {
 
 using namespace gdn;
 
@@ -122,24 +122,15 @@ Array<Real> tokens_of(const Array<Real>& all, int batch, int tokens, int first, 
   return columns(all, tokens * row, first * row, count * row);
 }
 
-// |a - b| / |b|; differences of gradients that vanish are measured against `floor`.
-template <class A, class B>
-double relative_error(const Array<A>& a, const Array<B>& b, double floor = 1e-6) {
-  REQUIRE(a.size() == b.size());
-  double difference = 0, squares = 0;
-  for (size_t i = 0; i < a.size(); i++) {
-    difference += (double(a[i]) - double(b[i])) * (double(a[i]) - double(b[i]));
-    squares += double(b[i]) * double(b[i]);
-  }
-  return std::sqrt(difference) / std::max(std::sqrt(squares), floor);
-}
+// Differences of gradients that vanish are measured against this.
+constexpr double kVanishing = 1e-6;
 
 template <class A, class B>
 void check_close(const Tensors<A>& a, const Tensors<B>& b, double tolerance) {
   REQUIRE(a.size() == b.size());
   for (const auto& tensor : a) {
     INFO("tensor " << tensor.first);
-    CHECK(relative_error(tensor.second, b.at(tensor.first)) <= tolerance);  // NaN fails
+    CHECK(relative_error(tensor.second, b.at(tensor.first), kVanishing) <= tolerance);
   }
 }
 
@@ -1031,5 +1022,4 @@ TEST_CASE("round weights: a copy on the CPU") {
   CHECK(weights == master);
 }
 
-}  // namespace cpu_layer_tests
 }  // namespace

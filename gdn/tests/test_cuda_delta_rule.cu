@@ -2,9 +2,7 @@
 // double, over head sizes, lengths, grouped heads and regimes of decay and write strength. The yardstick of
 // every output is an oracle: the recurrence in float with its results rounded to bf16. Ours may err twice as
 // much as that.
-#pragma once
-
-#ifdef __CUDACC__
+#include <doctest/doctest.h>
 
 #include <algorithm>
 #include <cmath>
@@ -19,12 +17,12 @@
 #include "../../dev/readable/delta_rule.cuh"
 #include "../cpu_layers.h"
 #include "relative_error.h"
-#include "skip.h"
+#include "needs_gpu.h"
 
 namespace {
-namespace cuda_delta_rule_tests {
 
 using namespace gdn;
+using namespace gdn_tests;
 
 enum Regime {
   kInitial,
@@ -253,8 +251,7 @@ void check_every_regime(Cuda& device, const MixerShape& shape, int& seed) {
     check_against_recurrence(device, shape, Regime(regime), seed++);
 }
 
-TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: forward and backward against the recurrence")) return;
+TEST_CASE("cuda delta rule: forward and backward against the recurrence" * needs_gpu()) {
   Cuda device;
   const MixerShape shapes[] = {
       make_shape(2, 130, 2, 2, 32, 64),   make_shape(1, 200, 2, 2, 64, 128),
@@ -270,8 +267,7 @@ TEST_CASE("cuda delta rule: forward and backward against the recurrence") {
 }
 
 // Many chunks: errors of the state and its gradient have time to add up.
-TEST_CASE("cuda delta rule: long sequences") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: long sequences")) return;
+TEST_CASE("cuda delta rule: long sequences" * needs_gpu()) {
   Cuda device;
   const MixerShape shape = make_shape(1, 777, 1, 1, 64, 48);
   int seed = 100;
@@ -282,8 +278,7 @@ TEST_CASE("cuda delta rule: long sequences") {
 const MixerShape kManyChunks[] = {make_shape(3, 900, 8, 16, 80, 64), make_shape(3, 900, 8, 8, 48, 320),
                                   make_shape(3, 900, 5, 5, 144, 128)};
 
-TEST_CASE("cuda delta rule: many chunks") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: many chunks")) return;
+TEST_CASE("cuda delta rule: many chunks" * needs_gpu()) {
   Cuda device;
   for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
 }
@@ -296,8 +291,7 @@ const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_sha
                                      make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
                                      make_shape(1, 190, 1, 1, 256, 256), make_shape(1, 130, 1, 1, 96, 144)};
 
-TEST_CASE("cuda delta rule: two warpgroups a block") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: two warpgroups a block")) return;
+TEST_CASE("cuda delta rule: two warpgroups a block" * needs_gpu()) {
   Cuda device;
   device.multiprocessors = 1;
   int seed = 500;
@@ -308,8 +302,7 @@ TEST_CASE("cuda delta rule: two warpgroups a block") {
 }
 
 // What a model computes when nothing will go backward, with one warpgroup a block, in pieces, and with two.
-TEST_CASE("cuda delta rule: o with nothing saved") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: o with nothing saved")) return;
+TEST_CASE("cuda delta rule: o with nothing saved" * needs_gpu()) {
   const auto check = [](Cuda& device, const MixerShape& shape) {
     const Inputs in = make_inputs(shape, kInitial, 1);
     const GpuResults trained = run_on_gpu(device, shape, in);
@@ -337,8 +330,7 @@ const MixerShape kCut[] = {make_shape(1, 1000, 2, 2, 64, 128), make_shape(2, 830
                            make_shape(1, 900, 1, 1, 96, 48),   make_shape(1, 800, 1, 1, 176, 64),
                            make_shape(1, 1500, 1, 1, 256, 96)};
 
-TEST_CASE("cuda delta rule: a sequence cut into pieces") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: a sequence cut into pieces")) return;
+TEST_CASE("cuda delta rule: a sequence cut into pieces" * needs_gpu()) {
   Cuda device;
   device.multiprocessors = 132;  // the same pieces on every GPU
   int seed = 300;
@@ -348,9 +340,7 @@ TEST_CASE("cuda delta rule: a sequence cut into pieces") {
   }
 }
 
-TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: one sequence, cut, in memory for a batch that is not"))
-    return;
+TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not" * needs_gpu()) {
   Cuda device;
   device.multiprocessors = 132;
   const MixerShape one = make_shape(1, 1000, 2, 2, 256, 256), many = make_shape(40, 1000, 2, 2, 256, 256);
@@ -396,8 +386,7 @@ TEST_CASE("cuda delta rule: memory for the pieces of every smaller batch") {
 }
 
 // Longer and wider than the CPU does in reasonable time. Both results are rounded to bf16.
-TEST_CASE("cuda delta rule: against the readable one") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: against the readable one")) return;
+TEST_CASE("cuda delta rule: against the readable one" * needs_gpu()) {
   Cuda device;
   const DeltaRule readable = {
       gdn::readable::gated_delta_rule_saved_bytes, gdn::readable::gated_delta_rule_scratch_bytes,
@@ -422,8 +411,7 @@ TEST_CASE("cuda delta rule: against the readable one") {
 
 #endif  // GDN_READABLE
 
-TEST_CASE("cuda delta rule: the same bits in two runs") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: the same bits in two runs")) return;
+TEST_CASE("cuda delta rule: the same bits in two runs" * needs_gpu()) {
   Cuda device;
   for (const MixerShape& shape : {make_shape(2, 200, 1, 2, 64, 128), kManyChunks[0], kManyChunks[1],
                                   kManyChunks[2], make_shape(1, 1000, 1, 2, 64, 128)}) {
@@ -459,8 +447,7 @@ void check_recurrent(Cuda& device, const MixerShape& shape) {
   CHECK(relative_error(to_double(download(device, gpu_o)), o) < 1.2 * kBf16Error);
 }
 
-TEST_CASE("cuda delta rule: token by token") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: token by token")) return;
+TEST_CASE("cuda delta rule: token by token" * needs_gpu()) {
   Cuda device;
   check_recurrent(device, make_shape(2, 7, 2, 2, 32, 64));
   check_recurrent(device, make_shape(2, 3, 1, 3, 48, 80));
@@ -468,8 +455,7 @@ TEST_CASE("cuda delta rule: token by token") {
   check_recurrent(device, make_shape(3, 1, 1, 2, 128, 16));
 }
 
-TEST_CASE("cuda delta rule: other head sizes are refused") {
-  if (gdn_tests::skip_without_gpu("cuda delta rule: other head sizes are refused")) return;
+TEST_CASE("cuda delta rule: other head sizes are refused" * needs_gpu()) {
   Cuda device;
   const auto message = [&](int dk, int dv) {
     try {
@@ -487,7 +473,4 @@ TEST_CASE("cuda delta rule: other head sizes are refused") {
   CHECK(message(64, 528) == rule + "dk = 64, dv = 528");
 }
 
-}  // namespace cuda_delta_rule_tests
 }  // namespace
-
-#endif  // __CUDACC__

@@ -1,7 +1,5 @@
 // Generation: tiktoken's tokens from text, sampling against a plain reference, the recurrent form's logits
 // against the training forward's, and ./train_gdn -gen.
-#pragma once
-
 #include <doctest/doctest.h>
 #include <sys/stat.h>
 
@@ -18,14 +16,15 @@
 #include <vector>
 
 #include "../generate.h"
-#include "skip.h"
-#include "test_model.h"
-#include "test_program.h"
+#include "models.h"
+#include "needs_gpu.h"
+#include "program.h"
+#include "relative_error.h"
 
-namespace generate_tests {
+namespace {
 
 using namespace gdn;
-using program_tests::Folder;
+using namespace gdn_tests;
 
 // ---- vocabulary
 
@@ -95,7 +94,7 @@ inline std::string vocabulary_file(const std::vector<std::string>& pairs) {
 TEST_CASE("vocabulary: merges by rank, the leftmost first, a whole piece at once") {
   Folder folder;
   const std::string path = (folder.path / "v.txt").string();
-  program_tests::write_file(path, vocabulary_file({"bc", "ab", "aa", "abcd", "xyz"}));  // 256, 257, ...
+  write_file(path, vocabulary_file({"bc", "ab", "aa", "abcd", "xyz"}));  // 256, 257, ...
   const Vocabulary vocabulary(path);
   using Tokens = std::vector<int32_t>;
   CHECK(vocabulary.encode("abc") == Tokens{'a', 256});
@@ -124,7 +123,7 @@ TEST_CASE("vocabulary: a damaged file is named with its line") {
   Folder folder;
   const std::string path = (folder.path / "v.txt").string(), good = vocabulary_file({"ab"});
   const auto error = [&](const std::string& text) {
-    program_tests::write_file(path, text);
+    write_file(path, text);
     const std::string message = error_of([&] { Vocabulary vocabulary(path); });
     CHECK(message.rfind(path + ": ", 0) == 0);
     return message;
@@ -275,11 +274,11 @@ TEST_CASE("generate: a prompt's tokens are among the rows of the table") {
 
 TEST_CASE("generate: tokens depend on the seed alone; memory not on how many there are") {
   Cpu<float> dev;
-  Parameters<Cpu<float>> p(dev, model_tests::small_config(2, 0));
-  model_tests::scatter(p, 31);
+  Parameters<Cpu<float>> p(dev, small_config(2, 0));
+  scatter(p, 31);
   const auto tokens = [&](const Sampling& sampling, int count, int prompt) {
     std::vector<int> tokens;
-    const auto prompts = model_tests::random_batch(1, prompt, p.config.vocab, 32).tokens;
+    const auto prompts = random_batch(1, prompt, p.config.vocab, 32).tokens;
     generate<Cpu<float>>(
         p, prompts, count, sampling, kNoSeparator, [&](int token) { tokens.push_back(token); },
         [] { return false; });
@@ -330,7 +329,7 @@ void check_logits(Parameters<Device>& p, double tolerance, int separator = kNoSe
   constexpr int kAfter = 5;
   const int vocab = p.config.vocab;
   const std::vector<int> prompts = {1, 3, 4, 63, 64, 65, 200};
-  const auto tokens = model_tests::random_batch(1, prompts.back() + kAfter, vocab, 41).tokens;
+  const auto tokens = random_batch(1, prompts.back() + kAfter, vocab, 41).tokens;
   Model<Device> training(p, 1, int(tokens.size()), Use::training, Recompute::nothing, separator);
   Model<Device> model(p, 1, kPromptPiece, Use::inference, Recompute::nothing, separator);
   std::vector<typename Device::real> logits;
@@ -343,7 +342,7 @@ void check_logits(Parameters<Device>& p, double tolerance, int separator = kNoSe
       if (length == prompt || length == prompt + kAfter) {
         const auto expected = training_logits(training, tokens, length, vocab);
         const auto generated = centred({logits.begin(), logits.begin() + vocab});
-        CHECK(model_tests::relative_error(generated.data(), expected.data(), size_t(vocab)) <= tolerance);
+        CHECK(relative_error(generated.data(), expected.data(), size_t(vocab)) <= tolerance);
       }
       if (length == prompt + kAfter) break;
       feed(model, {tokens[size_t(length)]}, state, logits);
@@ -352,23 +351,21 @@ void check_logits(Parameters<Device>& p, double tolerance, int separator = kNoSe
 }
 
 TEST_CASE("generate: the training forward's logits, at any prompt length (CPU)") {
-  for (const ModelConfig& config : {model_tests::small_config(2, 0), model_tests::small_config(0, 8)}) {
+  for (const ModelConfig& config : {small_config(2, 0), small_config(0, 8)}) {
     Cpu<float> dev;
     Parameters<Cpu<float>> p(dev, config);
-    model_tests::scatter(p, 42);
+    scatter(p, 42);
     check_logits(p, 2e-5);
     check_logits(p, 2e-5,
-                 model_tests::random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
+                 random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
   }
 }
 
-TEST_CASE("generate: the training forward's logits, at any prompt length (CUDA)") {
-  if (gdn_tests::skip_without_gpu("generate: the training forward's logits, at any prompt length (CUDA)"))
-    return;
-#ifdef __CUDACC__
+TEST_CASE("generate: the training forward's logits, at any prompt length (CUDA)" * needs_gpu()) {
+#ifdef GDN_CUDA
   Cuda dev;
   Parameters<Cuda> p(dev, make_config(256, 128, 2, 4, 0, 2, 256, Parametrization::mup));
-  model_tests::scatter(p, 43);
+  scatter(p, 43);
   check_logits(p, 4 * 0x1p-8);  // four roundings to bf16
 #endif
 }
@@ -381,11 +378,11 @@ TEST_CASE(
   std::vector<std::string> pairs;
   for (int i = 0; i < 50000; i++) pairs.push_back({char(i / 250), char(i % 250)});
   const std::string file = vocabulary_file(pairs);
-  program_tests::write_file(folder.path / "vocab.txt", file);
-  program_tests::write_file(folder.path / "short.txt", file.substr(0, file.size() - 5));
+  write_file(folder.path / "vocab.txt", file);
+  write_file(folder.path / "short.txt", file.substr(0, file.size() - 5));
   std::vector<uint16_t> tokens(200);
   for (size_t i = 0; i < tokens.size(); i++) tokens[i] = uint16_t(i * 250);
-  program_tests::write_file(folder.path / "s.bin", program_tests::shard(tokens));
+  write_file(folder.path / "s.bin", shard(tokens));
   const std::string tiny = "-d cpu -w 32 -heads 3 -L 1 -T 32 -B 2 -v 0 -i s.bin ";
   const auto trained = run(folder, tiny + "-n 1 -s 1 -vocab vocab.txt -prompt 'the cat' -o out");
   REQUIRE(trained.code == 0);
@@ -428,4 +425,4 @@ TEST_CASE(
   }
 }
 
-}  // namespace generate_tests
+}  // namespace

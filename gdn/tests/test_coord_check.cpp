@@ -1,8 +1,6 @@
 // The coordinate check at small widths on the CPU: under mup every slope is where mup.h derives it, under sp
 // and with any one exponent of the tables half a power off it is not. Few tokens, one layer, several seeds:
 // the derivation holds for widths far above the number of tokens (gdn/coord_check.h).
-#pragma once
-
 #include <doctest/doctest.h>
 
 #include <cmath>
@@ -11,9 +9,10 @@
 #include <tuple>
 #include <vector>
 
+#include "../cpu_layers.h"
 #include "../coord_check.h"
 
-namespace coord_check_tests {
+namespace {
 
 using namespace gdn;
 
@@ -194,4 +193,4 @@ TEST_CASE("coordinate check: breaking any one exponent fails it") {
     }
 }
 
-}  // namespace coord_check_tests
+}  // namespace
