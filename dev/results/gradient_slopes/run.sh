@@ -10,7 +10,7 @@ trap 'rm -rf "$models"' EXIT
 for width in ${widths//,/ }; do
   # shellcheck disable=SC2086
   "$TRAIN_GDN" -i 'books_train_*.bin' -w "$width" -L 8 -heads 6 -T 512 -B 64 -n 501 -opt sgd $GPT2_SGD -lr "${LR:-18.1}" \
-    -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" | tail -n 1
+    -v 0 -s 0 -save 0 "${MORE[@]}" -o "$models/w$width" >"$OUT/w$width.txt"
 done
 "$PYTHON" "$ROOT/scripts/coord_check.py" --binary "$TRAIN_GDN" -o "$OUT/gpt2" --widths "$widths" --params mup --growth head_dim \
   --optimizers sgd --seeds 1,2,3,4 --tolerance 9 --table "$OUT/gpt2.md" -- -i 'books_val_*.bin' -L 8 -T 512 -B 8 -lr 0 \
