@@ -232,11 +232,12 @@ coord() {
 }
 
 plots() {
-  local name
+  local name paired
   for name in adamw sgd fixed question1_adamw question1_sgd question2_sgd question2_adamw question3 question4 \
     bytes_{sgd,adamw,fixed_sgd,fixed_adamw,question1_adamw,question1_sgd,question2_output,question2_aligned,question3,question4}; do
     [ -e "$OUT/$name.csv" ] || continue
-    "$PYTHON" scripts/plot_transfer.py "$OUT/$name.csv" --base "$BASE" -o "$OUT/$name" --table "$OUT/$name.md" |
+    case $name in bytes_*) paired=--paired ;; *) paired= ;; esac  # on bytes a seed moves a width's losses all alike
+    "$PYTHON" scripts/plot_transfer.py "$OUT/$name.csv" --base "$BASE" $paired -o "$OUT/$name" --table "$OUT/$name.md" |
       tee -a "$OUT/log.txt" || problems=$((problems + 1))
   done
   [ -e "$OUT/tuned.csv" ] && cut -d, -f3,4,6,9 "$OUT/tuned.csv"
