@@ -38,10 +38,9 @@ begin() {
 # says why, where a run failed.
 sweep() {
   local left=$((LIMIT - SECONDS)) said
-  [ "$left" -gt 0 ] || { LEFT=1; return 0; }
   # shellcheck disable=SC2086
   said=$(python3 "$SWEEP" --binary "$TRAIN_GDN" -o "$OUT/${3:-data}.csv" --retry --expect "$EXPECT" \
-    --minutes "$(python3 -c "print($left / 60)")" $1 -- -i 'books_train_*.bin' -j 'books_val_*.bin' -n 1000 -v 0 -s 0 \
+    --minutes "$(python3 -c "print(max($left, 0.01) / 60)")" $1 -- -i 'books_train_*.bin' -j 'books_val_*.bin' -n 1000 -v 0 -s 0 \
     -save 0 $2 "${MORE[@]}" | tee /dev/stderr)
   case $said in *" left (--minutes"*) LEFT=1 ;; esac
 }

@@ -33,6 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from plot_transfer import Curve, evaluate, find_minimum  # noqa: E402
 from test_plot_transfer import Coverage, NotBracketed, Table, TheNoise  # noqa: E402, F401
+from test_timed_runs import TheRule, TimedRuns  # noqa: E402, F401
 
 TRAIN_GDN = HERE.parent / "train_gdn"
 HAVE_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
