@@ -45,6 +45,8 @@ enum class DecayMode { coupled, independent };  // decay per step: its rate time
 // W_a and W_b under mup: by fan-in, or like output weights, there with gradients of independent or aligned
 // signs.
 enum class GateRule { independent, output, aligned };
+// The readout scale s (section 3): as the parametrization has it, or one of the two forms under any of them.
+enum class ReadoutRule { param, sp, mup };
 // The norm that is clipped: of all gradients alike, or as at the end of section 5.
 enum class ClipNorm { plain, scaled };
 
@@ -83,6 +85,7 @@ struct Mup {
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
   double logit_factor = 1;  // of the logits, at every width
+  ReadoutRule readout = ReadoutRule::param;
   Perturbation perturbation = {};
 };
 
@@ -216,7 +219,9 @@ inline double logit_scale(const Mup& m) {
 // layer and -0.4 in the second). The norm undoes a growing o, while eps spoils a falling one: of the two
 // estimates the one to scale for is the smaller.
 inline double readout_scale(const Mup& m) {
-  if (m.parametrization != Parametrization::mup) return 1 / std::sqrt(m.shape.head_dim_k);
+  const bool grows = m.readout == ReadoutRule::param ? m.parametrization == Parametrization::mup
+                                                     : m.readout == ReadoutRule::mup;
+  if (!grows) return 1 / std::sqrt(m.shape.head_dim_k);
   return 1 / std::sqrt(m.base.head_dim_k) * std::sqrt(ratios(m).r_k) *
          power_of_ratio(m, m.perturbation.readout_scale);
 }
@@ -492,6 +497,11 @@ inline const char* name(GateRule rule) {
   return names[int(rule)];
 }
 
+inline const char* name(ReadoutRule rule) {
+  constexpr const char* names[] = {"param", "sp", "mup"};
+  return names[int(rule)];
+}
+
 inline const char* name(ClipNorm norm) { return norm == ClipNorm::plain ? "plain" : "scaled"; }
 
 inline const char* name(DecayMode mode) { return mode == DecayMode::coupled ? "coupled" : "independent"; }
@@ -518,6 +528,12 @@ inline GateRule parse_gate_rule(const std::string& text) {
   for (const GateRule rule : {GateRule::independent, GateRule::output, GateRule::aligned})
     if (text == name(rule)) return rule;
   throw std::runtime_error("gates '" + text + "': expected independent, output or aligned");
+}
+
+inline ReadoutRule parse_readout_rule(const std::string& text) {
+  for (const ReadoutRule rule : {ReadoutRule::param, ReadoutRule::sp, ReadoutRule::mup})
+    if (text == name(rule)) return rule;
+  throw std::runtime_error("readout scale '" + text + "': expected param, sp or mup");
 }
 
 inline DecayMode parse_decay_mode(const std::string& text) {

@@ -49,6 +49,7 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"parametrization", name(c.parametrization)},
                                                  {"gains", name(c.vectors)},
                                                  {"gates", name(c.gates)},
+                                                 {"readout", name(c.readout)},
                                                  {"logit_factor", c.logit_factor}}}};
 }
 
@@ -121,6 +122,7 @@ inline ModelConfig read_config(const Checkpoint& checkpoint) try {
     c.parametrization = parse_parametrization(ours->string("parametrization"));
     if (ours->find("gains")) c.vectors = parse_vector_rule(ours->string("gains"));  // older ones: vector
     if (ours->find("gates")) c.gates = parse_gate_rule(ours->string("gates"));      // older ones: independent
+    if (ours->find("readout")) c.readout = parse_readout_rule(ours->string("readout"));  // older ones: param
     if (ours->find("logit_factor")) c.logit_factor = ours->number("logit_factor");  // older ones: 1
   } else {
     c.vocab = stored_vocab;
@@ -159,6 +161,9 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   if (wanted.gates != saved.gates)
     throw std::runtime_error(path + ": has -gates " + name(saved.gates) + ", the options ask for " +
                              name(wanted.gates));
+  if (wanted.readout != saved.readout)
+    throw std::runtime_error(path + ": has -readout " + name(saved.readout) + ", the options ask for " +
+                             name(wanted.readout));
   if (wanted.parametrization != saved.parametrization)
     throw std::runtime_error(path + ": has parametrization " + name(saved.parametrization) + ", the options ask for " +
                              name(wanted.parametrization));

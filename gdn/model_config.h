@@ -25,6 +25,7 @@ struct ModelConfig {
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
   double logit_factor = 1;  // of the logits, at every width (mup.h)
+  ReadoutRule readout = ReadoutRule::param;
   Perturbation perturbation = {};
 
   MixerShape mixer_shape(int batch, int tokens) const {
@@ -35,7 +36,7 @@ struct ModelConfig {
     return {parametrization, shape,
             fixed_head_size ? base_with_fixed_head_size(shape, base_width)
                             : base_with_fixed_heads(shape, base_width),
-            vectors, gates, logit_factor, perturbation};
+            vectors, gates, logit_factor, readout, perturbation};
   }
   float beta_max() const { return neg_eigval ? 2.0f : 1.0f; }
 };

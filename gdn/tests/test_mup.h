@@ -196,6 +196,26 @@ TEST_CASE("mup: the readout scale") {
     }
 }
 
+TEST_CASE("mup: the readout scale of one parametrization under another changes nothing else") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const Parametrization p : kParametrizations)
+        for (const Parametrization other : {Parametrization::sp, Parametrization::mup}) {
+          const Mup plain = model(p, family, width);
+          Mup m = plain;
+          m.readout = other == Parametrization::sp ? ReadoutRule::sp : ReadoutRule::mup;
+          CHECK(readout_scale(m) == readout_scale(model(other, family, width)));
+          CHECK(logit_scale(m) == logit_scale(plain));
+          for (const TensorClass cls : kTensorClasses)
+            for (const OptimizerKind optimizer : kOptimizerKinds)
+              CHECK(learning_rate_scale(m, optimizer, cls) == learning_rate_scale(plain, optimizer, cls));
+        }
+  for (const ReadoutRule rule : {ReadoutRule::param, ReadoutRule::sp, ReadoutRule::mup})
+    CHECK(parse_readout_rule(name(rule)) == rule);
+  CHECK(error_of([] { parse_readout_rule("mup0"); }) == "readout scale 'mup0': expected param, sp or mup");
+}
+
 // Head count and head size grow by different factors: r = 8 = r_H r_v, r_H = 2, r_k = r_v = 4.
 TEST_CASE("mup: a family between the two") {
   using namespace mup_tests;
