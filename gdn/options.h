@@ -90,12 +90,13 @@ class OptionTable {
     real("ev", "X", o.value_expansion, 1e-3, 64, "value head size over key head size");
     text("param", "mup|mup0|sp", o.parametrization, "parametrization (mup.h)");
     text("readout", "param|mup|sp", o.readout,
-         "readout scale s: as -param has it; that of mup, which grows with the head size; or dk^-1/2 (mup.h, section 3)");
+         "research: the readout scale s as -param has it; that of mup, which grows with the head size; or dk^-1/2 (mup.h, "
+         "section 8)");
     text("gains", "vector|hidden", o.gains,
-         "norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, open question 1)");
+         "research: norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, section 8)");
     text("gates", "independent|output|aligned", o.gates,
-         "under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent or of "
-         "aligned signs (mup.h, open question 2)");
+         "research: under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent "
+         "or of aligned signs (mup.h, section 8)");
     text("init_of", "CLASS=X,...", o.init_factors,
          "factors of the initial values of classes of tensors, at every width: embedding, unembedding, hidden, gate, conv",
          "1 each");
