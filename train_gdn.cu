@@ -378,7 +378,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
     const ModelConfig saved = read_config(*checkpoint);
     bool given = false;
     for (const char* name :
-         {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates", "logit_factor"})
+         {"w", "w0", "L", "heads", "head_dim", "ev", "param", "gains", "gates", "readout", "logit_factor"})
       given = given || table.given(name);
     if (!given) {
       if (vocab && vocab != saved.vocab)
@@ -391,6 +391,7 @@ ModelConfig choose_config(Options& o, const OptionTable& table, int vocab, const
                                    vocab, parse_parametrization(o.parametrization));
   config.vectors = parse_vector_rule(o.gains);
   config.gates = parse_gate_rule(o.gates);
+  config.readout = parse_readout_rule(o.readout);
   config.logit_factor = o.logit_factor;
   if (checkpoint) require_same_shape(config, read_config(*checkpoint), checkpoint->path);
   return config;
@@ -492,6 +493,7 @@ int run(int argc, char** argv) {
   if (o.generate && o.load.empty()) throw std::runtime_error("-gen needs a checkpoint: -load FOLDER");
   parse_vector_rule(o.gains);
   parse_gate_rule(o.gates);
+  parse_readout_rule(o.readout);
   parse_decay_mode(o.decay_mode);
   if (!o.clip_norm.empty()) parse_clip_norm(o.clip_norm);
   parse_class_factors(o.class_factors);

@@ -273,7 +273,7 @@ class CoordProbe {
     record(l, "beta", download(a.beta, size_t(M) * Hv));
     state_.zero();
     gated_delta_rule_recurrent(dev_, value_.get(), state_.get(), a.qkv, a.g, a.beta, shape_,
-                               real(readout_scale(config_.mup())));
+                               real(config_.readout_scale()));
     record(l, "S", download(state_.get(), state_.size()));
     std::vector<float> o = download(a.o, size_t(M) * values);
     record(l, "o", o);

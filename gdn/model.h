@@ -106,7 +106,7 @@ class Model {
         recompute_(recompute),
         separator_(separator),
         logit_scale_(real(logit_scale(config_.mup()))),
-        readout_scale_(real(readout_scale(config_.mup()))) {
+        readout_scale_(real(config_.readout_scale())) {
     const size_t M = max_rows_, d = config_.width, I = config_.mlp_size, values = shape_.value_dim();
     const bool training = use == Use::training;
     // In inference all layers share one set of activations; in training what is computed again is shared.

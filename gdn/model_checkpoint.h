@@ -55,6 +55,7 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"parametrization", name(c.parametrization)},
                                                  {"gains", name(c.vectors)},
                                                  {"gates", name(c.gates)},
+                                                 {"readout", name(c.readout)},
                                                  {"logit_factor", c.logit_factor}}}};
 }
 
@@ -225,7 +226,7 @@ inline ModelConfig parse_config(const Json& json) {
   if (const Json* ours = json.find("train_gdn")) try {
       require_known_keys(
           *ours,
-          {"vocab", "base_width", "fixed_head_size", "parametrization", "gains", "gates", "logit_factor"},
+          {"vocab", "base_width", "fixed_head_size", "parametrization", "gains", "gates", "readout", "logit_factor"},
           {""});
       c.vocab = whole_of(*ours, "vocab", stored_vocab);
       c.base_width = whole_of(*ours, "base_width", kMaxWidth);
@@ -233,6 +234,7 @@ inline ModelConfig parse_config(const Json& json) {
       c.parametrization = parse_parametrization(ours->string("parametrization"));
       if (ours->find("gains")) c.vectors = parse_vector_rule(ours->string("gains"));  // older ones: vector
       if (ours->find("gates")) c.gates = parse_gate_rule(ours->string("gates"));  // older ones: independent
+      if (ours->find("readout")) c.readout = parse_readout_rule(ours->string("readout"));  // older ones: param
       if (ours->find("logit_factor")) c.logit_factor = ours->number("logit_factor");  // older ones: 1
     } catch (const std::runtime_error& e) {
       throw std::runtime_error(std::string("'train_gdn': ") + e.what());
@@ -335,6 +337,9 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   if (wanted.gates != saved.gates)
     throw std::runtime_error(path + ": has -gates " + name(saved.gates) + ", the options ask for " +
                              name(wanted.gates));
+  if (wanted.readout != saved.readout)
+    throw std::runtime_error(path + ": has -readout " + name(saved.readout) + ", the options ask for " +
+                             name(wanted.readout));
   if (wanted.parametrization != saved.parametrization)
     throw std::runtime_error(path + ": has parametrization " + name(saved.parametrization) +
                              ", the options ask for " + name(wanted.parametrization));

@@ -5,10 +5,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "../mup.h"
+#include "mup_names.h"
 #include "shapes.h"
 
 namespace gdn {
+
+// The MLP's inner size: 8d/3 rounded up to a multiple of 256.
+inline int mlp_size_of(int width) { return (8 * width + 3 * 256 - 1) / (3 * 256) * 256; }
 
 struct ModelConfig {
   int width = 256;       // d
@@ -25,21 +28,28 @@ struct ModelConfig {
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
   double logit_factor = 1;  // of the logits, at every width (mup.h)
-  Perturbation perturbation = {};
+  ReadoutRule readout = ReadoutRule::param;
+  double readout_factor = 1;  // of the readout scale; for tests
 
   MixerShape mixer_shape(int batch, int tokens) const {
     return {batch, tokens, heads_k, heads_v, head_dim_k, head_dim_v};
   }
   Mup mup() const {
-    const ModelShape shape{double(width), double(heads_v), double(head_dim_k), double(head_dim_v)};
+    const ModelShape shape{double(width), double(heads_v), double(head_dim_k), double(head_dim_v),
+                           double(mlp_size)};
     return {parametrization,
             shape,
-            fixed_head_size ? base_with_fixed_head_size(shape, base_width)
-                            : base_with_fixed_heads(shape, base_width),
+            fixed_head_size ? base_with_fixed_head_size(shape, base_width, base_mlp_size())
+                            : base_with_fixed_heads(shape, base_width, base_mlp_size()),
+            logit_factor,
             vectors,
             gates,
-            logit_factor,
-            perturbation};
+            readout};
+  }
+  double readout_scale() const { return readout_factor * gdn::readout_scale(mup()); }
+  // I0: by the width where I is, else with the same share of it.
+  double base_mlp_size() const {
+    return mlp_size == mlp_size_of(width) ? mlp_size_of(base_width) : mlp_size * (double(base_width) / width);
   }
   float beta_max() const { return neg_eigval ? 2.0f : 1.0f; }
 };
@@ -126,7 +136,7 @@ inline ModelConfig make_config(int width, int base_width, int layers, int heads,
     fail("-ev " + std::to_string(value_expansion) + ": the value head size " + std::to_string(dv) +
          " (key head size " + std::to_string(c.head_dim_k) +
          " times -ev) must be a whole number, at least 1");
-  c.mlp_size = int((8 * int64_t(width) + 3 * 256 - 1) / (3 * 256) * 256);
+  c.mlp_size = mlp_size_of(width);
   c.vocab = vocab;
   c.padded_vocab = (vocab + 63) / 64 * 64;
   require_sizes(c);

@@ -37,7 +37,7 @@ struct Options {
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.9, clip = 1;
   int64_t warmup = -1;  // a tenth of the steps
   double min_learning_rate = 5e-5;
-  std::string parametrization = "mup", gains = "vector", gates = "independent";
+  std::string parametrization = "mup", gains = "vector", gates = "independent", readout = "param";
   double logit_factor = 1;
   std::string device = "auto";
   uint64_t seed = 42;
@@ -96,11 +96,14 @@ class OptionTable {
           "none");
     real("ev", "X", o.value_expansion, 1e-3, 64, "value head size over key head size");
     text("param", "mup|mup0|sp", o.parametrization, "parametrization (mup.h)");
+    text("readout", "param|mup|sp", o.readout,
+         "research: the readout scale s as -param has it; that of mup, which grows with the head size; or dk^-1/2 (mup.h, "
+         "section 8)");
     text("gains", "vector|hidden", o.gains,
-         "norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, open question 1)");
+         "research: norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, section 8)");
     text("gates", "independent|output|aligned", o.gates,
-         "under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent or of "
-         "aligned signs (mup.h, open question 2)");
+         "research: under mup W_a and W_b start by their fan-in, or like output weights, there with gradients of independent "
+         "or of aligned signs (mup.h, section 8)");
     text("init_of", "CLASS=X,...", o.init_factors,
          "factors of the initial values of classes of tensors, at every width: embedding, unembedding, hidden, gate, conv",
          "1 each");

@@ -152,7 +152,9 @@ def export(checkpoint: Path, out: Path, source: Path | None, tied: bool) -> None
         logit_scale = ours.get("logit_factor", 1) / ratio
     except (ValueError, KeyError, TypeError) as e:
         raise Error(f"{checkpoint / 'config.json'}: not a configuration of train_gdn ({e!r})") from None
-    stream = ratio if parametrization == "mup" and not ours["fixed_head_size"] else 1.0  # divides the residual stream
+    readout = {"param": parametrization}.get(ours.get("readout", "param"), ours.get("readout"))
+    grows = readout == "mup" and not ours["fixed_head_size"]
+    stream = config["hidden_size"] / ours["base_width"] if grows else 1.0  # divides the residual stream
     tensors = Tensors(checkpoint / "model.safetensors")
     if EMBEDDING not in tensors.entries:
         raise Error(f"{checkpoint / 'model.safetensors'}: tensor '{EMBEDDING}' is missing")

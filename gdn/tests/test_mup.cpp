@@ -7,7 +7,9 @@
 
 #include <doctest/doctest.h>
 
-#include "../../mup.h"
+#include "../cpu_layers.h"
+#include "../mup_names.h"
+#include "../parameters.h"
 
 namespace {
 namespace mup_tests {
@@ -22,11 +24,11 @@ constexpr double kBaseWidth = 256;
 // size).
 Mup model(Parametrization parametrization, Family family, double width) {
   if (family == Family::fixed_heads) {
-    const ModelShape shape{width, 6, width / 8, width / 4};
-    return {parametrization, shape, base_with_fixed_heads(shape, kBaseWidth)};
+    const ModelShape shape{width, 6, width / 8, width / 4, 3 * width};
+    return {parametrization, shape, base_with_fixed_heads(shape, kBaseWidth, 3 * kBaseWidth)};
   }
-  const ModelShape shape{width, 3 * width / 256, 64, 128};
-  return {parametrization, shape, base_with_fixed_head_size(shape, kBaseWidth)};
+  const ModelShape shape{width, 3 * width / 256, 64, 128, 3 * width};
+  return {parametrization, shape, base_with_fixed_head_size(shape, kBaseWidth, 3 * kBaseWidth)};
 }
 
 constexpr double kNone = -99;  // no such constant
@@ -121,13 +123,14 @@ TEST_CASE("mup: at the base width all parametrizations are the same, bit for bit
 TEST_CASE("mup: at any base width, whole or not, the base of a model of that width is the model") {
   using namespace mup_tests;
   for (const double width : {48.0, 80.0, 272.0, 1000.0, 1536.0}) {
-    const ModelShape shape{width, 7, 3 * width / 28, width / 7};
-    for (const ModelShape& base :
-         {base_with_fixed_heads(shape, width), base_with_fixed_head_size(shape, width)}) {
+    const ModelShape shape{width, 7, 3 * width / 28, width / 7, 3 * width};
+    for (const ModelShape& base : {base_with_fixed_heads(shape, width, 3 * width),
+                                   base_with_fixed_head_size(shape, width, 3 * width)}) {
       CHECK(base.width == shape.width);
       CHECK(base.heads == shape.heads);
       CHECK(base.head_dim_k == shape.head_dim_k);
       CHECK(base.head_dim_v == shape.head_dim_v);
+      CHECK(base.inner == shape.inner);
       for (const Parametrization p : kParametrizations)
         CHECK(readout_scale({p, shape, base}) == 1 / std::sqrt(shape.head_dim_k));
     }
@@ -136,9 +139,11 @@ TEST_CASE("mup: at any base width, whole or not, the base of a model of that wid
 
 TEST_CASE("mup: the base of a family") {
   using namespace mup_tests;
-  const ModelShape shape{1024, 6, 128, 256};
-  const ModelShape heads = base_with_fixed_heads(shape, 256),
-                   head_size = base_with_fixed_head_size(shape, 256);
+  const ModelShape shape{1024, 6, 128, 256, 2816};
+  const ModelShape heads = base_with_fixed_heads(shape, 256, 768),
+                   head_size = base_with_fixed_head_size(shape, 256, 768);
+  CHECK(heads.inner == 768);
+  CHECK(head_size.inner == 768);
   CHECK((heads.width == 256 && heads.heads == 6 && heads.head_dim_k == 32 && heads.head_dim_v == 64));
   CHECK((head_size.width == 256 && head_size.heads == 1.5 && head_size.head_dim_k == 128 &&
          head_size.head_dim_v == 256));
@@ -196,10 +201,30 @@ TEST_CASE("mup: the readout scale") {
     }
 }
 
+TEST_CASE("mup: the readout scale of one parametrization under another changes nothing else") {
+  using namespace mup_tests;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const Parametrization p : kParametrizations)
+        for (const Parametrization other : {Parametrization::sp, Parametrization::mup}) {
+          const Mup plain = model(p, family, width);
+          Mup m = plain;
+          m.readout = other == Parametrization::sp ? ReadoutRule::sp : ReadoutRule::mup;
+          CHECK(readout_scale(m) == readout_scale(model(other, family, width)));
+          CHECK(logit_scale(m) == logit_scale(plain));
+          for (const TensorClass cls : kTensorClasses)
+            for (const OptimizerKind optimizer : kOptimizerKinds)
+              CHECK(learning_rate_scale(m, optimizer, cls) == learning_rate_scale(plain, optimizer, cls));
+        }
+  for (const ReadoutRule rule : {ReadoutRule::param, ReadoutRule::sp, ReadoutRule::mup})
+    CHECK(parse_readout_rule(name(rule)) == rule);
+  CHECK(error_of([] { parse_readout_rule("mup0"); }) == "readout scale 'mup0': expected param, sp or mup");
+}
+
 // Head count and head size grow by different factors: r = 8 = r_H r_v, r_H = 2, r_k = r_v = 4.
 TEST_CASE("mup: a family between the two") {
   using namespace mup_tests;
-  const ModelShape base{256, 6, 32, 64}, shape{2048, 12, 128, 256};
+  const ModelShape base{256, 6, 32, 64, 768}, shape{2048, 12, 128, 256, 6144};
   const Mup mup{Parametrization::mup, shape, base}, mup0{Parametrization::mup0, shape, base};
   const auto sgd = [](const Mup& m, TensorClass cls) {
     return learning_rate_scale(m, OptimizerKind::sgd, cls);
@@ -211,6 +236,109 @@ TEST_CASE("mup: a family between the two") {
   CHECK(sgd(mup, TensorClass::output_gain) == doctest::Approx(8 / std::sqrt(2.0)));  // r r_H^-1/2
   CHECK(readout_scale(mup) == doctest::Approx(2 / std::sqrt(32.0)));                 // r_k^1/2
   CHECK(readout_scale(mup0) == doctest::Approx(1 / std::sqrt(128.0)));
+}
+
+namespace {
+namespace mup_tests {
+
+// The table once more, stated without m, n and g: what each constant is as a product of powers of the ratios
+// r, r_H, r_v and r_I. Rows of mup0 where they differ from mup's.
+struct Product {
+  double r = 0, H = 0, v = 0, I = 0;
+  double of(const Ratios& x) const {
+    return std::pow(x.r, r) * std::pow(x.r_H, H) * std::pow(x.r_v, v) * std::pow(x.r_I, I);
+  }
+};
+struct Statement {
+  TensorClass cls;
+  FanIn fan_in;
+  Product init, adamw, sgd, sgd_mup0;
+};
+// clang-format off
+const std::vector<Statement> kStatements = {
+    //                                           init                adamw           sgd, mup            sgd, mup0
+    {TensorClass::embedding,   FanIn::width,  {},                 {},             {1},                {1}},
+    {TensorClass::unembedding, FanIn::width,  {},                 {},             {1},                {1}},
+    {TensorClass::hidden,      FanIn::width,  {-0.5},             {-1},           {},                 {}},
+    {TensorClass::hidden,      FanIn::values, {0, -0.5, -0.5},    {0, -1, -1},    {1, -1, -1},        {1, -1, -1}},
+    {TensorClass::hidden,      FanIn::inner,  {0, 0, 0, -0.5},    {0, 0, 0, -1},  {1, 0, 0, -1},      {1, 0, 0, -1}},
+    {TensorClass::gate,        FanIn::width,  {-0.5},             {-1},           {0, 0, -0.5},       {}},
+    {TensorClass::gate_scalar, FanIn::width,  {},                 {},             {1, 0, -0.5},       {0, 1}},
+    {TensorClass::conv,        FanIn::width,  {},                 {},             {1},                {1}},
+    {TensorClass::gain,        FanIn::width,  {},                 {},             {1},                {1}},
+    {TensorClass::output_gain, FanIn::width,  {},                 {},             {1, -0.5},          {1, -0.5}},
+};
+// clang-format on
+
+}  // namespace mup_tests
+}  // namespace
+
+TEST_CASE("mup: every constant is the product of ratios that the second statement of the table says") {
+  using namespace mup_tests;
+  const ModelShape base{256, 6, 32, 64, 768};
+  for (const ModelShape& shape : {ModelShape{1024, 6, 128, 256, 2816},  // fixed heads, I as rounded
+                                  ModelShape{1024, 24, 32, 64, 2816},   // fixed head size
+                                  ModelShape{1024, 12, 64, 128, 2816},  // H ~ dk ~ r^1/2
+                                  ModelShape{128, 6, 16, 32, 512},      // below the base
+                                  ModelShape{512, 9, 48, 72, 1280},     // no family: r_H r_v != r
+                                  ModelShape{256, 6, 32, 64, 768}}) {   // the base
+    const Ratios x = ratios({Parametrization::mup, shape, base});
+    CAPTURE(shape.width);
+    CAPTURE(shape.heads);
+    for (const Parametrization p : kParametrizations) {
+      CAPTURE(name(p));
+      const Mup m{p, shape, base};
+      const bool sp = p == Parametrization::sp, mup0 = p == Parametrization::mup0;
+      const auto is = [&](const Product& product) {
+        return doctest::Approx(sp ? 1.0 : product.of(x)).epsilon(1e-12);
+      };
+      for (const Statement& s : kStatements) {
+        CAPTURE(name(s.cls));
+        CAPTURE(int(s.fan_in));
+        if (s.cls <= TensorClass::gate) CHECK(init_std(m, s.cls, s.fan_in) / 0.02 == is(s.init));
+        CHECK(learning_rate_scale(m, OptimizerKind::adamw, s.cls, s.fan_in) == is(s.adamw));
+        const double sgd = learning_rate_scale(m, OptimizerKind::sgd, s.cls, s.fan_in);
+        CHECK(sgd == is(mup0 ? s.sgd_mup0 : s.sgd));
+        CHECK(clip_weight(m, s.cls, ClipNorm::scaled, s.fan_in) == sgd);
+        const double decay =
+            weight_decay_scale(m, OptimizerKind::adamw, s.cls, DecayMode::independent, s.fan_in);
+        CHECK(decay == (has_weight_decay(s.cls) ? doctest::Approx(sp ? 1.0 : 1 / s.adamw.of(x)).epsilon(1e-12)
+                                                : doctest::Approx(0)));
+      }
+      CHECK(logit_scale(m) == is({-1}));
+      CHECK(readout_scale(m) * std::sqrt(shape.head_dim_k) ==
+            doctest::Approx(p == Parametrization::mup ? x.r_k : 1.0).epsilon(1e-12));
+      CHECK(conv_init_range(m) == 0.5);
+    }
+  }
+}
+
+TEST_CASE("mup: W_down and W_o scale by what they sum over, every other tensor by the width") {
+  using namespace mup_tests;
+  Cpu<float> dev;
+  const ModelConfig c = make_config(256, 128, 1, 3, 0, 2, 64, Parametrization::mup);
+  CHECK(c.mlp_size == 768);
+  CHECK(c.mup().base.inner == 512);
+  Parameters<Cpu<float>> p(dev, c);
+  p.initialize(1);
+  const std::vector<ParameterSpan> adamw = p.spans(OptimizerKind::adamw, 0),
+                                   sgd = p.spans(OptimizerKind::sgd, 0);
+  for (size_t i = 0; i < adamw.size(); i++) {
+    const Tensor& t = p.table.tensors[i];
+    CAPTURE(t.name);
+    const bool down = t.name.find("down_proj") != std::string::npos;
+    CHECK((t.fan_in == FanIn::inner) == down);
+    CHECK((t.fan_in == FanIn::values) == (t.name.find("o_proj") != std::string::npos));
+    if (t.cls != TensorClass::hidden) continue;
+    CHECK(adamw[i].learning_rate_scale == doctest::Approx(down ? 1 / 1.5 : 1 / 2.0));  // 1/r_I, 1/r
+    CHECK(sgd[i].learning_rate_scale == doctest::Approx(down ? 2 / 1.5 : 1.0));        // r/r_I, 1
+    double squares = 0;
+    for (size_t k = 0; k < t.size; k++) squares += double(p.master(t.offset)[k]) * p.master(t.offset)[k];
+    CHECK(std::sqrt(squares / t.size) == doctest::Approx(0.02 / std::sqrt(down ? 1.5 : 2.0)).epsilon(0.02));
+  }
+  ModelConfig other = c;  // an inner size that does not follow from the width keeps its share of it
+  other.mlp_size = 100;
+  CHECK(other.mup().base.inner == 50);
 }
 
 TEST_CASE("mup: which classes have an init std, and which decay") {
@@ -313,7 +441,8 @@ TEST_CASE("mup: the factor of the logits is one at every width, and changes noth
       }
 }
 
-TEST_CASE("mup: the scaled norm weighs a tensor as SGD's learning rate does, and is the plain one at the base") {
+TEST_CASE(
+    "mup: the scaled norm weighs a tensor as SGD's learning rate does, and is the plain one at the base") {
   using namespace mup_tests;
   for (const Family family : kFamilies)
     for (const double width : kWidths)
@@ -324,44 +453,6 @@ TEST_CASE("mup: the scaled norm weighs a tensor as SGD's learning rate does, and
         CHECK(clip_weight(model(Parametrization::sp, family, width), cls, ClipNorm::scaled) == 1);
         CHECK(clip_weight(model(Parametrization::mup, family, kBaseWidth), cls, ClipNorm::scaled) == 1);
       }
-}
-
-TEST_CASE("mup: a perturbation moves its own entry by its exponent, and no other") {
-  using namespace mup_tests;
-  const Mup intact = model(Parametrization::mup, Family::fixed_heads, 1024);  // r = 4
-  const auto constants = [](const Mup& m) {
-    std::vector<double> all = {logit_scale(m), readout_scale(m), conv_init_range(m)};
-    for (const TensorClass cls : kTensorClasses) {
-      if (cls <= TensorClass::gate) all.push_back(init_std(m, cls));
-      for (const OptimizerKind optimizer : kOptimizerKinds)
-        all.push_back(learning_rate_scale(m, optimizer, cls));
-    }
-    return all;
-  };
-  const auto changed = [&](const Mup& m) {  // how many constants doubled; -1: another change
-    const std::vector<double> before = constants(intact), after = constants(m);
-    int doubled = 0;
-    for (size_t i = 0; i < before.size(); i++) {
-      if (after[i] == before[i]) continue;
-      if (after[i] != doctest::Approx(2 * before[i]).epsilon(1e-12)) return -1;
-      doubled++;
-    }
-    return doubled;
-  };
-  for (const TensorClass cls : kTensorClasses) {
-    Mup m = intact;
-    m.perturbation.learning_rate[int(cls)] = 0.5;
-    CHECK(changed(m) == 2);  // AdamW's and SGD's
-    m = intact;
-    m.perturbation.init[int(cls)] = 0.5;
-    CHECK(changed(m) == (cls <= TensorClass::gate || cls == TensorClass::conv ? 1 : 0));
-  }
-  Mup m = intact;
-  m.perturbation.logit_scale = 0.5;
-  CHECK(changed(m) == 1);
-  m = intact;
-  m.perturbation.readout_scale = 0.5;
-  CHECK(changed(m) == 1);
 }
 
 TEST_CASE("mup: names and parsing") {
@@ -399,11 +490,13 @@ TEST_CASE("mup: factors of the classes' learning rates") {
 TEST_CASE("mup: the printed table") {
   using namespace mup_tests;
   CHECK(mup_table(model(Parametrization::mup, Family::fixed_heads, 1024), OptimizerKind::sgd) ==
-        "mup, sgd: d = 1024 (base 256), H = 6 (6), dk = 128 (32), dv = 256 (64)\n"
+        "mup, sgd: d = 1024 (base 256), H = 6 (6), dk = 128 (32), dv = 256 (64), I = 3072 (768)\n"
         "  class          init std         lr  decay\n"
         "  embedding          0.02          4  no\n"
         "  unembedding        0.02          4  yes\n"
         "  hidden             0.01          1  yes\n"
+        "    W_o              0.01          1  yes\n"
+        "    W_down           0.01          1  yes\n"
         "  gate               0.01        0.5  yes\n"
         "  gate_scalar           -          2  no\n"
         "  conv                  -          4  no\n"

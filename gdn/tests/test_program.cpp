@@ -55,6 +55,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-param up", "up"},
                         Case{"-gains both", "both"},
                         Case{"-gates both", "both"},
+                        Case{"-readout none", "none"},
                         Case{"-wd_mode none", "none"},
                         Case{"-lr_of convs=2", "convs=2"},
                         Case{"-clip_norm mup", "mup"},
@@ -113,7 +114,7 @@ TEST_CASE("program: -h lists every option with its default") {
         "-param ",  "-d ",           "-seed ",  "-o ",           "-v ",      "-save ",   "-keep ",
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
         "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
-        "-lr_of ",   "-gates ",      "-clip_norm ", "-init_of ",
+        "-lr_of ",   "-gates ",      "-readout ", "-clip_norm ", "-init_of ",
         "-logit_factor ", "-vocab_size ", "-separator "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
