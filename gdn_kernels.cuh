@@ -13,7 +13,7 @@
 //   To a profiler each layer is an NVTX range of its own name.
 //   Floors are the bytes a layer must move, each input read and each output written once. Times and percents in
 //   gdn/kernels/*.cuh are of an NVIDIA H100 and of its own measured copy rate, 3.005 TB/s, read + write, of a
-//   device-to-device copy (dev/bench_layers.cu; dev/results/2026-11-26_h100), unless the comment names another
+//   device-to-device copy (dev/bench_layers.cu; dev/results/layer_speed), unless the comment names another
 //   card and record. A layer's time includes its second stage.
 #pragma once
 

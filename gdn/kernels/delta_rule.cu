@@ -20,7 +20,7 @@ __device__ inline float sum_of_parts(float x) {
 // registers.
 //
 // Lower bound for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB. H200: 0.035 ms
-// (dev/results/2026-11-29_h200_third).
+// (dev/results/delta_rule_speed).
 static __global__ void __launch_bounds__(kRecurrentThreads)
     recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
                      float s) {

@@ -14,7 +14,7 @@
 // sequences are split (splits.cuh). The state and its gradient stay in fp32 registers for the whole sequence
 // or split. There are no atomics: results have the same bits in every run.
 //
-// Times in ms on an H200 (dev/bench_delta_rule, dev/results/2026-11-29_h200_third). The forward saves N, P
+// Times in ms on an H200 (dev/bench_delta_rule, dev/results/delta_rule_speed). The forward saves N, P
 // and the gates, so the backward is two kernels. (With 16/32 heads the clock falls under load: the single
 // kernels, timed after the whole, take longer than it.)
 //    B     T  Hk  Hv   dk   dv   prepare  forward pass  backward pass  gradients   forward  backward
