@@ -78,6 +78,7 @@ void resolve_defaults(Options& o, bool gpu) {
   for (int64_t* every : {&o.validate_every, &o.save_every, &o.sample_every})
     if (*every < 0) *every = tenth;
   if (o.validation_sequences < 0) o.validation_sequences = gpu ? 256 : 32;
+  require_batch(o.micro_batch, o.global_batch, o.seq_len);
 }
 
 OptimizerConfig optimizer_config(const Options& o) {
@@ -93,7 +94,9 @@ OptimizerConfig optimizer_config(const Options& o) {
           parse_class_factors(o.class_factors)};
 }
 
-int separator(const Options& o) { return o.mask_docs ? kEndOfText : kNoSeparator; }
+// The token that begins a document.
+int document_start(const Options& o) { return o.separator >= 0 ? o.separator : kEndOfText; }
+int separator(const Options& o) { return o.mask_docs ? document_start(o) : kNoSeparator; }
 
 Sampling sampling(const Options& o) { return {o.temperature, o.top_k, o.top_p, o.seed}; }
 
@@ -117,13 +120,16 @@ class Run {
       : o_(options),
         table_(table),
         dev_(dev),
-        loader_(o_.train, o_.seq_len, o_.global_batch, o_.seed),
+        loader_(o_.train, o_.seq_len, o_.global_batch, o_.seed, 0, 1, Split::train, o_.vocab_size),
         parameters_(dev, config),
         schedule_{o_.learning_rate, o_.min_learning_rate, o_.warmup, o_.steps} {
+    if (!o_.validation.empty() && loader_.source().is_builtin())
+      throw std::runtime_error("-j '" + o_.validation + "': without -i training is on the built-in stories, which have a "
+                               "validation of their own; give -i FILES, or leave out -j");
     if (!o_.validation.empty() || loader_.source().is_builtin()) {
       constexpr uint64_t kValidationSeed = 0;  // the same built-in stories whatever -seed is
       validation_ = std::make_unique<DataLoader>(o_.validation, o_.seq_len, o_.micro_batch, kValidationSeed,
-                                                 0, 1, Split::validation);
+                                                 0, 1, Split::validation, o_.vocab_size);
       if (validation_->source().vocab_size() != loader_.source().vocab_size())
         throw std::runtime_error("-j '" + o_.validation + "': has a vocabulary of " +
                                  std::to_string(validation_->source().vocab_size()) + ", -i one of " +
@@ -132,7 +138,12 @@ class Run {
     if (o_.mask_docs && loader_.source().is_bytes())
       throw std::runtime_error(
           "-mask_docs: needs token shards (-i FILES.bin), whose documents begin with token " +
-          std::to_string(kEndOfText));
+          std::to_string(document_start(o_)));
+    for (const DataLoader* loader : {&loader_, validation_.get()}) {
+      if (!loader) continue;
+      if (o_.mask_docs) loader->source().require_separator(separator(o_));
+      if (const std::string line = loader->source().dropped(o_.seq_len); !line.empty()) warn(line);
+    }
     parameters_.allocate_gradients();
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_));
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
@@ -141,7 +152,7 @@ class Run {
                                                             o_.micro_batch, o_.seq_len);
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
     targets_.resize(inputs_.size());
-    codec_ = std::make_unique<TextCodec>(config.vocab, o_.vocabulary);
+    codec_ = std::make_unique<TextCodec>(config.vocab, o_.vocabulary, document_start(o_));
     prompt_ = codec_->tokens(o_.prompt);
   }
 
@@ -391,11 +402,11 @@ void generate_and_print(Device& dev, const Options& o, OptionTable& table) {
   const Checkpoint checkpoint = open_any_checkpoint(o.load);
   if (checkpoint.has_training_state)
     for (const auto& [name, value] : read_counters(checkpoint).options)
-      if (name == "mask_docs" || (name == "vocab" && std::filesystem::exists(value)))
+      if (name == "mask_docs" || name == "separator" || (name == "vocab" && std::filesystem::exists(value)))
         table.restore(name, value);
   Parameters<Device> parameters(dev, read_config(checkpoint));
   load_parameters(parameters, checkpoint);
-  const TextCodec codec(parameters.config.vocab, o.vocabulary);
+  const TextCodec codec(parameters.config.vocab, o.vocabulary, document_start(o));
   const std::vector<int32_t> prompt = codec.tokens(o.prompt);
   std::printf("%s", codec.shown(o.prompt).c_str());
   const auto emit = [&](int token) {
@@ -414,7 +425,7 @@ void check_coordinates(Device& dev, Options& o, const OptionTable& table) {
   if (o.global_batch == 0) o.global_batch = 4;
   o.micro_batch = o.global_batch;  // one micro-batch a step
   resolve_defaults(o, Device::is_gpu);
-  DataLoader loader(o.train, o.seq_len, o.global_batch, o.seed);
+  DataLoader loader(o.train, o.seq_len, o.global_batch, o.seed, 0, 1, Split::train, o.vocab_size);
   std::vector<int32_t> tokens(size_t(o.global_batch) * o.seq_len), targets(tokens.size());
   loader.next(tokens.data(), targets.data());
   std::unique_ptr<Checkpoint> loaded;
@@ -451,7 +462,9 @@ void run_on(Device& dev, Options& o, OptionTable& table) {
                              "; add -resume to go on from it, or choose another folder");
   }
   resolve_defaults(o, Device::is_gpu);
-  const int vocab = TokenSource(o.train).vocab_size();
+  const TokenSource source(o.train, 0, Split::train, o.vocab_size);
+  const int vocab = source.vocab_size();
+  if (o.separator < 0) o.separator = source.separator();
   std::unique_ptr<Checkpoint> loaded;
   if (!resumed && !o.load.empty()) loaded = std::make_unique<Checkpoint>(open_any_checkpoint(o.load));
   const ModelConfig config = choose_config(o, table, vocab, resumed ? resumed.get() : loaded.get());

@@ -33,9 +33,7 @@ struct Input {
       safetensors::fail_tensor(
           file.path(), name,
           "shape " + safetensors::shape_text(view.shape) + ", expected " + safetensors::shape_text(shape));
-    size_t count = 1;
-    for (const int64_t n : shape) count *= size_t(n);
-    return stored_values<float>(view, count, file.path());
+    return stored_values<float>(view, file.path());
   }
 };
 

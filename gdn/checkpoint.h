@@ -12,8 +12,9 @@
 // its step until the new one is in place. Folders named .tmp never count. One process at a time may save to
 // a folder.
 //
-// A folder with config.json and model.safetensors alone, as Hugging Face writes them, opens as well: its
-// weights can be read, training cannot go on from it.
+// A folder with config.json and model.safetensors alone, as Hugging Face writes them, or with the latter in
+// several files and model.safetensors.index.json, opens as well: its weights can be read, training cannot go
+// on from it.
 //
 // Errors are std::runtime_error with one line: the file, the value seen and what was expected.
 #pragma once
@@ -284,9 +285,17 @@ inline Checkpoint open_complete(const std::string& path) {
           true};
 }
 
+// The weights of a folder as Hugging Face writes them, in one file or, with an index, in several.
 inline Checkpoint open_weights(const std::string& path) {
-  const std::string base = path + "/";
-  return {path, read_json_file(base + kConfig), {}, SafetensorsFile(base + kModel), {}, false};
+  const std::string base = path + "/", index = base + kModel + ".index.json";
+  const bool sharded = !fs::exists(base + kModel) && fs::exists(index);
+  if (!sharded && !fs::exists(base + kModel) && fs::exists(base + "pytorch_model.bin"))
+    safetensors::fail(base + "pytorch_model.bin", std::string("PyTorch's format is not read, expected ") +
+                                                      kModel +
+                                                      " (save_pretrained with safe_serialization=True)");
+  return {path, read_json_file(base + kConfig),
+          {},   sharded ? SafetensorsFile::sharded(index) : SafetensorsFile(base + kModel),
+          {},   false};
 }
 
 }  // namespace checkpoints

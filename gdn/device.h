@@ -18,6 +18,8 @@
 //   range_push(name, layer), range_pop()                    profiler ranges (NVTX on the GPU, nothing on the CPU)
 #pragma once
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -30,6 +32,11 @@
 
 namespace gdn {
 
+inline size_t physical_memory() {
+  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+  return pages > 0 && page > 0 ? size_t(pages) * size_t(page) : SIZE_MAX;
+}
+
 template <class Real>
 struct Cpu {
   using real = Real;
@@ -40,7 +47,8 @@ struct Cpu {
   // `bytes` of uninitialised host memory, aligned to 64 bytes; `what` and `remedy` go into the error.
   void* allocate(size_t bytes, const char* what, const char* remedy) {
     void* p = nullptr;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
+    // More than the machine has is refused here: the kernel would grant it, and kill the process that uses it.
+    if (bytes > physical_memory() || posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
       throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB asked for " + what +
                                "; " + remedy);
     allocated[what] += bytes;
@@ -55,7 +63,7 @@ struct Cpu {
   void synchronize() {}
 
   void* allocate_host(size_t bytes) {
-    void* p = std::malloc(bytes ? bytes : 1);
+    void* p = bytes <= physical_memory() ? std::malloc(bytes ? bytes : 1) : nullptr;
     if (!p) throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB on the host");
     return p;
   }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <set>
@@ -44,6 +45,8 @@ struct Options {
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
   int recompute = 0;
+  int vocab_size = 0;   // by the shards' format
+  int separator = -1;  // by the shards' format
   bool mask_docs = false, resume = false, coord_check = false, help = false;
   std::string load;
   int64_t generate = 0;
@@ -78,6 +81,10 @@ class OptionTable {
          "none: the built-in stories");
     text("j", "FILES", o.validation,
          "validation data, of the same kind; none: no validation (built-in: other stories)");
+    whole("vocab_size", "N", o.vocab_size, 0, 1 << 24,
+          "tokens in the vocabulary of shards that another tokenizer made", "GPT-2's 50257, of llm.c's Llama 3 shards 128256");
+    whole("separator", "N", o.separator, -1, 1 << 24, "token that begins a document of shards",
+          "GPT-2's 50256, of Llama 3 shards 128000");
     section("model");
     whole("w", "N", o.width, 8, 1 << 16, "width of the residual stream");
     whole("w0", "N", o.base_width, 8, 1 << 16, "base width, where the learning rate was tuned");
@@ -106,7 +113,7 @@ class OptionTable {
           "what the backward computes again to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
     flag("mask_docs", o.mask_docs,
-         "of shards: state and convolution see nothing before a document's start (token 50256); -gen does as the training "
+         "of shards: state and convolution see nothing before a document's start (-separator); -gen does as the training "
          "did");
     whole("B", "N", o.global_batch, 1, 1 << 24, "sequences in a step", "64, on the CPU 16");
     whole("n", "N", o.steps, 1, int64_t(1) << 40, "steps", "2000, on the CPU 500");
@@ -239,7 +246,13 @@ class OptionTable {
   void text(const char* name, const char* argument, std::string& target, const std::string& help,
             const std::string& initial = "") {
     specs_.push_back({name, argument, help, initial.empty() ? target : initial,
-                      [&target](const std::string& value) { target = value; }, [&target] { return target; }});
+                      [&target, name, argument](const std::string& value) {
+                        if (value.empty() && (!std::strcmp(argument, "FILES") || !std::strcmp(argument, "FOLDER")))
+                          throw std::runtime_error("-" + std::string(name) + " '': expected " + argument +
+                                                   ", found nothing (an unset variable?)");
+                        target = value;
+                      },
+                      [&target] { return target; }});
   }
 
   template <class Integer>

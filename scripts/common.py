@@ -34,6 +34,9 @@ def run_main(main: Callable[[list[str]], int]) -> None:
     except BrokenPipeError:  # the reader of our output left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)
     except (Error, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {e}")
 

@@ -8,11 +8,13 @@ The sweep of a real ./train_gdn is skipped where that is not built, plots where 
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
 import gzip
 import hashlib
 import http.server
 import importlib.util
+import io
 import json
 import math
 import os
@@ -913,6 +915,130 @@ class Tokenizing(InFolder):
         self.assertIn(256, read_shard(self.folder / "out" / "train_000000.bin"))  # 'th' was merged
 
     @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is missing")
+    def test_every_kind_of_json_packed_or_not(self) -> None:
+        import bz2
+        import lzma
+
+        import pyarrow
+
+        def zstd(data: bytes) -> bytes:
+            sink = pyarrow.BufferOutputStream()
+            with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+                stream.write(data)
+            return sink.getvalue().to_pybytes()
+
+        rows = [{"meta": {"text": t}, "id": i} for i, t in enumerate(("one", None, "two", ""))]
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        files = {
+            "a.json": json.dumps(rows).encode(), "b.json": json.dumps(rows, indent=2).encode(), "c.json": lines,
+            "d.ndjson": lines, "e.json.gz": gzip.compress(json.dumps(rows).encode()), "f.jsonl.zst": zstd(lines),
+            "g.jsonl.xz": lzma.compress(lines), "h.ndjson.bz2": bz2.compress(lines), "i.json.zst": zstd(json.dumps(rows).encode()),
+            "j.jsonl": b"\xef\xbb\xbf" + lines,
+        }  # fmt: skip
+        for name, data in files.items():
+            (self.folder / name).write_bytes(data)
+        done = self.tokenize("--val", 0, "--column", "meta.text", *(self.folder / name for name in files))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.documents("train_*"), ["one", "two"] * len(files))
+        self.assertIn(f"skipped {len(files)} null and {len(files)} empty rows", done.stdout)
+        (self.folder / "one.json").write_text(json.dumps({"meta": {"text": "alone"}}, indent=1))
+        (self.folder / "text.zst").write_bytes(zstd("the \u4e2d<|endoftext|>second".encode()))
+        words = ("--val", 0, "--column", "meta.text", self.folder / "one.json", self.folder / "text.zst")
+        self.assertEqual(self.tokenize(*words, out="more").returncode, 0)
+        self.assertEqual(self.documents("train_*", out="more"), ["alone", "the \u4e2d", "second"])
+        for name, data, message in (
+            ("x.jsonl", b'{"a": 1}\n', "line 1: has no 'text'; its keys: a (--column)"), ("x.jsonl", b"[1]\n", "item 1: expected a JSON object"),
+            ("x.jsonl", b'{"text": 3}\n', "line 1: 'text' is not text"), ("x.jsonl", b'{"text": "a"}\n{"te', "line 2: not JSON"),
+            ("x.json", b'{"text":\n', "x.json: not JSON"), ("x.jsonl.zst", b"no zstd", "x.jsonl.zst: damaged .zst"),
+            ("x.jsonl.gz", b"no gzip", "x.jsonl.gz: damaged .gz"), ("x.txt.xz", b"no xz", "x.txt.xz: damaged .xz"),
+            ("x.txt", gzip.compress(b"a"), "x.txt: is parquet or gzip by its first bytes"),
+        ):  # fmt: skip
+            (self.folder / name).write_bytes(data)
+            self.assert_one_line_error(self.tokenize(self.folder / name, out="bad"), message)
+
+    def test_a_document_of_a_million_blanks(self) -> None:
+        texts = ["a" + " " * 1_000_000 + "b", "\n" * 200_000, " " * 5000 + "\u2003" * 3000 + "\n's", "\t" * 4000 + " x" + " " * 1001 + "!"]
+        (self.folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+        done = self.tokenize("--val", 0, self.folder / "a.jsonl")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(self.documents("train_*"), texts)
+        # where tiktoken has stack enough its tokens are the same
+        import tokenize_text
+
+        ranks = {token: i for i, token in enumerate(self.tokens)}
+        tokenize_text.make_encodings(ranks)
+        for space in (" ", "\n", "\t \n", " \u2003", "\x1c ", "\u3000"):
+            for before in ("", "a", "'", "1!"):
+                for after in ("", "b", "'s", "7", "!", "\x1c", "\u4e2d"):
+                    text = before + space * 1500 + after
+                    self.assertEqual(tokenize_text.tokens_of(text), self.encode(text), (space, before, after))
+
+    def test_one_document_still_gives_validation_data(self) -> None:
+        text = " ".join(f"word {i} of it" for i in range(20_000))
+        (self.folder / "a.txt").write_text(text)
+        done = self.tokenize("--shard_tokens", 10_000, self.folder / "a.txt")
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("1 training and 1 validation shards", done.stdout)
+        train, val = (read_shard(self.folder / "out" / f"{split}_000000.bin") for split in ("train", "val"))
+        self.assertEqual([*train, *val[1:]], [50256, *self.encode(text)])
+        self.assertEqual((val[0], len(val)), (50256, 4097))
+        # killed between writing the validation shard and cutting the training shard
+        out = self.folder / "out"
+        state = json.loads((out / "progress.json").read_text())
+        (out / "progress.json").write_text(json.dumps(state | {"complete": False, "cut": len(train)}))
+        whole = struct.pack("<256i", 20240520, 1, len(train) + 4096, *[0] * 253) + struct.pack(f"<{len(train) + 4096}H", *train, *val[1:])
+        for data in (whole, (out / "train_000000.bin").read_bytes()):
+            (out / "train_000000.bin").write_bytes(data)
+            (out / "progress.json").write_text(json.dumps(state | {"complete": False, "cut": len(train)}))
+            done = self.tokenize("--shard_tokens", 10_000, self.folder / "a.txt")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(read_shard(out / "train_000000.bin"), train)
+        (self.folder / "short.txt").write_text("ab ab ab")
+        self.assertIn("too little text for validation", self.tokenize(self.folder / "short.txt", out="short").stdout)
+
+    def test_stopped_it_leaves_no_process(self) -> None:
+        self.jsonl(30_000)
+        for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)):
+            shutil.rmtree(self.folder / "out", ignore_errors=True)
+            words = [sys.executable, HERE / "tokenize_text.py", "--out", self.folder / "out", "--vocab", self.vocab, "--processes", 2]
+            command = [*map(str, words), *[str(self.folder / "a.jsonl")] * 40]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+            deadline = time.monotonic() + 60
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            while len(workers := children.read_text().split()) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            self.assertEqual(len(workers), 2)
+            time.sleep(0.3)
+            os.kill(process.pid, how)
+            said = process.communicate(timeout=60)[1]
+            self.assertEqual(process.returncode, code, said)
+            if how == signal.SIGINT:
+                self.assertEqual(said.strip().splitlines()[-1], "tokenize_text.py: stopped")
+                self.assertNotIn("Traceback", said)
+            while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            self.assertFalse(any(Path(f"/proc/{worker}").exists() for worker in workers))
+
+    def test_progress_fits_the_terminal(self) -> None:
+        import tokenize_text
+
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        for columns in (20, 40, 80):
+            os.environ["COLUMNS"] = str(columns)
+            said = Terminal()
+            with contextlib.redirect_stderr(said):
+                progress = tokenize_text.Progress()
+                progress.tokens, progress.documents, progress.last = 123_456_789_012, 1_234_567, 0
+                progress.show(0.5)
+            line = said.getvalue().removeprefix("\r").removesuffix("\033[K")
+            self.assertLess(len(line), columns)
+            self.assertTrue(line.startswith(" 50.0%"), line)
+        del os.environ["COLUMNS"]
+
+    @unittest.skipUnless(importlib.util.find_spec("pyarrow"), "pyarrow is missing")
     def test_parquet(self) -> None:
         import pyarrow
         import pyarrow.parquet
@@ -921,8 +1047,16 @@ class Tokenizing(InFolder):
         pyarrow.parquet.write_table(pyarrow.table({"body": ["one", "two", ""], "text": [1, 2, 3]}), path)
         self.assertEqual(self.tokenize("--val", 0, "--column", "body", path).returncode, 0)
         self.assertEqual(self.documents("train_*"), ["one", "two"])
-        self.assert_one_line_error(self.tokenize(path, out="b"), "text is not text")
+        self.assert_one_line_error(self.tokenize(path, out="b"), "row 1: 'text' is not text")
         self.assert_one_line_error(self.tokenize("--column", "c", path, out="c"), "no column c; columns: body, text")
+        # null rows are counted, a text in a struct is a column, and a wrong column is corrected in place
+        rows = {"meta": [{"text": "in it", "n": 1}, None, {"text": None, "n": 2}, {"text": "", "n": 3}]}
+        pyarrow.parquet.write_table(pyarrow.table(rows), path)
+        self.assert_one_line_error(self.tokenize("--column", "text", path, out="n"), "no column text; columns: meta.text, meta.n")
+        self.assert_one_line_error(self.tokenize("--column", "meta", path, out="n"), "row 1: 'meta' is not text")
+        done = self.tokenize("--column", "meta.text", path, out="n")
+        self.assertIn("skipped 2 null and 1 empty rows", done.stdout, done.stderr)
+        self.assertEqual(self.documents("train_*", out="n"), ["in it"])
         path.write_text("no parquet")
         self.assert_one_line_error(self.tokenize(path, out="d"), "not a parquet file")
 
@@ -996,8 +1130,11 @@ class Tokenizing(InFolder):
         self.assertEqual(self.tokenize(self.folder / "a.txt", out="a").returncode, 0)
         self.vocab = folder
         self.assertEqual(self.tokenize(self.folder / "a.txt", out="b").returncode, 0)
-        a, b = ((self.folder / out / "vocab.txt").read_bytes() for out in "ab")
+        self.vocab = self.folder / "a" / "vocab.txt"  # its own output
+        self.assertEqual(self.tokenize(self.folder / "a.txt", out="c").returncode, 0)
+        a, b, c = ((self.folder / out / "vocab.txt").read_bytes() for out in "abc")
         self.assertEqual(a, b)
+        self.assertEqual(a, c)
 
     @needs_train_gdn
     def test_vocabulary_turns_tokens_into_text(self) -> None:
@@ -1220,7 +1357,7 @@ class Export(InFolder):
         ):
             run, out = self.folder / name, self.folder / f"{name}_out"
             self.train(*self.MODEL, "-n", 2, *options, "-o", run)
-            done = call("export_hf.py", run, out, *["--untied"] * (name == "untied"))
+            done = call("export_hf.py", run, out, *["--tied"] * (name != "untied"))
             self.assertEqual(done.returncode, 0, done.stderr)
             config = json.loads((out / "config.json").read_text())
             self.assertEqual((config["norm_eps"], config["tie_word_embeddings"]), (eps, tied))
@@ -1248,6 +1385,26 @@ class Export(InFolder):
             rows.append(rows_of(self.folder / f"again_{load.name}" / "log.csv"))
         for a, b in zip(*rows):
             self.assertAlmostEqual(float(a["loss"]), float(b["loss"]), places=5)
+
+    @needs_tiktoken
+    def test_vocabulary_text_gives_a_tokenizer(self) -> None:
+        """vocab.txt holds no merges; those that are found give the same tokens."""
+        sys.path.insert(0, str(HERE))
+        import export_hf
+        import tokenize_text
+
+        words = [b"th", b"the", b" t", b" the", b"in", b"ing", b"th" + b"ing", "\u00e9".encode(), b"  ", b"    "]
+        ranks = {token: i for i, token in enumerate([bytes([b]) for b in range(256)] + words)}
+        (self.folder / "vocab.txt").write_text(tokenize_text.vocabulary_text(ranks))
+        count, tokenize_text.END_OF_TEXT = tokenize_text.END_OF_TEXT, len(ranks)
+        try:
+            export_hf.write_gpt2_files(self.folder, self.folder / "vocab.txt")
+        finally:
+            tokenize_text.END_OF_TEXT = count
+        lines = (self.folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        self.assertEqual(lines, ["#version: 0.2", "t h", "th e", "\u0120 t", "\u0120 the", "i n", "in g", "th ing", "\u00c3 \u00a9", "\u0120 \u0120", "\u0120\u0120 \u0120\u0120"])  # fmt: skip
+        ids = json.loads((self.folder / "vocab.json").read_text(encoding="utf-8"))
+        self.assertEqual((ids["thing"], ids["\u0120the"], ids["!"]), (262, 259, 33))
 
     def test_errors(self) -> None:
         out = self.folder / "out"

@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -70,11 +71,19 @@ inline CheckpointContents contents_of(int64_t step, size_t count = 8) {
   return contents;
 }
 
+// All bytes of a tensor in a file.
+inline std::string bytes_of(const TensorView& view) {
+  std::string bytes(view.bytes, '\0');
+  view.read(bytes.data(), 0, bytes.size());
+  return bytes;
+}
+
 inline bool holds(const SafetensorsFile& file, const std::string& name, int64_t step) {
   const TensorView& view = file.at(name);
+  const std::string bytes = bytes_of(view);
   for (size_t i = 0; i < view.bytes / sizeof(float); i++) {
     float x;
-    std::memcpy(&x, view.data + i * sizeof x, sizeof x);
+    std::memcpy(&x, bytes.data() + i * sizeof x, sizeof x);
     if (x != element(step, i)) return false;
   }
   return true;
@@ -242,14 +251,14 @@ TEST_CASE("safetensors: tensors of all kinds read back") {
   CHECK(file.names() == std::vector<std::string>{"scalar \"\xc3\xbc\"", "large", "empty", "half", "bytes"});
   CHECK(file.metadata() == std::map<std::string, std::string>{{"format", "pt"}, {"note", "a\nb"}});
   CHECK(file.at("bytes").dtype == "U8");
-  CHECK(std::memcmp(file.at("bytes").data, bytes.data(), 3) == 0);
+  CHECK(std::memcmp(bytes_of(file.at("bytes")).data(), bytes.data(), 3) == 0);
   CHECK(file.at("half").shape == std::vector<int64_t>{2, 2});
-  CHECK(std::memcmp(file.at("half").data, bf16.data(), 8) == 0);
+  CHECK(std::memcmp(bytes_of(file.at("half")).data(), bf16.data(), 8) == 0);
   CHECK(file.at("empty").bytes == 0);
   CHECK(file.at("large").bytes == large * sizeof(float));
   CHECK(holds(file, "large", 7));
-  CHECK(std::memcmp(file.at("scalar \"\xc3\xbc\"").data, &scalar, 8) == 0);
-  for (const char* name : {"large", "half"}) CHECK(uintptr_t(file.at(name).data) % 4 == 0);
+  CHECK(std::memcmp(bytes_of(file.at("scalar \"\xc3\xbc\"")).data(), &scalar, 8) == 0);
+  for (const char* name : {"large", "half"}) CHECK(file.at(name).offset % 4 == 0);
   CHECK(file.find("other") == nullptr);
   CHECK(error_of([&] { file.at("other"); }) == path + ": tensor 'other' is missing");
 
@@ -266,8 +275,8 @@ TEST_CASE("safetensors: a file from Python's package reads") {
   std::string bytes = safetensors_bytes(header + std::string(8 - header.size() % 8, ' '), 0);
   bytes += std::string("\x80\x3f\x00\xc0\x00\x01\x02", 7);
   const SafetensorsFile file(folder.write("python.safetensors", bytes));
-  CHECK(std::memcmp(file.at("w").data, "\x80\x3f\x00\xc0", 4) == 0);
-  CHECK(file.at("b").data[2] == 2);
+  CHECK(std::memcmp(bytes_of(file.at("w")).data(), "\x80\x3f\x00\xc0", 4) == 0);
+  CHECK(bytes_of(file.at("b"))[2] == 2);
 }
 
 TEST_CASE("safetensors: malformed files are refused with file, tensor and value") {
@@ -325,7 +334,79 @@ TEST_CASE("safetensors: malformed files are refused with file, tensor and value"
                                          8)),
                  "key \"a\" appears twice"));
   CHECK(contains(error_of([&] { SafetensorsFile(folder.file("none")); }), "none: cannot open: No such file"));
-  CHECK(contains(error_of([&] { SafetensorsFile file(folder.path); }), "expected a regular file"));
+  CHECK(
+      contains(error_of([&] { SafetensorsFile file(folder.path); }), "is a folder, expected a regular file"));
+}
+
+TEST_CASE("safetensors: several files with an index read as one") {
+  const TemporaryFolder folder;
+  write_safetensors(folder.file("m-1.safetensors"), {float_tensor("a", 1, 3), float_tensor("b", 2, 4)},
+                    {{"format", "pt"}});
+  write_safetensors(folder.file("m-2.safetensors"), {float_tensor("c", 3, 5)}, {});
+  const auto index = [&](const std::string& weight_map) {
+    return folder.write("index.json",
+                        "{\"metadata\": {\"total_size\": 48}, \"weight_map\": " + weight_map + "}");
+  };
+  const std::string good =
+      index(R"({"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"})");
+  const SafetensorsFile file = SafetensorsFile::sharded(good);
+  CHECK(holds(file, "a", 1));
+  CHECK(holds(file, "b", 2));
+  CHECK(holds(file, "c", 3));
+  CHECK(file.names().size() == 3);
+  const auto error = [&](const std::string& weight_map) {
+    const std::string path = index(weight_map);
+    return error_of([&] { SafetensorsFile::sharded(path); });
+  };
+  const std::string one = folder.file("m-1.safetensors"), two = folder.file("m-2.safetensors");
+  CHECK(error(R"({"a": "m-1.safetensors"})") == one + ": tensor 'b': is not in " + good);
+  CHECK(error(R"({"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-2.safetensors"})") ==
+        one + ": tensor 'b': is in m-2.safetensors by " + good);
+  CHECK(error(R"({"a": "m-1.safetensors", "b": "m-1.safetensors", "d": "m-1.safetensors"})") ==
+        one + ": tensor 'd': is missing, expected it by " + good);
+  CHECK(error(R"({"a": "none.safetensors"})") ==
+        folder.file("none.safetensors") + ": cannot open: No such file or directory");
+  CHECK(error(R"({"a": "../m-1.safetensors"})") ==
+        good + ": 'weight_map' has \"../m-1.safetensors\" for 'a', expected the name of a file beside it");
+  CHECK(contains(error(R"({"a": 1})"), "'weight_map' has 1 for 'a'"));
+  CHECK(contains(error("[]"), "'weight_map': expected an object"));
+  fs::copy_file(one, folder.file("m-3.safetensors"));
+  CHECK(contains(error(R"({"a": "m-1.safetensors", "b": "m-1.safetensors", "x": "m-3.safetensors"})"),
+                 "tensor 'a': is in another file"));
+}
+
+TEST_CASE("safetensors: a file that changes while it is read fails, and does not end the program") {
+  const TemporaryFolder folder;
+  const std::string path = folder.file("a.safetensors");
+  write_safetensors(path, {float_tensor("w", 1, 100000)}, {});
+  const SafetensorsFile file(path);
+  CHECK(holds(file, "w", 1));
+  fs::resize_file(path, 1000);
+  CHECK(contains(error_of([&] { bytes_of(file.at("w")); }), path + ": has 1000 bytes, expected the "));
+}
+
+TEST_CASE("safetensors: pointers of Git LFS, pipes and devices are refused by what they are") {
+  const TemporaryFolder folder;
+  const std::string pointer =
+      folder.write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n");
+  CHECK(error_of([&] { SafetensorsFile file(pointer); }) ==
+        pointer + ": is a Git LFS pointer, not the weights; fetch them with git lfs pull");
+  const std::string pipe = folder.file("pipe");
+  REQUIRE(mkfifo(pipe.c_str(), 0600) == 0);
+  for (const auto& open : {std::function<void()>([&] { SafetensorsFile file(pipe); }),
+                           std::function<void()>([&] { digest_file(pipe); }),
+                           std::function<void()>([&] { read_json_file(pipe); })})
+    CHECK(error_of(open) == pipe + ": is a pipe, expected a regular file");
+  CHECK(error_of([] { read_json_file("/dev/zero"); }) == "/dev/zero: is a device, expected a regular file");
+  CHECK(error_of([&] { read_text_file(pointer, 10); }) == pointer + ": has 63 bytes, expected at most 10");
+}
+
+TEST_CASE("json: a byte order mark is no part of a file; NaN is named") {
+  const TemporaryFolder folder;
+  CHECK(read_json_file(folder.write("bom.json", "\xef\xbb\xbf{\"a\": 1}")).integer("a") == 1);
+  CHECK(contains(parse_error("{\"a\": NaN}"),
+                 "JSON byte 6: expected a value, found NaN, which JSON does not have"));
+  CHECK(contains(parse_error("[-Infinity]"), "found -Infinity, which JSON does not have"));
 }
 
 TEST_CASE("safetensors: what cannot be written is refused before the file is touched") {
@@ -364,7 +445,7 @@ TEST_CASE("checkpoint: a folder of weights opens without training state") {
   const TemporaryFolder folder;
   fs::remove(save_checkpoint(folder.path, contents_of(5), 0) + "/checkpoint.json");
   const std::string path = folder.file("step_00000005");
-  CHECK(contains(error_of([&] { open_checkpoint(path); }), "checkpoint.json: cannot read: No such file"));
+  CHECK(contains(error_of([&] { open_checkpoint(path); }), "checkpoint.json: cannot open: No such file"));
   fs::remove(path + "/training_state.safetensors");
   const Checkpoint weights = open_checkpoint(path);
   CHECK(!weights.has_training_state);
@@ -373,7 +454,15 @@ TEST_CASE("checkpoint: a folder of weights opens without training state") {
   CHECK(weights.training_state.names().empty());
   CHECK(newest(folder.path).first == "");
   CHECK(contains(error_of([&] { open_checkpoint(folder.file("none")); }), "no such folder"));
-  CHECK(contains(error_of([&] { open_checkpoint(folder.path); }), "config.json: cannot read"));
+  fs::rename(path + "/model.safetensors", path + "/part.safetensors");
+  std::ofstream(path + "/model.safetensors.index.json")
+      << R"({"weight_map": {"weight": "part.safetensors"}})";
+  CHECK(holds(open_checkpoint(path).model, "weight", 5));
+  fs::remove(path + "/model.safetensors.index.json");
+  fs::rename(path + "/part.safetensors", path + "/pytorch_model.bin");
+  CHECK(contains(error_of([&] { open_checkpoint(path); }),
+                 "pytorch_model.bin: PyTorch's format is not read, expected model.safetensors"));
+  CHECK(contains(error_of([&] { open_checkpoint(folder.path); }), "config.json: cannot open"));
 }
 
 TEST_CASE("checkpoint: with any byte changed the one before is found") {

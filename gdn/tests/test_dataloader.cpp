@@ -1,12 +1,13 @@
-// Tests of dataloader.h: which sequences come in which order, what malformed files report, and whether the
-// built-in corpus states the probability of its text rightly. The last is checked by two independent readers:
-// one decodes the text alone and recomputes every sentence's probability and every answer, the other forks
-// the corpus at one point many times and compares each byte's stated probability with its frequency.
+// Tests of dataloader.h: which sequences come in which order, what files are taken for, and what malformed
+// ones report. The stories have tests of their own (test_stories.cpp).
 #include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
 
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "../../dataloader.h"
+#include "../safetensors.h"
 
 namespace {
 
@@ -122,292 +124,6 @@ inline std::string open_error(const std::string& spec, int seq_len = 4) {
   return error_of([&] { DataLoader(spec, seq_len, 1, 0); });
 }
 
-inline const std::vector<const stories::ChoiceSet*> kChoiceSets{
-    &stories::kOpenings, &stories::kCasts,          &stories::kSettings,      &stories::kNames,
-    &stories::kJobs,     &stories::kPlaces,         &stories::kThings,        &stories::kColours,
-    &stories::kNumbers,  &stories::kAnimals,        &stories::kJobWordings,   &stories::kPlaceWordings,
-    &stories::kSteps,    &stories::kAnimalWordings, &stories::kThingWordings, &stories::kVerbs};
-
-// Reads stories from their text alone: keeps the facts, requires that every answer follows from them, and
-// sums -log p of the choices from the tables of weights.
-struct StoryReader {
-  struct Person {
-    std::string job, place, animals, count;
-  };
-  struct Thing {
-    std::string colour, owner;
-  };
-  using Allowed = std::function<bool(const std::string&)>;
-
-  const std::string& text;
-  size_t at = 0;          // bytes read
-  double nats = 0.0;      // -log p of those bytes
-  int answers = 0;        // questions read
-  int fresh_answers = 0;  // of these, about a fact that an event had overwritten
-
-  std::vector<std::string> cast;
-  std::map<std::string, Person> people;
-  std::map<std::string, Thing> things;
-  std::set<std::string> overwritten;  // "place of Anna"
-  size_t introduced = 0;
-  int steps = 0;
-
-  explicit StoryReader(const std::string& story_text) : text(story_text) {}
-
-  bool sees(const std::string& words) const { return text.compare(at, words.size(), words) == 0; }
-
-  void expect(const std::string& words) {
-    REQUIRE_MESSAGE(sees(words), "expected '" << words << "' at '" << text.substr(at, 60) << "'");
-    at += words.size();
-  }
-
-  // Reads the one option that stands here, which must be allowed.
-  const stories::Option& choose(const stories::ChoiceSet& set, const Allowed& allowed) {
-    const stories::Option* chosen = nullptr;
-    double total = 0.0;
-    for (const stories::Option& option : set.options) {
-      if (!allowed(option.text)) continue;
-      total += option.weight;
-      if (sees(option.text)) {
-        REQUIRE(chosen == nullptr);
-        chosen = &option;
-      }
-    }
-    REQUIRE_MESSAGE(chosen != nullptr, "no option allowed at '" << text.substr(at, 60) << "'");
-    nats -= std::log(chosen->weight / total);
-    at += chosen->text.size();
-    return *chosen;
-  }
-  const stories::Option& choose(const stories::ChoiceSet& set) {
-    return choose(set, [](const std::string&) { return true; });
-  }
-  std::string choose_new(const stories::ChoiceSet& set, std::string Person::*fact) {
-    return choose(set, [&](const std::string& value) { return !holder(fact, value); }).text;
-  }
-
-  const std::string* holder(std::string Person::*fact, const std::string& value) const {
-    for (const auto& [name, person] : people) {
-      if (person.*fact == value) return &name;
-    }
-    return nullptr;
-  }
-  std::string choose_holder(const stories::ChoiceSet& set, std::string Person::*fact) {
-    return *holder(fact, choose(set, [&](const std::string& value) { return holder(fact, value); }).text);
-  }
-  std::string choose_person(const std::string& except = "") {
-    return choose(stories::kNames, [&](const std::string& n) { return n != except && people.count(n); }).text;
-  }
-  std::string choose_thing(const std::string& owner = "") {
-    return choose(stories::kThings,
-                  [&](const std::string& kind) {
-                    return things.count(kind) && (owner.empty() || things.at(kind).owner == owner);
-                  })
-        .text;
-  }
-  static std::string pronoun(const std::string& name) {
-    for (const stories::Option& option : stories::kNames.options) {
-      if (option.text == name) return option.tag == stories::kShe ? "She" : "He";
-    }
-    return "";
-  }
-
-  void sentence() {
-    if (cast.empty()) {
-      open();
-    } else if (introduced < cast.size()) {
-      introduce(cast[introduced++]);
-    } else {
-      step();
-    }
-  }
-
-  void open() {
-    people.clear();
-    things.clear();
-    overwritten.clear();
-    introduced = 0;
-    steps = 0;
-    choose(stories::kOpenings);
-    const std::string number = choose(stories::kCasts).text;
-    const size_t count = number == "two" ? 2 : number == "three" ? 3 : 4;
-    expect(" friends lived ");
-    choose(stories::kSettings);
-    expect(": ");
-    for (size_t p = 0; p < count; ++p) {
-      if (p > 0) expect(p + 1 == count ? " and " : ", ");
-      auto unused = [&](const std::string& name) { return people.count(name) == 0; };
-      cast.push_back(choose(stories::kNames, unused).text);
-      people[cast.back()];
-    }
-    expect(".");
-  }
-
-  void introduce(const std::string& name) {
-    Person& person = people[name];
-    expect(" " + name);
-    choose(stories::kJobWordings);
-    person.job = choose_new(stories::kJobs, &Person::job);
-    choose(stories::kPlaceWordings);
-    person.place = choose_new(stories::kPlaces, &Person::place);
-    expect(". " + pronoun(name));
-    choose(stories::kThingWordings);
-    const std::string colour = choose(stories::kColours).text;
-    expect(" ");
-    auto unused = [&](const std::string& kind) { return things.count(kind) == 0; };
-    things[choose(stories::kThings, unused).text] = Thing{colour, name};
-    choose(stories::kAnimalWordings);
-    person.count = choose(stories::kNumbers).text;
-    expect(" ");
-    person.animals = choose_new(stories::kAnimals, &Person::animals);
-    expect(".");
-  }
-
-  void step() {
-    expect(" ");
-    const std::string end = "The end.\n\n";
-    const stories::Option& lead = choose(
-        stories::kSteps, [&](const std::string& words) { return words == end ? steps >= 8 : steps < 18; });
-    ++steps;
-    if (lead.text == end) {
-      cast.clear();
-    } else if (lead.text.back() == '.') {
-      CHECK(lead.tag == stories::kScenery);
-    } else if (lead.tag == stories::kEvent) {
-      event();
-    } else {
-      question(lead.text);
-    }
-  }
-
-  void event() {
-    const std::string name = choose_person();
-    Person& person = people[name];
-    const bool owns =
-        std::any_of(things.begin(), things.end(), [&](auto& t) { return t.second.owner == name; });
-    const std::string verb = choose(stories::kVerbs, [&](const std::string& v) {
-                               return owns || (v != " gave the " && v != " painted the ");
-                             }).text;
-    if (verb == " gave the ") {
-      const std::string kind = choose_thing(name);
-      expect(" to ");
-      things[kind].owner = choose_person(name);
-      overwritten.insert("owner of " + kind);
-    } else if (verb == " painted the ") {
-      const std::string kind = choose_thing(name);
-      expect(" ");
-      auto changed = [&](const std::string& colour) { return colour != things[kind].colour; };
-      things[kind].colour = choose(stories::kColours, changed).text;
-      overwritten.insert("colour of " + kind);
-    } else if (verb == " traded and now had ") {
-      person.count = choose(stories::kNumbers, [&](const std::string& n) { return n != person.count; }).text;
-      expect(" " + person.animals);
-      overwritten.insert("count of " + name);
-    } else if (verb == " became a " || verb == " found work as a ") {
-      person.job = choose_new(stories::kJobs, &Person::job);
-      overwritten.insert("job of " + name);
-    } else {
-      person.place = choose_new(stories::kPlaces, &Person::place);
-      overwritten.insert("place of " + name);
-    }
-    expect(".");
-  }
-
-  void question(const std::string& lead) {
-    std::string fact, second_fact;
-    if (lead == "Where was " || lead == "At which place was ") {
-      const std::string name = choose_person();
-      expect("? " + pronoun(name) + " was at the " + people[name].place);
-      fact = "place of " + name;
-    } else if (lead == "Who was at the ") {
-      const std::string name = choose_holder(stories::kPlaces, &Person::place);
-      expect("? " + name + " was there");
-      fact = "place of " + name;
-    } else if (lead == "Who had the " || lead == "Who owned the ") {
-      const std::string kind = choose_thing();
-      expect("? It belonged to " + things[kind].owner);
-      fact = "owner of " + kind;
-    } else if (lead == "Where could one find the ") {
-      const std::string kind = choose_thing();
-      const std::string owner = things[kind].owner;
-      expect("? With " + owner + " at the " + people[owner].place);
-      fact = "owner of " + kind;
-      second_fact = "place of " + owner;
-    } else if (lead == "What colour was the ") {
-      const std::string kind = choose_thing();
-      expect("? It was " + things[kind].colour);
-      fact = "colour of " + kind;
-    } else if (lead == "How many ") {
-      const std::string name = choose_holder(stories::kAnimals, &Person::animals);
-      expect(" were there? " + name + " had " + people[name].count);
-      fact = "count of " + name;
-    } else if (lead == "What was the job of ") {
-      const std::string name = choose_person();
-      expect("? " + pronoun(name) + " was a " + people[name].job);
-      fact = "job of " + name;
-    } else {
-      REQUIRE(lead == "Who was the ");
-      const std::string name = choose_holder(stories::kJobs, &Person::job);
-      expect("? That was " + name);
-      fact = "job of " + name;
-    }
-    expect(".");
-    ++answers;
-    fresh_answers += overwritten.count(fact) + overwritten.count(second_fact) > 0;
-  }
-};
-
-// Frequencies of the bytes that follow each prefix of many continuations.
-struct ByteTree {
-  struct Branch {
-    int node = 0, count = 0;
-    double nats = 0.0;
-  };
-  std::vector<std::map<char, Branch>> nodes = std::vector<std::map<char, Branch>>(1);
-
-  // Counts one continuation; a byte must state the same -log p every time it follows the same prefix.
-  void add(const std::string& text, const std::vector<double>& nats, size_t start) {
-    int node = 0;
-    for (size_t t = start; t < text.size(); ++t) {
-      auto [branch, is_new] = nodes[node].try_emplace(text[t]);
-      int next = branch->second.node;
-      if (is_new) {
-        next = static_cast<int>(nodes.size());
-        branch->second = Branch{next, 0, nats[t]};
-        nodes.emplace_back();  // ends the life of `branch`
-      }
-      Branch& taken = nodes[node].at(text[t]);
-      ++taken.count;
-      REQUIRE(taken.nats == nats[t]);
-      node = next;
-    }
-  }
-
-  // Requires, wherever enough continuations pass, that the stated probabilities sum to 1 and fit the counts.
-  void require_calibrated(int min_visits) const {
-    for (const auto& node : nodes) {
-      double visits = 0.0, stated = 0.0;
-      for (const auto& [byte, branch] : node) {
-        visits += branch.count;
-        stated += std::exp(-branch.nats);
-      }
-      if (visits < min_visits) continue;
-      REQUIRE(stated <= 1.0 + 1e-12);
-      REQUIRE((1.0 - stated) * visits < 25.0);  // unseen bytes: e^-25 that they all stay unseen
-      for (const auto& [byte, branch] : node) {
-        double p = std::exp(-branch.nats);
-        double deviation = std::abs(branch.count - visits * p);
-        REQUIRE(deviation <= 5.5 * std::sqrt(visits * p * (1.0 - p)) + 1.0);
-      }
-    }
-  }
-};
-
-inline double entropy(const std::vector<double>& weights) {
-  double total = std::accumulate(weights.begin(), weights.end(), 0.0), nats = 0.0;
-  for (double w : weights) nats -= w / total * std::log(w / total);
-  return nats;
-}
-
 TEST_CASE("dataloader: sequences of several shards with ragged tails, in file order") {
   TemporaryFolder folder;
   folder.write_shard("a.bin", consecutive(1000, 9));   // two sequences of 4, no tail
@@ -477,16 +193,33 @@ TEST_CASE("dataloader: every sequence once an epoch, in an order keyed by seed a
   }
 }
 
+TEST_CASE("dataloader: the order of the data and the stories stay what they were") {
+  TemporaryFolder folder;
+  const std::string shard = folder.write_shard("n.bin", consecutive(0, 50001));
+  const auto digest_of_batches = [](const std::string& spec) {
+    DataLoader loader(spec, 96, 7, 42);
+    safetensors::Xxh64 hash;
+    for (int step = 0; step < 200; ++step) {
+      const Batch batch = next_batch(loader, 96);
+      hash.update(batch.inputs.data(), batch.inputs.size() * sizeof(int32_t));
+      hash.update(batch.targets.data(), batch.targets.size() * sizeof(int32_t));
+    }
+    return hash.digest();
+  };
+  CHECK(digest_of_batches(shard) == 0x955e467752a36fbaull);  // of commit 3a60858
+  CHECK(digest_of_batches("") == 0x6767eb5950cfe222ull);
+}
+
 TEST_CASE("dataloader: the permutation is a bijection that moves each element uniformly") {
   for (uint64_t n = 1; n <= 70; ++n) {
     std::vector<int> hits(n, 0);
-    for (uint64_t i = 0; i < n; ++i) ++hits.at(data::permuted(i, n, n * 31));
+    for (uint64_t i = 0; i < n; ++i) ++hits.at(permuted(i, n, n * 31));
     CHECK(std::count(hits.begin(), hits.end(), 1) == static_cast<int64_t>(n));
   }
   const int keys = 20000;
   for (uint64_t i : {0, 3, 9}) {
     std::vector<double> images(10, 0.0);
-    for (int key = 0; key < keys; ++key) images[data::permuted(i, 10, data::mix64(key))] += 1.0;
+    for (int key = 0; key < keys; ++key) images[permuted(i, 10, mix64(key))] += 1.0;
     double chi_squared = 0.0;
     for (double count : images) chi_squared += std::pow(count - keys / 10.0, 2) / (keys / 10.0);
     CHECK(chi_squared < 40.0);  // 9 degrees of freedom: p = 8e-6
@@ -555,14 +288,23 @@ TEST_CASE("dataloader: what malformed sources report") {
   CHECK(open_error(folder.file("dang*")) == dangling + ": cannot open: No such file or directory");
   fs::create_directory(folder.file("folder.bin"));
   CHECK(open_error(folder.file("folder.bin")) ==
-        folder.file("folder.bin") + ": not a regular file, expected a token shard or a text file");
+        folder.file("folder.bin") + ": is a folder, expected a regular file");
 
   const std::string empty = folder.write("empty.txt", "");
   CHECK(open_error(empty) == empty + ": empty file, expected at least one token");
   const std::string stub = folder.write("stub.bin", std::string(1023, '\0'));
   CHECK(open_error(stub) == stub + ": 1023 bytes, shorter than the shard header of 1024");
-  const std::string magic = folder.write_shard("magic.bin", {1, 2, 3}, 3, 20240801);
-  CHECK(open_error(magic) == magic + ": magic number 20240801, expected 20240520");
+  const std::string magic = folder.write_shard("magic.bin", {1, 2, 3}, 3, 20240802);
+  CHECK(open_error(magic) ==
+        magic +
+            ": magic number 20240802, expected 20240520; a file of tokens without a header "
+            "(nanoGPT's) needs the shard header of 1024 bytes");
+  const std::string swapped = folder.write_shard("swapped.bin", {1, 2, 3}, 3, -1999096831);
+  CHECK(open_error(swapped) == swapped + ": magic number -1999096831, expected 20240520; it is big-endian");
+  const std::string wide = folder.write_shard("wide.bin", {1, 0, 2, 0}, 2);
+  CHECK(open_error(wide) == wide +
+                                ": 1032 bytes, expected 1028 for the 2 tokens of its header, uint16 in this "
+                                "version; these are uint32");
   const std::string version = folder.write_shard("version.bin", {1, 2, 3}, 3, 20240520, 7);
   CHECK(open_error(version) == version + ": shard version 7, expected 1");
   const std::string truncated = folder.write_shard("truncated.bin", {1, 2, 3}, 5);
@@ -573,10 +315,221 @@ TEST_CASE("dataloader: what malformed sources report") {
   CHECK(open_error(hollow) == hollow + ": empty shard (0 tokens), expected at least one token");
 
   CHECK(open_error(good + "," + text) ==
-        "data: '" + good + "' and '" + text + "' mix token shards (.bin) and raw text, expected one kind");
+        "data: '" + good + "' and '" + text + "' mix token shards and raw text, expected one kind");
   CHECK(open_error(text, 8) == "");
   CHECK(open_error(text, 9) ==
         "data: '" + text + "' has 9 tokens in 1 file(s), expected one of at least 10 tokens, one sequence");
+}
+
+TEST_CASE("dataloader: names with brackets, commas and blanks are files, before they are patterns or lists") {
+  TemporaryFolder folder;
+  const std::string brackets = folder.write("[ab].txt", "brackets"), a = folder.write("a.txt", "plain a");
+  const std::string comma = folder.write("x,y.txt", "a comma"), x = folder.write("x", "an x!");
+  const std::string blank = folder.write(" b c.txt", "blanks");
+  const auto files = [](const std::string& list) { return data::list_files(list); };
+  using Names = std::vector<std::string>;
+  CHECK(files(brackets) == Names{brackets});
+  CHECK(files(folder.file("[a].txt")) == Names{a});
+  CHECK(files(comma) == Names{comma});
+  CHECK(files(a + "," + comma + "," + x) == Names{a, comma, x});
+  const std::string other = folder.write("p,q.txt", "another");
+  CHECK(files(folder.file("p,*.txt")) == Names{other});
+  CHECK(files(blank) == Names{blank});
+  CHECK(files(a + ", " + x + " ,  " + comma) == Names{a, x, comma});
+  CHECK(error_of([&] { files(a + ", ,"); }) == "data: no file matches ' '");
+  CHECK(error_of([&] { files(x + ",y.md"); }) == "data: no file matches 'y.md'");
+}
+
+TEST_CASE("dataloader: a shard is one by its header, whatever its name") {
+  TemporaryFolder folder;
+  const std::string shard = folder.write_shard("n.bin", consecutive(300, 9));
+  for (const char* name : {"upper.BIN", "blob", "shard.txt"}) {
+    fs::copy_file(shard, folder.file(name));
+    DataLoader loader(folder.file(name), 4, 1, 0);
+    CHECK(loader.source().vocab_size() == 50257);
+    CHECK(read_sequence(loader, 1, 4).targets[3] == 308);
+  }
+  CHECK(open_error(folder.write("text.BIN", "some text that is long enough")) ==
+        folder.file("text.BIN") + ": 29 bytes, shorter than the shard header of 1024");
+}
+
+TEST_CASE("dataloader: what is neither text nor a shard is named") {
+  TemporaryFolder folder;
+  const std::string padding(2000, 'x');
+  const auto error = [&](const std::string& name, const std::string& bytes) {
+    const std::string path = folder.write(name, bytes), message = open_error(path);
+    return message.empty() ? message : message.substr(path.size());
+  };
+  using namespace std::string_literals;
+  const std::pair<std::string, std::string> formats[] = {
+      {"\x1f\x8b\x08", "gzip"},
+      {"\x28\xb5\x2f\xfd", "zstd"},
+      {"\xfd\x37zXZ\0"s, "xz"},
+      {"BZh91AY&SY", "bzip2"},
+      {"PK\x03\x04", "zip"},
+      {"PAR1\x15", "parquet"},
+      {"ARROW1", "Arrow"},
+      {"\x93NUMPY", "numpy"},
+      {"\x89HDF", "HDF5"},
+      {"\xff\xfe\0\0"s, "UTF-32"},
+      {"\xff\xfe", "UTF-16"},
+      {"\xfe\xff", "UTF-16"},
+      {"\x80\x04\x95", "pickle"},
+      {"GGUF", "GGUF"},
+      {"%PDF-1.4", "PDF"},
+      {"\x04\x22\x4d\x18", "lz4"},
+      {"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"},
+      {"\x10\0\0\0\0\0\0\0{\"a"s, "safetensors"},
+      {std::string(257, 'n') + "ustar", "tar"}};
+  for (const auto& [begin, name] : formats) {
+    CAPTURE(name);
+    CHECK(error("data.txt", begin + padding).rfind(": is " + name, 0) == 0);
+  }
+  std::string utf16;
+  for (char c : padding) utf16 += {c, '\0'};
+  CHECK(error("marked.txt", utf16) ==
+        ": is UTF-16, expected text or a token shard; convert it: iconv -f UTF-16 -t UTF-8");
+  CHECK(error("a.bin", "\x1f\x8b\x08" + padding).find("; it is gzip") != std::string::npos);
+  // JSON by its name or its text; .txt says that bytes are meant
+  for (const char* name : {"a.json", "a.jsonl", "a.NDJSON", "a"}) {
+    CHECK(error(name, "{\"text\": \"once\"}\n{\"text\": \"upon\"}\n").rfind(": is JSON", 0) == 0);
+  }
+  CHECK(error("b", " [ {\"text\": 1}]").rfind(": is JSON", 0) == 0);
+  CHECK(error("a.txt", "{\"text\": \"once\"}") == "");
+  CHECK(error("c", "{\"name\", said he") == "");
+  CHECK(error("d", "[{ or } and more]") == "");
+  // tokens without header
+  std::string tokens;
+  for (int i = 0; i < 1000; i++) tokens += {char(i * 7), char(i % 5 ? i % 190 : 0)};
+  CHECK(error("tokens.dat", tokens).find("are control characters") != std::string::npos);
+  CHECK(error("tokens.txt", tokens) == "");
+  CHECK(error("latin1", "caf\xe9 na\xefve, d\xe9j\xe0 vu\r\n\tand more") == "");
+  CHECK(error("bom", "\xef\xbb\xbfwith UTF-8's mark") == "");
+}
+
+TEST_CASE("dataloader: pipes and devices are refused without waiting") {
+  TemporaryFolder folder;
+  for (const char* name : {"pipe.bin", "pipe.txt"}) {
+    REQUIRE(mkfifo(folder.file(name).c_str(), 0600) == 0);
+    CHECK(open_error(folder.file(name)) == folder.file(name) + ": is a pipe, expected a regular file");
+  }
+  CHECK(open_error("/dev/zero") == "/dev/zero: is a device, expected a regular file");
+}
+
+TEST_CASE("dataloader: a file that shrinks, grows, is rewritten, replaced or deleted fails the next read") {
+  TemporaryFolder folder;
+  const std::vector<uint16_t> tokens = consecutive(0, 4001);
+  const std::string path = folder.write_shard("n.bin", tokens);
+  const auto error_after = [&](const std::function<void()>& change) {
+    folder.write_shard("n.bin", tokens);
+    DataLoader loader(path, 4, 2, 0);
+    CHECK(error_of([&] { next_batch(loader, 4); }) == "");
+    change();
+    const uint64_t position = loader.position();
+    const std::string error = error_of([&] { next_batch(loader, 4); });
+    CHECK(loader.position() == position);
+    return error;
+  };
+  CHECK(error_after([&] { fs::resize_file(path, 0); }) ==
+        path + ": has 0 bytes, expected the 9026 it had at the start");
+  CHECK(error_after([&] { fs::resize_file(path, 9025); }) ==
+        path + ": has 9025 bytes, expected the 9026 it had at the start");
+  CHECK(error_after([&] { fs::resize_file(path, 9027); }) ==
+        path + ": has 9027 bytes, expected the 9026 it had at the start");
+  CHECK(error_after([&] {
+          folder.write_shard("n.bin", tokens);
+          fs::last_write_time(path, fs::last_write_time(path) + std::chrono::seconds(1));
+        }) == path + ": was written to since the start, expected it to stay as it was");
+  CHECK(error_after([&] { fs::remove(path); }) ==
+        path + ": was deleted or replaced, expected it to stay as it was");
+  CHECK(error_after([&] { fs::rename(folder.write_shard("m.bin", tokens), path); }) ==
+        path + ": was deleted or replaced, expected it to stay as it was");
+  // a file that is not kept open
+  folder.write_shard("n.bin", tokens);
+  const data::TokenFile file = data::open_tokens(path, 0, false);
+  CHECK(data::read_tokens(file, 7, 2) == std::vector<int32_t>{7, 8});
+  fs::rename(folder.write_shard("m.bin", tokens), path);
+  CHECK(error_of([&] { data::read_tokens(file, 7, 2); }) ==
+        path + ": is another file than at the start, expected it to stay as it was");
+  fs::remove(path);
+  CHECK(error_of([&] { data::read_tokens(file, 7, 2); }) ==
+        path + ": cannot open: No such file or directory");
+}
+
+TEST_CASE("dataloader: more files than a process may have open") {
+  TemporaryFolder folder;
+  for (int i = 0; i < 1100; ++i)
+    folder.write(std::to_string(10000 + i) + ".txt", std::string(5, char('a' + i % 26)));
+  rlimit before, few;
+  REQUIRE(getrlimit(RLIMIT_NOFILE, &before) == 0);
+  few = before;
+  few.rlim_cur = 500;
+  REQUIRE(setrlimit(RLIMIT_NOFILE, &few) == 0);
+  {
+    DataLoader loader(folder.file("*.txt"), 4, 1, 0);
+    REQUIRE(loader.sequences() == 1100);
+    for (int64_t i : {0, 399, 400, 1099}) CHECK(read_sequence(loader, i, 4).inputs[0] == 'a' + i % 26);
+  }
+  CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+}
+
+TEST_CASE("dataloader: shards of other tokenizers, by their header or by the vocabulary that is given") {
+  TemporaryFolder folder;
+  std::vector<uint16_t> words;
+  for (uint32_t token : {128000u, 65536u, 70001u, 3u, 128255u})
+    words.insert(words.end(), {uint16_t(token), uint16_t(token >> 16)});
+  const std::string llama = folder.write_shard("llama3.bin", words, 5, 20240801, 7);
+  DataLoader loader(llama, 4, 1, 0);
+  CHECK(loader.source().vocab_size() == 128256);
+  CHECK(loader.source().separator() == 128000);
+  CHECK(read_sequence(loader, 0, 4).inputs == std::vector<int32_t>{128000, 65536, 70001, 3});
+  CHECK(read_sequence(loader, 0, 4).targets[3] == 128255);
+  words[1] = 0xffff;
+  const std::string bad = folder.write_shard("bad.bin", words, 5, 20240801, 7);
+  DataLoader of_bad(bad, 4, 1, 0);
+  CHECK(error_of([&] { read_sequence(of_bad, 0, 4); }) ==
+        bad + ": token 0 is 4294964224, expected less than the vocabulary of 128256");
+
+  const std::string other = folder.write_shard("other.bin", {1, 31999, 60000, 2, 1});
+  const auto with_vocabulary = [&](int n) { return DataLoader(other, 4, 1, 0, 0, 1, Split::train, n); };
+  CHECK(with_vocabulary(60001).source().vocab_size() == 60001);
+  CHECK(with_vocabulary(60001).source().separator() == -1);
+  CHECK(read_sequence(with_vocabulary(60001), 0, 4).inputs[2] == 60000);
+  CHECK(error_of([&] { read_sequence(with_vocabulary(32000), 0, 4); }) ==
+        other + ": token 2 is 60000, expected less than the vocabulary of 32000");
+  CHECK(open_error(other + "," + llama) ==
+        "data: '" + other + "' has a vocabulary of 50257, '" + llama + "' one of 128256, expected the same");
+  const std::string text = folder.write("a.txt", "some text");
+  CHECK(error_of([&] { DataLoader(text, 4, 1, 0, 0, 1, Split::train, 300); }) ==
+        text + ": is text, whose bytes are tokens: expected no -vocab_size");
+  CHECK(error_of([&] { DataLoader("", 4, 1, 0, 0, 1, Split::train, 300); }) ==
+        "-vocab_size 300: the built-in stories are bytes");
+}
+
+TEST_CASE("dataloader: masking documents needs a token that separates them") {
+  TemporaryFolder folder;
+  std::vector<uint16_t> tokens = consecutive(0, 3000);
+  folder.write_shard("a.bin", tokens);
+  tokens.back() = 50256;
+  folder.write_shard("b.bin", tokens);
+  const std::string first = folder.file("a.bin");
+  CHECK(error_of([&] { TokenSource(folder.file("*.bin")).require_separator(50256); }) == "");
+  CHECK(error_of([&] { TokenSource(first).require_separator(2999); }) == "");
+  CHECK(error_of([&] { TokenSource(first).require_separator(50256); }) ==
+        "-mask_docs: none of the 3000 tokens of '" + first +
+            "' is 50256, expected it at the start of every document (-separator)");
+}
+
+TEST_CASE("dataloader: short files of which much is dropped are said in one line") {
+  TemporaryFolder folder;
+  for (int i = 0; i < 10; ++i) folder.write(std::to_string(i) + ".txt", std::string(i < 5 ? 90 : 101, 'x'));
+  const std::string spec = folder.file("*.txt");
+  CHECK(TokenSource(spec).dropped(100) ==
+        "data: '" + spec +
+            "': 445 of 955 tokens in 10 file(s) are never read: a file's last ones that do not fill a "
+            "sequence of 100; join the files into one, or lower -T");
+  CHECK(TokenSource(spec).dropped(10) == "");  // 9 of each of the first five
+  CHECK(TokenSource("").dropped(1000) == "");
 }
 
 TEST_CASE("dataloader: a token outside the vocabulary is reported when its sequence is read") {
@@ -643,74 +596,6 @@ TEST_CASE(
   CHECK(batch.entropy_floor == doctest::Approx(sum / 1500).epsilon(1e-12));
   CHECK(batch.entropy_floor > 0.1);
   CHECK(batch.entropy_floor < 0.3);
-}
-
-TEST_CASE("built-in corpus: no option is a prefix of another in its set") {
-  for (const stories::ChoiceSet* set : kChoiceSets) {
-    REQUIRE(set->options.size() <= 64);
-    for (const stories::Option& a : set->options) {
-      CHECK(a.weight > 0);
-      CHECK_FALSE(a.text.empty());
-      for (const stories::Option& b : set->options) {
-        if (&a != &b) CHECK_MESSAGE(b.text.compare(0, a.text.size(), a.text) != 0, a.text << " | " << b.text);
-      }
-    }
-  }
-}
-
-TEST_CASE("built-in corpus: a reader of the text alone finds the same probabilities and answers") {
-  int answers = 0, fresh_answers = 0;
-  for (int64_t index = 0; index < 40; ++index) {
-    stories::Writer writer = stories::sequence(9, index % 2 ? Split::validation : Split::train, index);
-    StoryReader reader(writer.text);
-    double nats = 0.0;
-    while (writer.text.size() < 4000) {
-      const size_t start = writer.text.size();
-      writer.sentence();
-      REQUIRE(writer.nats.size() == writer.text.size());
-      nats = std::accumulate(writer.nats.begin() + start, writer.nats.end(), nats);
-      reader.sentence();
-      REQUIRE(reader.at == writer.text.size());
-      REQUIRE(reader.nats == doctest::Approx(nats).epsilon(1e-11));
-    }
-    answers += reader.answers;
-    fresh_answers += reader.fresh_answers;
-  }
-  CHECK(answers > 1000);
-  CHECK(4 * fresh_answers > answers);
-}
-
-TEST_CASE(
-    "built-in corpus: stated probabilities of bytes sum to 1 and fit the frequencies at forks of the text") {
-  stories::Writer writer = stories::sequence(4, Split::train, 0);
-  for (int fork = 0; fork < 16; ++fork) {
-    ByteTree tree;
-    const size_t start = writer.text.size();
-    for (uint64_t stream = 0; stream < 3000; ++stream) {
-      stories::Writer branch = writer;
-      branch.random.state = data::mix64(stream * 1000 + fork);
-      branch.sentence();
-      tree.add(branch.text, branch.nats, start);
-    }
-    tree.require_calibrated(200);
-    writer.sentence();
-  }
-}
-
-TEST_CASE("built-in corpus: the mean of the nats of an opening is the entropy of its choices") {
-  double expected = entropy({3, 2, 2, 1}) + entropy({3, 2, 1}) + std::log(8.0) + std::log(44.0) +
-                    std::log(43.0) + 0.5 * std::log(42.0) + std::log(41.0) / 6.0;
-  const int openings = 20000;
-  double sum = 0.0, squares = 0.0;
-  for (int i = 0; i < openings; ++i) {
-    stories::Writer writer = stories::sequence(6, Split::train, i);
-    writer.sentence();
-    double nats = std::accumulate(writer.nats.begin(), writer.nats.end(), 0.0);
-    sum += nats;
-    squares += nats * nats;
-  }
-  double mean = sum / openings, deviation = std::sqrt((squares / openings - mean * mean) / openings);
-  CHECK(std::abs(mean - expected) < 5.0 * deviation);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Generation: tiktoken's tokens from text, sampling against a plain reference, the recurrent form's logits
 // against the training forward's, and ./train_gdn -gen.
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <cmath>
@@ -142,6 +143,9 @@ TEST_CASE("vocabulary: a damaged file is named with its line") {
   CHECK(error(good + "zz\n").find("line 262: expected a token's bytes") != std::string::npos);
   CHECK(error(good + "6162\n").find("line 262: token 6162 is there a second time") != std::string::npos);
   CHECK(changed("\n41\n", "\n4141\n").find("byte 65 is no token") != std::string::npos);
+  REQUIRE(mkfifo((folder.path / "pipe").c_str(), 0600) == 0);
+  CHECK(error_of([&] { Vocabulary vocabulary((folder.path / "pipe").string()); }).find("pipe: is a pipe") !=
+        std::string::npos);
 }
 
 TEST_CASE("text codec: prompts of bytes, numbers and text; what does not fit the model is refused") {
@@ -157,6 +161,11 @@ TEST_CASE("text codec: prompts of bytes, numbers and text; what does not fit the
     CAPTURE(word);
     CHECK(error_of([&] { numbers.tokens("5 " + word); }).find("-prompt '" + word + "'") == 0);
   }
+  CHECK(TextCodec(320, "", 7).tokens("") == Tokens{7});
+  for (int start : {-1, 320, kEndOfText})
+    CHECK(error_of([&] { TextCodec(320, "", start).tokens(""); }) ==
+          "-prompt '': this model's vocabulary of 320 has no token " + std::to_string(start) +
+              " to begin with; give token ids, or -separator");
   const std::string path = "gdn/tests/golden/bpe_vocabulary.txt";
   const Vocabulary vocabulary(path);
   const TextCodec text(vocabulary.size(), path);
@@ -238,6 +247,29 @@ TEST_CASE("sampling: temperature 0 is greedy, the lower token on ties; a small o
     CHECK(sample_token(logits.data(), 2, {1e-300, 0, 1, 1}, uniform) == 1);
     CHECK(sample_token(logits.data(), 5, {1, 1, 1, 1}, uniform) == 2);
   }
+}
+
+TEST_CASE("sampling: logits that are not numbers draw nothing") {
+  for (float bad : {NAN, INFINITY})
+    for (size_t place : {0, 1, 3}) {
+      std::vector<float> logits = {0, 3, 7, 1};
+      logits[place] = bad;
+      for (double temperature : {0.0, 1.0})
+        CHECK(error_of([&] {
+                sample_token(logits.data(), 4, {temperature, 0, 1, 1}, 0.5);
+              }) == "the model's logits are not finite: no token can be drawn");
+    }
+}
+
+TEST_CASE("generate: a prompt's tokens are among the rows of the table") {
+  Cpu<float> dev;
+  Parameters<Cpu<float>> parameters(dev, make_config(32, 32, 1, 2, 0, 2, 320, Parametrization::mup));
+  parameters.initialize(1);
+  for (int32_t token : {-1, 320, kEndOfText})
+    CHECK(error_of([&] {
+            generate<Cpu<float>>(
+                parameters, {1, token}, 2, {}, kNoSeparator, [](int) {}, [] { return false; });
+          }) == "-prompt: token " + std::to_string(token) + ", expected 0 to 319");
 }
 
 TEST_CASE("generate: tokens depend on the seed alone; memory not on how many there are") {

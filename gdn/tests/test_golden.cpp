@@ -36,10 +36,7 @@ constexpr double kFloatError = 2e-5;   // a few hundred roundings on the way to 
 struct GoldenFile {
   explicit GoldenFile(const std::string& name) : file("gdn/tests/golden/" + name + ".safetensors") {}
   Doubles operator[](const std::string& name) const {
-    const TensorView& view = file.at(name);
-    size_t count = 1;
-    for (const int64_t n : view.shape) count *= size_t(n);
-    return stored_values<double>(view, count, file.path());
+    return stored_values<double>(file.at(name), file.path());
   }
   int size(const std::string& name, int axis) const { return int(file.at(name).shape.at(axis)); }
   SafetensorsFile file;
@@ -239,8 +236,8 @@ Outputs run_model(Device& dev, const GoldenFile& golden) {
   using real = typename Device::real;
   const int batch = golden.size("inputs", 0), tokens = golden.size("inputs", 1);
   std::vector<int32_t> inputs(size_t(batch) * tokens), targets(inputs.size());
-  std::memcpy(inputs.data(), golden.file.at("inputs").data, inputs.size() * sizeof(int32_t));
-  std::memcpy(targets.data(), golden.file.at("targets").data, targets.size() * sizeof(int32_t));
+  golden.file.at("inputs").read(inputs.data(), 0, inputs.size() * sizeof(int32_t));
+  golden.file.at("targets").read(targets.data(), 0, targets.size() * sizeof(int32_t));
   Parameters<Device> p(dev, golden_config());
   p.allocate_gradients();
   for (const Tensor& t : p.table.tensors) {

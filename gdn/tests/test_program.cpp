@@ -81,6 +81,12 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-i good.bin,text.txt", "text.txt"},
                         Case{"-i text.txt -j good.bin", "good.bin"},
                         Case{"-i text.txt -T 4096", "text.txt"},
+                        Case{"-i ''", "-i ''"},
+                        Case{"-j text.txt", "-j 'text.txt'"},
+                        Case{"-vocab_size 300", "-vocab_size 300"},
+                        Case{"-i good.bin -vocab_size 100", "vocabulary of 100"},
+                        Case{"-i good.bin -mask_docs -separator 7", "-mask_docs"},
+                        Case{"-b 1048576 -B 1048576 -T 16777216", "-b 1048576"},
                         Case{"-gen 5", "-load"},
                         Case{"-gen 5 -load nowhere", "nowhere"},
                         Case{"-load nowhere", "nowhere"},
@@ -108,7 +114,7 @@ TEST_CASE("program: -h lists every option with its default") {
         "-resume ", "-s ",           "-load ",  "-gen ",         "-prompt ", "-eps ",    "-wd_mode ",
         "-gains ",  "-coord_check ", "-vocab ", "-temperature ", "-top_k ",  "-top_p ",  "-mask_docs ",
         "-lr_of ",   "-gates ",      "-clip_norm ", "-init_of ",
-        "-logit_factor "}) {
+        "-logit_factor ", "-vocab_size ", "-separator "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -358,11 +364,11 @@ TEST_CASE("program: a full disk while saving is said, the run goes on, the old c
 TEST_CASE("program: a loss that is not finite stops the run and keeps the last good checkpoint") {
   Folder folder;
   const Outcome o =
-      run(folder, kTiny + std::string("-n 400 -opt sgd -lr 1e6 -clip 0 -warmup 20 -save 1 -keep 1 -o out"));
+      run(folder, kTiny + std::string("-n 400 -opt sgd -lr 1e6 -clip 0 -warmup 400 -save 1 -keep 0 -o out"));
   CHECK(o.code == 1);
   CHECK(o.err.find("not finite") != std::string::npos);
   CHECK(o.err.find("step ") != std::string::npos);
-  CHECK(run(folder, "-d cpu -gen 5 -load out").code == 0);
+  CHECK(run(folder, "-d cpu -gen 5 -load out/step_00000001").code == 0);
 }
 
 TEST_CASE("program: a token outside the vocabulary, met far into a run, loses nothing") {
@@ -377,6 +383,38 @@ TEST_CASE("program: a token outside the vocabulary, met far into a run, loses no
   REQUIRE(o.out.find("step 1/10") != std::string::npos);
   CHECK(o.out.find("saved out/step_") != std::string::npos);
   CHECK(run(folder, "-d cpu -gen 2 -load out").code == 0);
+}
+
+TEST_CASE("program: data that shrink while training: one line, a checkpoint, exit code 1") {
+  Folder folder;
+  for (const char* change : {": > d.txt", "rm d.txt", "echo x >> d.txt"}) {
+    write_file(folder.path / "d.txt", std::string(100000, 'x'));
+    const std::string later = "{ (while ! grep -q 'step 2/' .out 2>/dev/null; do sleep 0.02; done; " + std::string(change) + ") & }";
+    fs::remove(folder.path / ".out");
+    fs::remove_all(folder.path / "out");
+    const Outcome o = run(folder, kTiny + std::string("-n 1000000 -save 0 -i d.txt -o out"), later);
+    CAPTURE(o.err);
+    CHECK(o.code == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK(o.err.rfind("train_gdn: d.txt: ", 0) == 0);
+    CHECK(o.out.find("saved out/step_") != std::string::npos);
+    CHECK(run(folder, "-d cpu -gen 2 -load out").code == 0);
+  }
+}
+
+TEST_CASE("program: shards of another tokenizer train, resume and generate with their vocabulary") {
+  Folder folder;
+  std::vector<uint16_t> tokens(900);
+  for (size_t i = 0; i < tokens.size(); i++) tokens[i] = uint16_t(i % 11 ? 2 + i * 37 % 318 : 1);
+  write_file(folder.path / "s.bin", shard(tokens));
+  REQUIRE(run(folder, kTiny + std::string("-i s.bin -vocab_size 320 -separator 1 -mask_docs -n 4 -save 2 -keep 0 -o out")).code == 0);
+  const std::string last = read_file(folder.path / "out" / "step_00000004" / "training_state.safetensors");
+  fs::remove_all(folder.path / "out" / "step_00000004");
+  REQUIRE(run(folder, "-d cpu -resume -o out").code == 0);
+  CHECK(read_file(folder.path / "out" / "step_00000004" / "training_state.safetensors") == last);
+  const Outcome o = run(folder, "-d cpu -load out -gen 5");
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
 }
 
 TEST_CASE("program: samples depend on seed and prompt alone; token ids where the data are shards") {
