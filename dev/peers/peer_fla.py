@@ -103,7 +103,7 @@ def fla_step(spec: str, steps: int, mode: str = "eager") -> dict:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
                                   capturable=mode == "graph")
     forward = torch.compile(model) if mode == "compile" else model
-    losses = []
+    losses, parameters = [], sum(p.numel() for p in model.parameters())
 
     def step():
         with torch.autocast(device, torch.bfloat16):
@@ -130,7 +130,7 @@ def fla_step(spec: str, steps: int, mode: str = "eager") -> dict:
     gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     del model, optimizer, forward, step, call
     torch_tools.free()
-    return dict(ms=times, gib=gib, losses=losses, vocabulary=c.padded_vocab, host_ms=host, first_s=round(first, 1), how=mode)
+    return dict(ms=times, gib=gib, losses=losses, parameters=parameters, host_ms=host, first_s=round(first, 1), how=mode)
 
 
 def compile_ahead(seconds: float, wanted: list[str]) -> None:
