@@ -2,7 +2,8 @@
 # train_gdn beside its peers on one GPU, in phases that can be called apart: dev/peers/run.sh PHASE [SECONDS]
 #   install            wheels of the folders in WHEELS (with blanks between) into SITE; nothing is fetched
 #   compile   [240]    what the peers compile, side by side on all cores; may run beside another process that uses the GPU: it
-#                      needs the memory of weights and moments alone (about 40 GiB with all steps), and times nothing
+#                      needs up to 60 GiB with all steps (weights and moments, fla's logits), and times nothing but
+#                      XLA's own trials of matrix products
 #   tune      [150]    fla's autotuners measure their configurations; the GPU must be idle else
 #   kernels   [90]     the gated delta rule at the shapes of common.py
 #   steps     [120]    training steps
@@ -53,7 +54,7 @@ install() {
         grep -v WARNING
     done
   done
-  ls "$SITE" | grep dist-info
+  (cd "$SITE" && echo ./*.dist-info)
 }
 
 compile() {
@@ -108,7 +109,7 @@ gradients() {
   export FLA_CACHE_RESULTS=0 FLA_TILELANG=0 FLA_FLASH_QLA=0
   work=$(mktemp -d)
   if [ -z "${MODEL:-}" ]; then  # a model after a few steps, on the built-in stories
-    timeout -k 5 30 ./train_gdn -w 256 -L 4 -T 512 -B 16 -n 20 -s 0 -v 0 -o "$work/model" >"$PEERS_WORK/logs/model.log" 2>&1
+    timeout -k 5 30 ./train_gdn -w 512 -L 4 -T 512 -B 16 -n 20 -s 0 -v 0 -o "$work/model" >"$PEERS_WORK/logs/model.log" 2>&1
     MODEL=$work/model
   fi
   timeout -k 5 $((limit / 2)) "$PYTHON" dev/torch/compare.py "$MODEL" "${hopper[@]}" 2>"$PEERS_WORK/logs/compare.log" |
