@@ -4,12 +4,20 @@
 # make bench        benchmarks of the kernels and of the training step (needs a GPU)
 # make train_gdn_readable, make test_gdn_readable
 #                   the same programs with the GPU layers of dev/readable: float throughout, written to be read
+# make debug        build/debug/train_gdn and test_gdn, for a debugger
+# make ci           what a clean machine does (.ci/run): packages, builds without and with nvcc, all tests
+# make format       clang-format over the C++ and CUDA files
 # make gpu-check    says which GPU, compiler and libraries the build found
 # make clean
 #
 # Settings: NVCC= (empty: build without CUDA), GPU_ARCH=90a (default: the GPU present, else 80 with PTX for newer
-# ones), OPENBLAS=no (own loops for the CPU's matrix products), MARCH=native, CXX=g++.
+# ones), OPENBLAS=no (own loops for the CPU's matrix products), MARCH=native, CXX=g++, EXTRA= (more flags, for
+# both compilers). make uses all cores unless -j says otherwise, compiles what a change touches, and everything
+# again where a setting or a library it found has changed.
 
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc)
+endif
 CXX ?= g++
 MARCH ?= native
 ifeq ($(shell command -v $(CXX)),)
@@ -21,17 +29,19 @@ OPENBLAS ?= $(shell printf '$(HASH)include <cblas.h>\nint main() { openblas_set_
   $(CXX) -x c++ - -o /dev/null -lopenblas 2>/dev/null && echo yes || echo no)
 DOCTEST := $(shell printf '$(HASH)include <doctest/doctest.h>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo yes || echo no)
 
-WARNINGS := -Wall -Wextra
-CXXFLAGS := -std=c++17 -O3 -march=$(MARCH) -fno-math-errno -fno-trapping-math -fopenmp
+BUILD := build
+PROGRAMS := .
+CXXFLAGS := -std=c++17 -O3 -march=$(MARCH) -fno-math-errno -fno-trapping-math -fopenmp -Wall -Wextra
+DEPENDENCIES := -MMD -MP
+COMPILE_CXX = $(CXX) $(CXXFLAGS) -I. $(DEFINES) $(DEPENDENCIES) $(EXTRA) -x c++ -c
 LIBS :=
 ifeq ($(OPENBLAS),yes)
-CXXFLAGS += -DGDN_OPENBLAS
+DEFINES += -DGDN_OPENBLAS
 LIBS += -lopenblas
 endif
 
 ifeq ($(NVCC),)
-COMPILE = $(CXX) $(CXXFLAGS) $(WARNINGS) -x c++
-LINK_LIBS = -x none $(LIBS)
+LINK = $(CXX) $(CXXFLAGS) $(EXTRA)
 else
 GPU_FOUND := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . | grep -E '^[0-9]+$$')
 GPU_ARCH ?= $(if $(GPU_FOUND),$(subst 90,90a,$(GPU_FOUND)),80)
@@ -39,43 +49,85 @@ GENCODE := -gencode=arch=compute_$(GPU_ARCH),code=sm_$(GPU_ARCH)
 ifeq ($(GPU_ARCH),80)
 GENCODE += -gencode=arch=compute_80,code=compute_80
 endif
+# where nvcc takes CUDA's headers from, for the files that the C++ compiler compiles
+CUDA_INCLUDES := $(patsubst -I%,-isystem %,$(shell $(NVCC) -dryrun -x cu -c /dev/null 2>&1 | sed -n 's/.* INCLUDES="\([^"]*\)".*/\1/p'))
+DEFINES += -DGDN_CUDA $(CUDA_INCLUDES)
 # 1675: nvcc does not know a pragma that it passes on to the host's compiler
-comma := ,
-empty :=
-space := $(empty) $(empty)
-COMPILE = $(NVCC) -std=c++17 -O3 -diag-suppress 1675 $(GENCODE) -ccbin $(CXX) -x cu \
-  -Xcompiler $(subst $(space),$(comma),$(strip $(filter-out -std=c++17 -O3 -DGDN_OPENBLAS,$(CXXFLAGS)) $(WARNINGS))) \
-  $(filter -DGDN_OPENBLAS,$(CXXFLAGS))
-LINK_LIBS = $(LIBS) -lcublasLt
+COMPILE_NVCC = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler -diag-suppress 1675 -lineinfo $(GENCODE) \
+  $(CXXFLAGS) -I. -I$(dir $(NVCC))../extras/CUPTI/include $(DEFINES) $(DEPENDENCIES) $(EXTRA) -c
+LINK = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler $(GENCODE) $(CXXFLAGS) $(EXTRA)
+LIBS += -lcublasLt
 endif
 
-HEADERS := $(wildcard *.h *.cuh gdn/*.h gdn/*.cuh gdn/kernels/*.cuh dev/readable/*.cuh)
-TESTS := $(wildcard gdn/tests/*.h)
+# ---- what the programs are made of: objects in build/, one for each .cpp and .cu file
 
-.PHONY: all test sanitize bench gpu-check clean doctest
-all: train_gdn
+objects = $(patsubst %,$(BUILD)/%.o,$(basename $(1)))
+TESTS := $(call objects,test_gdn.cu $(wildcard gdn/tests/*.cpp))
+ifneq ($(NVCC),)
+HEAD_DIMS := 32 64 96 128 192 256
+PASSES := $(HEAD_DIMS:%=$(BUILD)/gdn/kernels/delta_rule/delta_rule_head_dim_%.o)
+LAYERS := $(PASSES) $(filter-out %/delta_rule_head_dim.o,$(call objects,$(wildcard gdn/*.cu gdn/kernels/*.cu gdn/kernels/*/*.cu)))
+TESTS += $(call objects,$(wildcard gdn/tests/*.cu))
+else
+TESTS := $(filter-out $(BUILD)/gdn/tests/test_cuda_%,$(TESTS))
+endif
+# host code alone, whatever the name says
+HOST_CODE := $(call objects,train_gdn.cu test_gdn.cu dev/bench_step.cu dev/delta_rule_file.cu)
 
-train_gdn: train_gdn.cu $(HEADERS) Makefile
-	$(COMPILE) $< -o $@ $(LINK_LIBS)
+.PHONY: all test sanitize bench debug ci format gpu-check clean doctest force
+all: $(PROGRAMS)/train_gdn
 
-test_gdn: test_gdn.cu $(HEADERS) $(TESTS) Makefile | doctest
-	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
+$(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(LAYERS)
+	$(LINK) $^ -o $@ $(LIBS)
 
-train_gdn_readable: train_gdn.cu $(HEADERS) Makefile
-	$(if $(NVCC),,$(error make $@ needs nvcc))
-	$(COMPILE) -DGDN_READABLE $< -o $@ $(LINK_LIBS)
+$(PROGRAMS)/test_gdn: $(TESTS) $(LAYERS)
+	$(LINK) $^ -o $@ $(LIBS)
 
-test_gdn_readable: test_gdn.cu $(HEADERS) $(TESTS) Makefile | doctest
-	$(if $(NVCC),,$(error make $@ needs nvcc))
-	$(COMPILE) -DGDN_READABLE -I. $< -o $@ $(LINK_LIBS)
+# The compilers' commands as files: newer than the objects where a setting, or a library found, has changed.
+COMMANDS := $(BUILD)/COMPILE_CXX $(BUILD)/COMPILE_NVCC
+$(COMMANDS): $(BUILD)/%: force
+	@mkdir -p $(BUILD)
+	@echo '$($*)' | cmp -s - $@ || echo '$($*)' >$@
+
+$(BUILD)/%.o: %.cpp $(BUILD)/COMPILE_CXX
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) $< -o $@
+
+$(HOST_CODE): $(BUILD)/%.o: %.cu $(BUILD)/COMPILE_CXX
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) $< -o $@
+
+$(BUILD)/%.o: %.cu $(BUILD)/COMPILE_NVCC
+	@mkdir -p $(@D)
+	$(COMPILE_NVCC) $< -o $@
+
+$(PASSES): $(BUILD)/gdn/kernels/delta_rule/delta_rule_head_dim_%.o: gdn/kernels/delta_rule/delta_rule_head_dim.cu $(BUILD)/COMPILE_NVCC
+	@mkdir -p $(@D)
+	$(COMPILE_NVCC) -DGDN_HEAD_DIM_K=$* $< -o $@
+
+# what --version says: compiled again where the commit has changed
+COMMIT := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+VERSION = -DGDN_COMMIT='"$(COMMIT)"' $(if $(NVCC),-DGDN_GPU_CODE='"sm_$(GPU_ARCH)"')
+$(BUILD)/COMMIT: force
+	@mkdir -p $(BUILD)
+	@echo '$(COMMIT)' | cmp -s - $@ || echo '$(COMMIT)' >$@
+$(BUILD)/gdn/version.o: gdn/version.cpp $(BUILD)/COMMIT $(BUILD)/COMPILE_CXX
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) $(VERSION) $< -o $@
+
+-include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
+
+# ---- tests
+
+$(TESTS): | doctest
 
 doctest:
 ifneq ($(DOCTEST),yes)
 	@echo "make: the tests need doctest: apt-get install doctest-dev" >&2; exit 1
 endif
 
-test: train_gdn test_gdn
-	./test_gdn
+test: $(PROGRAMS)/train_gdn $(PROGRAMS)/test_gdn
+	$(PROGRAMS)/test_gdn
 
 # The layers' tests and one of the whole model; the test that runs out of memory means to. racecheck takes the barriers
 # inside cuBLASLt's own kernels (nvjet...) for races, so it leaves out the tests with matrix products.
@@ -85,18 +137,44 @@ sanitize: test_gdn
 	compute-sanitizer --tool memcheck --error-exitcode 1 ./test_gdn $(SANITIZED)
 	compute-sanitizer --tool racecheck --error-exitcode 1 ./test_gdn $(RACECHECKED)
 
+ci:
+	.ci/run
+
+# ---- for developers
+
+# the GPU layers of dev/readable in place of the fast ones; their tests without those of the fast ones' insides
+READABLE := $(BUILD)/dev/readable/layers.o $(BUILD)/gdn/cuda_device.o
+READABLE_TEST := $(BUILD)/dev/readable/test_cuda_delta_rule.o
+$(READABLE_TEST): gdn/tests/test_cuda_delta_rule.cu $(BUILD)/COMPILE_NVCC | doctest
+	@mkdir -p $(@D)
+	$(COMPILE_NVCC) -DGDN_READABLE $< -o $@
+train_gdn_readable: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(READABLE) | needs_nvcc
+	$(LINK) $^ -o $@ $(LIBS)
+
+test_gdn_readable: $(filter-out %/test_cuda_delta_rule.o,$(TESTS)) $(READABLE_TEST) $(READABLE) | needs_nvcc
+	$(LINK) $^ -o $@ $(LIBS)
+
 bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_layers
 	./dev/bench_delta_rule
 	./dev/bench_step -phases
 
-dev/bench_%: dev/bench_%.cu $(HEADERS) $(wildcard dev/*.h) Makefile
-	$(if $(NVCC),,$(error make bench needs nvcc and a GPU))
-	$(COMPILE) -I. -I$(dir $(NVCC))../extras/CUPTI/include $< -o $@ $(LINK_LIBS)
+dev/bench_%: $(BUILD)/dev/bench_%.o $(LAYERS) | needs_nvcc
+	$(LINK) $^ -o $@ $(LIBS)
 
 # reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
-dev/delta_rule_file: dev/delta_rule_file.cu $(HEADERS) Makefile
-	$(COMPILE) -I. $< -o $@ $(LINK_LIBS)
+dev/delta_rule_file: $(BUILD)/dev/delta_rule_file.o $(LAYERS)
+	$(LINK) $^ -o $@ $(LIBS)
+
+.PHONY: needs_nvcc
+needs_nvcc:
+	$(if $(NVCC),,$(error this target needs nvcc))
+
+debug:
+	+$(MAKE) BUILD=build/debug PROGRAMS=build/debug EXTRA='-O1 -g $(EXTRA)' build/debug/train_gdn build/debug/test_gdn
+
+format:
+	git ls-files '*.h' '*.cuh' '*.cpp' '*.cu' | xargs clang-format -i
 
 gpu-check:
 	@echo "nvcc: $(or $(NVCC),not found: builds for the CPU alone)"
@@ -104,4 +182,5 @@ gpu-check:
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:
+	rm -rf build
 	rm -f train_gdn test_gdn train_gdn_readable test_gdn_readable dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file

@@ -13,7 +13,7 @@
 //   To a profiler each layer is an NVTX range of its own name.
 //   Floors are the bytes a layer must move, each input read and each output written once. Times and percents in
 //   gdn/kernels/*.cuh are of an NVIDIA H100 and of its own measured copy rate, 3.005 TB/s, read + write, of a
-//   device-to-device copy (dev/bench_layers.cu; dev/results/2026-11-26_h100), unless the comment names another
+//   device-to-device copy (dev/bench_layers.cu; dev/results/layer_speed), unless the comment names another
 //   card and record. A layer's time includes its second stage.
 #pragma once
 
@@ -167,18 +167,3 @@ void round_weights(Cuda&, act* weights, const float* master, size_t n);
 void random_normals(Cuda&, float* x, size_t n, uint64_t key, double standard_deviation);
 
 }  // namespace gdn
-
-#ifdef GDN_READABLE  // make train_gdn_readable
-#include "dev/readable/layers.cuh"
-#else
-#include "gdn/kernels/classifier.cuh"
-#include "gdn/kernels/delta_rule/delta_rule.cuh"
-#include "gdn/kernels/embedding.cuh"
-#include "gdn/kernels/initial_values.cuh"
-#include "gdn/kernels/linear.cuh"
-#include "gdn/kernels/optimizer.cuh"
-#include "gdn/kernels/output_norm.cuh"
-#include "gdn/kernels/rmsnorm.cuh"
-#include "gdn/kernels/short_conv.cuh"
-#include "gdn/kernels/swiglu.cuh"
-#endif

@@ -1,44 +1,37 @@
-// Tests of train_gdn (doctest): layer against layer, GPU against CPU, CPU against finite differences. Each
-// file of gdn/tests holds the tests of one part. ./test_gdn -h shows doctest's options, e.g.
-// --test-case='*delta rule*'.
+// The tests of train_gdn (doctest), in gdn/tests: layer against layer, GPU against CPU, CPU against finite
+// differences. ./test_gdn -h shows doctest's options, e.g. --test-case='*delta rule*', or --test-suite=gpu
+// for those that need a GPU. Where there is none they are skipped by name.
 //
 // The last line is: N passed, N failed, N skipped.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
 #include <cstdio>
+#include <cstring>
+#include <ostream>
+#include <string>
+#include <vector>
 
-#include "dataloader.h"
-#include "mup.h"
-#include "gdn/cpu_layers.h"
-#ifdef __CUDACC__
-#include "gdn_kernels.cuh"
+#ifdef GDN_CUDA
+#include "gdn/cuda_device.cuh"
 #endif
 
-#include "gdn/tests/skip.h"
-#include "gdn/tests/test_checkpoint.h"
-#include "gdn/tests/test_config.h"
-#include "gdn/tests/test_coord_check.h"
-#include "gdn/tests/test_cpu_layers.h"
-#include "gdn/tests/test_cuda_delta_rule.h"
-#include "gdn/tests/test_cuda_layers.h"
-#include "gdn/tests/test_dataloader.h"
-#include "gdn/tests/test_generate.h"
-#include "gdn/tests/test_model.h"
-#include "gdn/tests/test_golden.h"
-#include "gdn/tests/test_mup.h"
-#include "gdn/tests/test_program.h"
+#include "gdn/tests/needs_gpu.h"
 
 namespace {
 
-// Counts what doctest ran, for the closing line.
-struct Counter : doctest::IReporter {
-  explicit Counter(const doctest::ContextOptions&) {}
-  void test_run_end(const doctest::TestRunStats& stats) override {
-    ran = int(stats.numTestCasesPassingFilters);
-    failed = int(stats.numTestCasesFailed);
+// Takes from doctest what the closing lines need: what ran, and which tests a listing named.
+struct Tally : doctest::IReporter {
+  explicit Tally(const doctest::ContextOptions&) {}
+  void test_run_end(const doctest::TestRunStats& run) override {
+    ran = int(run.numTestCasesPassingFilters);
+    failed = int(run.numTestCasesFailed);
   }
-  void report_query(const doctest::QueryData&) override {}
+  void report_query(const doctest::QueryData& listing) override {
+    for (unsigned i = 0; i < listing.num_data; i++)
+      if (std::strcmp(listing.data[i]->m_test_suite, gdn_tests::kGpuSuite) == 0)
+        need_gpu.push_back(listing.data[i]->m_name);
+  }
   void test_run_start() override {}
   void test_case_start(const doctest::TestCaseData&) override {}
   void test_case_reenter(const doctest::TestCaseData&) override {}
@@ -51,18 +44,38 @@ struct Counter : doctest::IReporter {
   void test_case_skipped(const doctest::TestCaseData&) override {}
 
   static inline int ran = 0, failed = 0;
+  static inline std::vector<std::string> need_gpu;
 };
+
+// Why tests that need a GPU cannot run; empty where they can.
+std::string no_gpu() {
+#ifdef GDN_CUDA
+  return gdn::Cuda::unavailable();
+#else
+  return "built without nvcc";
+#endif
+}
 
 }  // namespace
 
-REGISTER_LISTENER("counter", 1, Counter);
+REGISTER_LISTENER("tally", 1, Tally);
 
 int main(int argc, char** argv) {
   doctest::Context context(argc, argv);
+  const std::string reason = no_gpu();
+  if (!reason.empty()) {
+    std::vector<const char*> arguments(argv, argv + argc);
+    arguments.push_back("--list-test-cases");
+    doctest::Context listing(int(arguments.size()), arguments.data());
+    std::ostream nowhere(nullptr);
+    listing.setCout(&nowhere);
+    listing.run();
+    context.addFilter("test-suite-exclude", gdn_tests::kGpuSuite);
+  }
   const int result = context.run();
   if (context.shouldExit()) return result;
-  const int skipped = gdn_tests::skipped_tests;
-  std::printf("%d passed, %d failed, %d skipped\n", Counter::ran - Counter::failed - skipped, Counter::failed,
-              skipped);
+  for (const std::string& name : Tally::need_gpu) std::printf("skipped (%s): %s\n", reason.c_str(), name.c_str());
+  std::printf("%d passed, %d failed, %d skipped\n", Tally::ran - Tally::failed, Tally::failed,
+              int(Tally::need_gpu.size()));
   return result;
 }

@@ -16,45 +16,21 @@
 #include <vector>
 
 #include "../gdn_kernels.cuh"
+#include "../gdn/kernels/delta_rule/delta_rule.cuh"
+#include "../gdn/tests/inputs.h"
 
 namespace {
 
 using namespace gdn;
+using namespace gdn_tests;
 
 constexpr double kBandwidth = 3.0e12, kRate = 600e12;
 
-MixerShape make_shape(int batch, int tokens, int heads_k, int heads_v, int dk, int dv) {
-  MixerShape shape;
-  shape.batch = batch, shape.tokens = tokens;
-  shape.heads_k = heads_k, shape.heads_v = heads_v;
-  shape.head_dim_k = dk, shape.head_dim_v = dv;
-  return shape;
-}
-
-template <class T>
-Buffer<Cuda, T> upload(Cuda& device, const std::vector<T>& x) {
-  Buffer<Cuda, T> buffer(device, x.size(), "a benchmark");
-  device.upload(buffer.get(), x.data(), buffer.bytes());
-  device.synchronize();
-  return buffer;
-}
-
-// qkv with q and k of length 1 per head.
-std::vector<act> random_qkv(const MixerShape& shape) {
+// qkv with q and k of length 1 per head, as bf16.
+std::vector<act> qkv_of(const MixerShape& shape) {
   std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  const int C = shape.conv_channels(), dk = shape.head_dim_k;
-  std::vector<float> row(C);
-  std::vector<act> qkv(size_t(shape.rows()) * C);
-  for (int m = 0; m < shape.rows(); m++) {
-    for (float& x : row) x = normal(random);
-    for (int head = 0; head < 2 * shape.heads_k; head++) {
-      float length = 0;
-      for (int i = 0; i < dk; i++) length += row[head * dk + i] * row[head * dk + i];
-      for (int i = 0; i < dk; i++) row[head * dk + i] /= std::sqrt(length);
-    }
-    for (int i = 0; i < C; i++) qkv[size_t(m) * C + i] = __float2bfloat16_rn(row[i]);
-  }
+  std::vector<act> qkv;
+  for (float x : random_qkv<float>(shape, random)) qkv.push_back(__float2bfloat16_rn(x));
   return qkv;
 }
 
@@ -118,7 +94,7 @@ void report(const char* name, double ms, const Cost& cost) {
 }
 
 void bench(Cuda& device, const MixerShape& shape, int runs) {
-  const auto qkv = upload(device, random_qkv(shape));
+  const auto qkv = upload(device, qkv_of(shape));
   const size_t values = size_t(shape.rows()) * shape.value_dim(),
                gate_count = size_t(shape.rows()) * shape.heads_v;
   const auto d_o = upload(device, random_act(values));

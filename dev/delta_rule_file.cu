@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "../gdn/cpu_layers.h"
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
 #include "../gdn_kernels.cuh"
 #endif
 #include "../gdn/model_checkpoint.h"
@@ -33,9 +33,7 @@ struct Input {
       safetensors::fail_tensor(
           file.path(), name,
           "shape " + safetensors::shape_text(view.shape) + ", expected " + safetensors::shape_text(shape));
-    size_t count = 1;
-    for (const int64_t n : shape) count *= size_t(n);
-    return stored_values<float>(view, count, file.path());
+    return stored_values<float>(view, file.path());
   }
 };
 
@@ -129,7 +127,7 @@ int main(int argc, char** argv) {
       run(dev, argv[1], argv[2]);
       return 0;
     }
-#ifdef __CUDACC__
+#ifdef GDN_CUDA
     Cuda dev;
     run(dev, argv[1], argv[2]);
     return 0;

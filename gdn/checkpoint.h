@@ -12,8 +12,9 @@
 // its step until the new one is in place. Folders named .tmp never count. One process at a time may save to
 // a folder.
 //
-// A folder with config.json and model.safetensors alone, as Hugging Face writes them, opens as well: its
-// weights can be read, training cannot go on from it.
+// A folder with config.json and model.safetensors alone, as Hugging Face writes them, or with the latter in
+// several files and model.safetensors.index.json, opens as well: its weights can be read, training cannot go
+// on from it.
 //
 // Errors are std::runtime_error with one line: the file, the value seen and what was expected.
 #pragma once
@@ -53,6 +54,10 @@ struct Checkpoint {
   SafetensorsFile model, training_state;
   bool has_training_state = false;  // false: a folder of weights; counters are null, training_state is empty
 };
+
+// Deletes the checkpoints up to this step but for the newest `keep` of them (keep <= 0: all stay), passing over
+// damaged ones and those whose name is not their step.
+void delete_older_checkpoints(const std::string& out_dir, int64_t step, int keep);
 
 // Writes OUT/step_XXXXXXXX, makes OUT where it is missing, and returns the checkpoint's path. A checkpoint of
 // the same step is replaced. Afterwards deletes checkpoints older than this one until `keep` are left, this
@@ -209,10 +214,20 @@ inline void rename_folder(const std::string& from, const std::string& to) {
     safetensors::fail(from, "cannot rename to " + to + ": " + std::strerror(errno));
 }
 
-// Deletes a folder, as far as that is possible.
+// Deletes a checkpoint's files and its folder, as far as that is possible; the folder stays where it holds
+// anything else.
 inline void remove_folder(const std::string& path) {
-  std::error_code ignored;
-  fs::remove_all(path, ignored);
+  for (const char* name : {kManifest, kModel, kTrainingState, kConfig}) unlink((path + "/" + name).c_str());
+  rmdir(path.c_str());
+}
+
+// Throws where the folder holds anything but a checkpoint's files: this program did not write it.
+inline void require_ours(const std::string& path) {
+  for (const auto& entry : fs::directory_iterator(path)) {
+    const std::string name = entry.path().filename().string();
+    if (name != kManifest && name != kModel && name != kTrainingState && name != kConfig)
+      safetensors::fail(path, "holds '" + name + "', which is not of a checkpoint; expected a name that is free");
+  }
 }
 
 // Deletes a checkpoint, as far as that is possible, so that a kill on the way leaves a .tmp.
@@ -239,6 +254,7 @@ inline void publish(const std::string& path) {
   const std::string old = path + ".old";
   const bool replaces = fs::exists(path);
   if (replaces) {
+    require_ours(path);
     discard(old);
     rename_folder(path, old);
   }
@@ -250,9 +266,18 @@ inline void publish(const std::string& path) {
   }
 }
 
-// Whether the manifest is right and the files have the sizes that it says.
-inline bool looks_complete(const std::string& folder) try {
+// Throws where a folder is not named for the step that its checkpoint holds.
+inline void require_step(const Folder& folder, const Json& manifest) {
+  if (manifest.integer("step") != folder.step)
+    safetensors::fail(folder.path, "holds step " + std::to_string(manifest.integer("step")) +
+                                       ", expected the step that its name says");
+}
+
+// Whether the manifest is right, of the step that the name says, and the files have the sizes that it says.
+inline bool looks_complete(const Folder& found) try {
+  const std::string& folder = found.path;
   const Json manifest = read_manifest(folder);
+  require_step(found, manifest);
   for (const char* name : kFiles)
     if (int64_t(fs::file_size(folder + "/" + name)) != manifest.at("files").at(name).integer("size"))
       return false;
@@ -267,7 +292,7 @@ inline void delete_older(const std::string& out_dir, int64_t step, int keep) {
   for (const Folder& folder : list_folders(out_dir)) {
     if (folder.kind == Kind::temporary || folder.step > step) continue;
     const bool superseded = folder.kind == Kind::replaced && fs::exists(step_path(out_dir, folder.step));
-    if (superseded || (keep > 0 && looks_complete(folder.path) && ++kept > keep)) discard(folder.path);
+    if (superseded || (keep > 0 && looks_complete(folder) && ++kept > keep)) discard(folder.path);
   }
 }
 
@@ -284,12 +309,24 @@ inline Checkpoint open_complete(const std::string& path) {
           true};
 }
 
+// The weights of a folder as Hugging Face writes them, in one file or, with an index, in several.
 inline Checkpoint open_weights(const std::string& path) {
-  const std::string base = path + "/";
-  return {path, read_json_file(base + kConfig), {}, SafetensorsFile(base + kModel), {}, false};
+  const std::string base = path + "/", index = base + kModel + ".index.json";
+  const bool sharded = !fs::exists(base + kModel) && fs::exists(index);
+  if (!sharded && !fs::exists(base + kModel) && fs::exists(base + "pytorch_model.bin"))
+    safetensors::fail(base + "pytorch_model.bin", std::string("PyTorch's format is not read, expected ") +
+                                                      kModel +
+                                                      " (save_pretrained with safe_serialization=True)");
+  return {path, read_json_file(base + kConfig),
+          {},   sharded ? SafetensorsFile::sharded(index) : SafetensorsFile(base + kModel),
+          {},   false};
 }
 
 }  // namespace checkpoints
+
+inline void delete_older_checkpoints(const std::string& out_dir, int64_t step, int keep) {
+  checkpoints::delete_older(out_dir, step, keep);
+}
 
 inline std::string save_checkpoint(const std::string& out_dir, const CheckpointContents& contents, int keep) {
   const std::string path = checkpoints::step_path(out_dir, contents.step);
@@ -316,9 +353,10 @@ inline std::string find_newest_checkpoint(const std::string& out_dir,
   for (const checkpoints::Folder& folder : checkpoints::list_folders(out_dir)) {
     if (folder.kind == checkpoints::Kind::temporary) continue;
     try {
+      checkpoints::require_step(folder, checkpoints::read_manifest(folder.path));
       return checkpoints::open_complete(folder.path).path;
     } catch (const std::runtime_error& e) {
-      warn("passing over a damaged checkpoint: " + std::string(e.what()));
+      warn("passing over a checkpoint: " + std::string(e.what()));
     }
   }
   return "";

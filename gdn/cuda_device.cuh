@@ -42,8 +42,12 @@ inline void launched(const char* kernel) {
   throw std::runtime_error(std::string("launch of ") + kernel + ": " + cudaGetErrorString(status));
 }
 
-// Runs nowhere; asking for its attributes tells whether this build holds machine code for the GPU.
-static __global__ void probe_kernel() {}
+// Whether this build holds machine code for the GPU (gdn/cuda_device.cu).
+cudaError_t has_code_for_gpu() noexcept;
+
+// Which kernels run on the GPU, for the program's first lines: "sm_90a, wgmma", or "portable, mma.sync" with what
+// would make them faster where something would.
+std::string kernels_in_use();
 
 // A matrix product of one shape as cuBLASLt wants it described, with the algorithm chosen for it
 // (linear.cuh).
@@ -241,8 +245,7 @@ struct Cuda {
     int devices = 0;
     cudaError_t status = cudaGetDeviceCount(&devices);
     if (status == cudaSuccess && devices == 0) status = cudaErrorNoDevice;
-    cudaFuncAttributes attributes;
-    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, probe_kernel);
+    if (status == cudaSuccess) status = has_code_for_gpu();
     cudaGetLastError();  // asking is not an error
     return status;
   }

@@ -18,6 +18,9 @@
 //   range_push(name, layer), range_pop()                    profiler ranges (NVTX on the GPU, nothing on the CPU)
 #pragma once
 
+#include <malloc.h>
+#include <unistd.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -30,6 +33,11 @@
 
 namespace gdn {
 
+inline size_t physical_memory() {
+  const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+  return pages > 0 && page > 0 ? size_t(pages) * size_t(page) : SIZE_MAX;
+}
+
 template <class Real>
 struct Cpu {
   using real = Real;
@@ -40,13 +48,19 @@ struct Cpu {
   // `bytes` of uninitialised host memory, aligned to 64 bytes; `what` and `remedy` go into the error.
   void* allocate(size_t bytes, const char* what, const char* remedy) {
     void* p = nullptr;
-    if (posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
+    // More than the machine has is refused here: the kernel would grant it, and kill the process that uses it.
+    const size_t memory = physical_memory();
+    if (bytes > memory || in_use_ > memory - bytes || posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
       throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB asked for " + what +
                                "; " + remedy);
     allocated[what] += bytes;
+    in_use_ += malloc_usable_size(p);
     return p;
   }
-  void release(void* p) { std::free(p); }
+  void release(void* p) {
+    in_use_ -= malloc_usable_size(p);
+    std::free(p);
+  }
   void upload(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
   void download(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
   void download_later(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
@@ -55,7 +69,7 @@ struct Cpu {
   void synchronize() {}
 
   void* allocate_host(size_t bytes) {
-    void* p = std::malloc(bytes ? bytes : 1);
+    void* p = bytes <= physical_memory() ? std::malloc(bytes ? bytes : 1) : nullptr;
     if (!p) throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB on the host");
     return p;
   }
@@ -78,6 +92,9 @@ struct Cpu {
 
   void range_push(const char*, int) {}
   void range_pop() {}
+
+ private:
+  size_t in_use_ = 0;  // bytes
 };
 
 // Owns `size` elements of T on a device.

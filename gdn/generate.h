@@ -31,10 +31,12 @@ struct Sampling {
   uint64_t seed = 42;
 };
 
-// A token among the first `vocab` entries; `uniform` in (0,1) decides.
+// A token among the first `vocab` entries; `uniform` in (0,1) decides. Throws where a logit is not a number.
 template <class Real>
 int sample_token(const Real* logits, int vocab, const Sampling& sampling, double uniform) {
   const Real top = *std::max_element(logits, logits + vocab);
+  if (!std::isfinite(top) || std::any_of(logits, logits + vocab, [](Real z) { return std::isnan(z); }))
+    throw std::runtime_error("the model's logits are not finite: no token can be drawn");
   if (sampling.temperature == 0) return int(std::find(logits, logits + vocab, top) - logits);
   std::vector<int> tokens(vocab);
   std::iota(tokens.begin(), tokens.end(), 0);
@@ -62,9 +64,9 @@ int sample_token(const Real* logits, int vocab, const Sampling& sampling, double
 // Text in and out of a model: bytes, GPT-2's tokens by a vocabulary's file, or without one their numbers.
 class TextCodec {
  public:
-  // vocab: the model's; path: a vocabulary's file (vocabulary.h), or "". Throws one line where they do not
-  // agree.
-  TextCodec(int vocab, const std::string& path) : vocab_(vocab) {
+  // vocab: the model's; path: a vocabulary's file (vocabulary.h), or ""; start: the token that begins a
+  // document, where no vocabulary's file says it. Throws one line where vocab and file do not agree.
+  TextCodec(int vocab, const std::string& path, int start = kEndOfText) : vocab_(vocab), start_(start) {
     if (path.empty()) return;
     if (is_bytes()) throw std::runtime_error("-vocab " + path + ": this model reads bytes and needs none");
     vocabulary_ = std::make_unique<Vocabulary>(path);
@@ -74,8 +76,9 @@ class TextCodec {
   }
 
   // Tokens of a prompt. A text is the start of a document: with a vocabulary's file the end-of-text token
-  // comes before it. An empty prompt is a new line of bytes, or the end-of-text token. Throws one line naming
-  // a word that is not a token's number where numbers are expected.
+  // comes before it. An empty prompt is a new line of bytes, or the token that begins a document. Throws one
+  // line naming a word that is not a token's number where numbers are expected, and where an empty prompt has
+  // no token to begin with.
   std::vector<int32_t> tokens(const std::string& prompt) const {
     std::vector<int32_t> tokens;
     if (is_bytes()) {
@@ -117,11 +120,15 @@ class TextCodec {
                                  std::to_string(vocab_ - 1) + ", separated by spaces");
       tokens.push_back(int32_t(id));
     }
-    if (tokens.empty()) tokens.push_back(kEndOfText);
+    if (tokens.empty() && (start_ < 0 || start_ >= vocab_))
+      throw std::runtime_error("-prompt '': this model's vocabulary of " + std::to_string(vocab_) +
+                               " has no token " + std::to_string(start_) +
+                               " to begin with; give token ids, or -separator");
+    if (tokens.empty()) tokens.push_back(start_);
     return tokens;
   }
 
-  int vocab_;
+  int vocab_, start_;
   std::unique_ptr<Vocabulary> vocabulary_;
 };
 
@@ -142,11 +149,15 @@ void feed(Model<Device>& model, const std::vector<int32_t>& tokens, RecurrentSta
 
 // Feeds `prompt`, then draws `count` tokens and hands each to `emit`, until `stop` says so. The tokens depend
 // on the weights, the prompt and `sampling` alone. separator: as the model was trained with
-// (Model::separator).
+// (Model::separator). Throws one line where a token of the prompt is not in the vocabulary.
 template <class Device>
 void generate(Parameters<Device>& parameters, const std::vector<int32_t>& prompt, int64_t count,
               const Sampling& sampling, int separator, const std::function<void(int)>& emit,
               const std::function<bool()>& stop) {
+  for (const int32_t token : prompt)
+    if (token < 0 || token >= parameters.config.vocab)
+      throw std::runtime_error("-prompt: token " + std::to_string(token) + ", expected 0 to " +
+                               std::to_string(parameters.config.vocab - 1));
   Model<Device> model(parameters, 1, kPromptPiece, Use::inference, Recompute::nothing, separator);
   RecurrentState<Device> state(parameters.dev, parameters.config, 1);
   std::vector<typename Device::real> logits;

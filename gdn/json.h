@@ -16,13 +16,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <variant>
 #include <vector>
+
+#include "regular_file.h"
 
 namespace gdn {
 
@@ -84,20 +85,12 @@ Json parse_json(const std::string& text, const std::string& source);
 // NaN and infinity, which JSON cannot hold.
 std::string json_text(const Json& json, bool indented = false);
 
-// All bytes of a file. Throws when it cannot be read.
-inline std::string read_text_file(const std::string& path) {
-  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  std::string text;
-  char piece[4096];
-  size_t bytes = 0;
-  while (file && (bytes = std::fread(piece, 1, sizeof piece, file.get())) > 0) text.append(piece, bytes);
-  if (!file || std::ferror(file.get()))
-    throw std::runtime_error(path + ": cannot read: " + std::strerror(errno));
-  return text;
+// The JSON value in a file, which may begin with UTF-8's byte order mark. Throws when the file cannot be read
+// or holds something else.
+inline Json read_json_file(const std::string& path) {
+  const std::string text = read_text_file(path);
+  return parse_json(text.compare(0, 3, "\xef\xbb\xbf") == 0 ? text.substr(3) : text, path);
 }
-
-// The JSON value in a file. Throws when the file cannot be read or holds something else.
-inline Json read_json_file(const std::string& path) { return parse_json(read_text_file(path), path); }
 
 // ---------------------------------------------------------------------------------------------------------
 
@@ -164,10 +157,13 @@ class Reader {
     if (peek() == '{') return object(depth);
     if (peek() == '[') return array(depth);
     if (peek() == '"') return string();
-    if (peek() == '-' || is_digit()) return number();
+    if ((peek() == '-' && text_.compare(position_, 2, "-I") != 0) || is_digit()) return number();
     if (take_word("true")) return true;
     if (take_word("false")) return false;
     if (take_word("null")) return {};
+    for (const char* word : {"NaN", "Infinity", "-Infinity"})
+      if (text_.compare(position_, std::strlen(word), word) == 0)
+        fail_with(std::string("expected a value, found ") + word + ", which JSON does not have");
     fail("expected a value");
   }
 

@@ -21,6 +21,7 @@ struct Tensor {
   TensorClass cls;
   std::vector<int64_t> shape;
   size_t offset = 0, size = 0;
+  FanIn fan_in = FanIn::width;  // of a hidden weight (mup.h)
 };
 
 // Where each layer's tensors start. Tensors that enter one matrix product stand behind each other as rows of
@@ -42,9 +43,9 @@ inline ParameterTable make_parameter_table(const ModelConfig& c) {
   ParameterTable table;
   // Appends a tensor; `aligned` ones start at a multiple of 64 elements, the others right behind the last.
   const auto add = [&](const std::string& name, TensorClass cls, std::vector<int64_t> shape,
-                       bool aligned = true) {
+                       bool aligned = true, FanIn fan_in = FanIn::width) {
     if (aligned) table.size = (table.size + 63) / 64 * 64;
-    Tensor t{name, cls, std::move(shape), table.size, 1};
+    Tensor t{name, cls, std::move(shape), table.size, 1, fan_in};
     for (int64_t n : t.shape) t.size *= size_t(n);
     table.size += t.size;
     table.count += t.size;
@@ -71,11 +72,11 @@ inline ParameterTable make_parameter_table(const ModelConfig& c) {
     at.A_log = add(attn + "A_log", TensorClass::gate_scalar, {heads});
     at.dt_bias = add(attn + "dt_bias", TensorClass::gate_scalar, {heads});
     at.o_norm = add(attn + "o_norm.weight", TensorClass::output_gain, {c.head_dim_v});
-    at.o_proj = add(attn + "o_proj.weight", TensorClass::hidden, {d, values});
+    at.o_proj = add(attn + "o_proj.weight", TensorClass::hidden, {d, values}, true, FanIn::values);
     at.mlp_norm = add(layer + "mlp_norm.weight", TensorClass::gain, {d});
     at.gate_up = add(layer + "mlp.gate_proj.weight", TensorClass::hidden, {c.mlp_size, d});
     add(layer + "mlp.up_proj.weight", TensorClass::hidden, {c.mlp_size, d}, false);
-    at.down = add(layer + "mlp.down_proj.weight", TensorClass::hidden, {d, c.mlp_size});
+    at.down = add(layer + "mlp.down_proj.weight", TensorClass::hidden, {d, c.mlp_size}, true, FanIn::inner);
     table.layers.push_back(at);
   }
   table.final_norm = add("model.norm.weight", TensorClass::gain, {d});
@@ -104,7 +105,7 @@ inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64
       return float(dt + std::log(-std::expm1(-dt)));  // softplus^-1(dt)
     }
     default:
-      return float(init_std(mup, t.cls) * random_normal(key, index));
+      return float(init_std(mup, t.cls, t.fan_in) * random_normal(key, index));
   }
 }
 
@@ -150,7 +151,7 @@ class Parameters {
       const uint64_t key = stream_key(seed, t.name);
       const double factor = factors[int(t.cls)];
       if (drawn_from_a_normal(t.cls)) {
-        random_normals(dev, master(t.offset), t.size, key, factor * init_std(mup, t.cls));
+        random_normals(dev, master(t.offset), t.size, key, factor * init_std(mup, t.cls, t.fan_in));
         continue;
       }
       values.resize(t.size);
@@ -174,10 +175,10 @@ class Parameters {
     for (const Tensor& t : table.tensors) {
       const double factor = factors[int(t.cls)];
       // a factor of 0 leaves the tensor as it is, decay included
-      const double decay = weight_decay * weight_decay_scale(mup, optimizer, t.cls, mode) /
+      const double decay = weight_decay * weight_decay_scale(mup, optimizer, t.cls, mode, t.fan_in) /
                            (mode == DecayMode::coupled || factor == 0 ? 1 : factor);
-      spans.push_back({t.offset, t.size, float(factor * learning_rate_scale(mup, optimizer, t.cls)),
-                       float(decay), float(clip_weight(mup, t.cls, clip_norm))});
+      spans.push_back({t.offset, t.size, float(factor * learning_rate_scale(mup, optimizer, t.cls, t.fan_in)),
+                       float(decay), float(clip_weight(mup, t.cls, clip_norm, t.fan_in))});
     }
     return spans;
   }

@@ -1,6 +1,7 @@
 // Random numbers as a pure function of (key, index): the same on every device, in any order, with any number
-// of threads. splitmix64's finalizer (Steele, Lea, Flood 2014) mixes a counter; Box-Muller turns pairs into
-// normals.
+// of threads. splitmix64's finalizer (Steele, Lea, Flood 2014), a bijection that scatters near inputs, mixes
+// a counter; Box-Muller turns pairs into normals. Beside them a stream of integers and a permutation computed
+// element by element, for the data.
 #pragma once
 
 #include <cmath>
@@ -21,6 +22,46 @@ GDN_HOST_DEVICE inline uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
   return x ^ (x >> 31);
+}
+
+// splitmix64 as a stream of random integers.
+struct RandomStream {
+  uint64_t state;
+
+  uint32_t next() {
+    uint32_t bits = uint32_t(mix64(state) >> 32);
+    state += 0x9e3779b97f4a7c15ull;
+    return bits;
+  }
+
+  // Uniform in [0, n), n >= 1, without bias: Lemire's multiply-and-reject (2019).
+  uint32_t below(uint32_t n) {
+    uint64_t product = uint64_t{next()} * n;
+    if (uint32_t(product) < n) {
+      const uint32_t threshold = (0u - n) % n;
+      while (uint32_t(product) < threshold) product = uint64_t{next()} * n;
+    }
+    return uint32_t(product >> 32);
+  }
+};
+
+// Image of i under a pseudo-random permutation of [0, n), 0 <= i < n, chosen by key: a six-round balanced
+// Feistel network on the smallest even number of bits that holds n values, applied again until the image
+// falls below n (cycle walking; fewer than 4 applications on average).
+inline uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
+  int half_bits = 0;
+  while (half_bits < 32 && (uint64_t{1} << (2 * half_bits)) < n) ++half_bits;
+  const uint64_t half_mask = (uint64_t{1} << half_bits) - 1;
+  do {
+    uint64_t left = i >> half_bits, right = i & half_mask;
+    for (uint64_t round = 0; round < 6; ++round) {
+      const uint64_t mixed = left ^ (mix64(mix64(key + round) + right) & half_mask);
+      left = right;
+      right = mixed;
+    }
+    i = left << half_bits | right;
+  } while (i >= n);
+  return i;
 }
 
 // A stream of its own for each (seed, name): FNV-1a of the name, mixed with the seed.

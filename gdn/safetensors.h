@@ -15,7 +15,6 @@
 #pragma once
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -25,6 +24,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -32,6 +32,7 @@
 #include <vector>
 
 #include "json.h"
+#include "regular_file.h"
 
 namespace gdn {
 
@@ -71,13 +72,17 @@ FileDigest write_text_file(const std::string& path, const std::string& text);
 // Reads a file and returns its digest. Throws when it cannot be read.
 FileDigest digest_file(const std::string& path);
 
-// A tensor in a mapped file. data is a multiple of the element size in files written here and by Python; the
-// format does not promise it, so copy rather than cast.
+// A tensor in a file, which stays open as long as a view of it lives.
 struct TensorView {
   std::string name, dtype;
   std::vector<int64_t> shape;
-  const uint8_t* data = nullptr;
+  uint64_t offset = 0;  // of its first byte in the file
   size_t bytes = 0;
+  std::shared_ptr<const RegularFile> file;
+
+  // Bytes [begin, begin + count) of the tensor. Throws when they cannot be read, and when the file changed
+  // since it was opened.
+  void read(void* to, size_t begin, size_t count) const { file->read(to, offset + begin, count); }
 };
 
 // ---------------------------------------------------------------------------------------------------------
@@ -271,44 +276,10 @@ inline std::string header_bytes(const std::string& path, const std::vector<Tenso
   return std::string(reinterpret_cast<const char*>(&size), sizeof size) + text;
 }
 
-// A read-only mapping of a whole file.
-class Mapping {
- public:
-  Mapping() = default;
-  // Throws when the file cannot be mapped.
-  explicit Mapping(const std::string& path) {
-    const OpenFile file(path, O_RDONLY | O_CLOEXEC);
-    struct stat status = {};
-    if (fstat(file.descriptor, &status) != 0) fail_errno(path, "read");
-    if (!S_ISREG(status.st_mode)) fail(path, "expected a regular file");
-    if (status.st_size == 0) return;
-    void* address = mmap(nullptr, size_t(status.st_size), PROT_READ, MAP_PRIVATE, file.descriptor, 0);
-    if (address == MAP_FAILED) fail_errno(path, "map");
-    data_ = static_cast<const uint8_t*>(address);
-    size_ = size_t(status.st_size);
-  }
-  ~Mapping() {
-    if (data_) munmap(const_cast<uint8_t*>(data_), size_);
-  }
-  Mapping(Mapping&& other) noexcept { *this = std::move(other); }
-  Mapping& operator=(Mapping&& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
-
-  const uint8_t* data() const { return data_; }
-  size_t size() const { return size_; }
-
- private:
-  const uint8_t* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 }  // namespace safetensors
 
-// A safetensors file, memory-mapped. The views point into the mapping and live as long as the object or the
-// one it was moved to.
+// The tensors of a safetensors file, or of several that an index names. The files stay open as long as the
+// object, one it was copied to, or a view lives.
 class SafetensorsFile {
  public:
   // No file: holds no tensors.
@@ -316,14 +287,43 @@ class SafetensorsFile {
 
   // Throws unless the header is right in everything: its size, its JSON, known dtypes, each name once, sizes
   // that match shapes, and data that fill the file without gap or overlap.
-  explicit SafetensorsFile(const std::string& path) : path_(path), mapping_(path) {
-    const uint64_t header_size = read_header_size();
-    const char* text = reinterpret_cast<const char*>(mapping_.data()) + 8;
-    const Json header = parse_json(std::string(text, header_size), path + " (header)");
-    if (!header.is<Json::Object>()) fail("header is " + json::described(header) + ", expected an object");
-    const uint8_t* const data = mapping_.data() + 8 + header_size;
-    const size_t data_bytes = mapping_.size() - 8 - header_size;
-    index(read_header(header, data, data_bytes), data, data_bytes);
+  explicit SafetensorsFile(const std::string& path) : path_(path) { add(path); }
+
+  // The tensors of the files in which `index` (Hugging Face's model.safetensors.index.json) says they are.
+  // Throws where a file holds other tensors than the index says, and as above.
+  static SafetensorsFile sharded(const std::string& index) {
+    SafetensorsFile all;
+    all.path_ = index;
+    const Json json = read_json_file(index);
+    const size_t folder = index.rfind('/') + 1;
+    std::map<std::string, std::string> weight_map;
+    std::set<std::string> files;
+    try {
+      for (const auto& [name, file] : json.object("weight_map")) {
+        const std::string* text = std::get_if<std::string>(&file.value);
+        if (!text || text->empty() || text->find('/') != std::string::npos)
+          throw std::runtime_error("'weight_map' has " + json::described(file) + " for '" + name +
+                                   "', expected the name of a file beside it");
+        weight_map[name] = *text;
+        files.insert(*text);
+      }
+    } catch (const std::runtime_error& e) {
+      all.fail(e.what());
+    }
+    for (const std::string& file : files) {
+      const std::string path = index.substr(0, folder) + file;
+      const size_t before = all.names_.size();
+      all.add(path);
+      for (size_t i = before; i < all.names_.size(); i++)
+        if (const auto at = weight_map.find(all.names_[i]); at == weight_map.end() || at->second != file)
+          safetensors::fail_tensor(
+              path, all.names_[i],
+              at == weight_map.end() ? "is not in " + index : "is in " + at->second + " by " + index);
+    }
+    for (const auto& [name, file] : weight_map)
+      if (!all.find(name))
+        safetensors::fail_tensor(index.substr(0, folder) + file, name, "is missing, expected it by " + index);
+    return all;
   }
 
   // The tensor, or nullptr where there is none of that name.
@@ -338,108 +338,140 @@ class SafetensorsFile {
     fail("tensor '" + name + "' is missing");
   }
 
-  const std::string& path() const { return path_; }
+  const std::string& path() const { return path_; }                 // of the file, or of the index
   const std::vector<std::string>& names() const { return names_; }  // in the order of the data
   const std::map<std::string, std::string>& metadata() const { return metadata_; }
 
  private:
   [[noreturn]] void fail(const std::string& message) const { safetensors::fail(path_, message); }
 
-  uint64_t read_header_size() const {
-    if (mapping_.size() < 8)
-      fail(std::to_string(mapping_.size()) + " bytes, expected at least the 8 of the header's size");
-    uint64_t size;
-    std::memcpy(&size, mapping_.data(), sizeof size);
-    const uint64_t limit = std::min<uint64_t>(mapping_.size() - 8, safetensors::kMaxHeader);
-    if (size > limit)
-      fail("header size " + std::to_string(size) + ", expected at most " + std::to_string(limit) +
-           " in a file of " + std::to_string(mapping_.size()) + " bytes");
-    return size;
-  }
+  void add(const std::string& path) { Reader(*this, path).read(); }
 
-  void read_metadata(const Json& entries) {
-    if (!entries.is<Json::Object>())
-      fail("__metadata__ is " + json::described(entries) + ", expected an object");
-    for (const auto& [key, value] : std::get<Json::Object>(entries.value)) {
-      if (!value.is<std::string>())
-        fail("__metadata__ '" + key + "' is " + json::described(value) + ", expected a string");
-      metadata_[key] = std::get<std::string>(value.value);
+  // Reads the header of one file.
+  class Reader {
+   public:
+    Reader(SafetensorsFile& all, const std::string& path)
+        : all_(all), path_(path), file_(std::make_shared<const RegularFile>(path)) {}
+
+    void read() {
+      const uint64_t header_size = read_header_size();
+      std::string text(size_t(header_size), '\0');
+      file_->read(text.data(), 8, text.size());
+      const Json header = parse_json(text, path_ + " (header)");
+      if (!header.is<Json::Object>()) fail("header is " + json::described(header) + ", expected an object");
+      start_ = 8 + header_size;
+      data_bytes_ = file_->size() - start_;
+      index(read_header(header));
     }
-  }
 
-  // The integers of an array in a header entry; throws, naming neither file nor tensor, unless all are at
-  // least 0.
-  static std::vector<int64_t> read_sizes(const Json& entry, const std::string& key) {
-    std::vector<int64_t> sizes;
-    for (const Json& item : entry.array(key)) {
-      const int64_t* size = std::get_if<int64_t>(&item.value);
-      if (!size || *size < 0)
-        throw std::runtime_error("'" + key + "' holds " + json::described(item) +
-                                 ", expected integers from 0");
-      sizes.push_back(*size);
+   private:
+    [[noreturn]] void fail(const std::string& message) const { safetensors::fail(path_, message); }
+
+    uint64_t read_header_size() const {
+      const uint64_t file_size = file_->size();
+      char begin[64] = {};
+      file_->read(begin, 0, size_t(std::min<uint64_t>(file_size, sizeof begin)));
+      if (std::string(begin, sizeof begin).rfind("version https://git-lfs.github.com/spec/", 0) == 0)
+        fail("is a Git LFS pointer, not the weights; fetch them with git lfs pull");
+      if (file_size < 8)
+        fail(std::to_string(file_size) + " bytes, expected at least the 8 of the header's size");
+      uint64_t size;
+      std::memcpy(&size, begin, sizeof size);
+      const uint64_t limit = std::min<uint64_t>(file_size - 8, safetensors::kMaxHeader);
+      if (size > limit)
+        fail("header size " + std::to_string(size) + ", expected at most " + std::to_string(limit) +
+             " in a file of " + std::to_string(file_size) + " bytes");
+      return size;
     }
-    return sizes;
-  }
 
-  // The view that an entry of the header describes; throws, naming neither file nor tensor, where its parts
-  // contradict each other or the size of the data.
-  static TensorView read_entry(const std::string& name, const Json& entry, const uint8_t* data,
-                               size_t data_bytes) {
-    TensorView view{name, entry.string("dtype"), read_sizes(entry, "shape"), nullptr, 0};
-    view.bytes = size_t(safetensors::tensor_bytes(view.dtype, view.shape));
-    const std::vector<int64_t> offsets = read_sizes(entry, "data_offsets");
-    const std::string offsets_text = "'data_offsets' " + safetensors::shape_text(offsets);
-    if (offsets.size() != 2 || offsets[0] > offsets[1])
-      throw std::runtime_error(offsets_text + ", expected begin and end");
-    if (size_t(offsets[1]) > data_bytes)
-      throw std::runtime_error(offsets_text + ", but the file has " + std::to_string(data_bytes) +
-                               " bytes of data");
-    if (size_t(offsets[1] - offsets[0]) != view.bytes)
-      throw std::runtime_error(offsets_text + ", expected a span of " + std::to_string(view.bytes) +
-                               " bytes for " + view.dtype + " " + safetensors::shape_text(view.shape));
-    view.data = data + offsets[0];
-    return view;
-  }
-
-  std::vector<TensorView> read_header(const Json& header, const uint8_t* data, size_t data_bytes) {
-    std::vector<TensorView> views;
-    for (const auto& [name, entry] : std::get<Json::Object>(header.value)) {
-      if (name == safetensors::kMetadata) {
-        read_metadata(entry);
-        continue;
-      }
-      try {
-        views.push_back(read_entry(name, entry, data, data_bytes));
-      } catch (const std::runtime_error& e) {
-        safetensors::fail_tensor(path_, name, e.what());
+    void read_metadata(const Json& entries) {
+      if (!entries.is<Json::Object>())
+        fail("__metadata__ is " + json::described(entries) + ", expected an object");
+      for (const auto& [key, value] : std::get<Json::Object>(entries.value)) {
+        if (!value.is<std::string>())
+          fail("__metadata__ '" + key + "' is " + json::described(value) + ", expected a string");
+        all_.metadata_[key] = std::get<std::string>(value.value);
       }
     }
-    return views;
-  }
 
-  // Takes the views in the order of their data; throws unless these fill the file without gap or overlap.
-  void index(std::vector<TensorView> views, const uint8_t* data, size_t data_bytes) {
-    std::sort(views.begin(), views.end(), [](const TensorView& a, const TensorView& b) {
-      return std::make_pair(a.data, a.bytes) < std::make_pair(b.data, b.bytes);
-    });
-    size_t end = 0;
-    for (TensorView& view : views) {
-      const size_t begin = size_t(view.data - data);
-      if (begin != end)
-        safetensors::fail_tensor(path_, view.name,
-                                 "data start at byte " + std::to_string(begin) + ", expected " +
-                                     std::to_string(end) + ", where those before end");
-      end += view.bytes;
-      names_.push_back(view.name);
-      tensors_.emplace(view.name, std::move(view));
+    // The integers of an array in a header entry; throws, naming neither file nor tensor, unless all are at
+    // least 0.
+    static std::vector<int64_t> read_sizes(const Json& entry, const std::string& key) {
+      std::vector<int64_t> sizes;
+      for (const Json& item : entry.array(key)) {
+        const int64_t* size = std::get_if<int64_t>(&item.value);
+        if (!size || *size < 0)
+          throw std::runtime_error("'" + key + "' holds " + json::described(item) +
+                                   ", expected integers from 0");
+        sizes.push_back(*size);
+      }
+      return sizes;
     }
-    if (end != data_bytes)
-      fail(std::to_string(data_bytes) + " bytes of data, expected " + std::to_string(end) +
-           " from the header");
-  }
+
+    // The view that an entry of the header describes; throws, naming neither file nor tensor, where its parts
+    // contradict each other or the size of the data.
+    TensorView read_entry(const std::string& name, const Json& entry) const {
+      TensorView view{name, entry.string("dtype"), read_sizes(entry, "shape"), 0, 0, file_};
+      view.bytes = size_t(safetensors::tensor_bytes(view.dtype, view.shape));
+      const std::vector<int64_t> offsets = read_sizes(entry, "data_offsets");
+      const std::string offsets_text = "'data_offsets' " + safetensors::shape_text(offsets);
+      if (offsets.size() != 2 || offsets[0] > offsets[1])
+        throw std::runtime_error(offsets_text + ", expected begin and end");
+      if (uint64_t(offsets[1]) > data_bytes_)
+        throw std::runtime_error(offsets_text + ", but the file has " + std::to_string(data_bytes_) +
+                                 " bytes of data");
+      if (size_t(offsets[1] - offsets[0]) != view.bytes)
+        throw std::runtime_error(offsets_text + ", expected a span of " + std::to_string(view.bytes) +
+                                 " bytes for " + view.dtype + " " + safetensors::shape_text(view.shape));
+      view.offset = start_ + uint64_t(offsets[0]);
+      return view;
+    }
+
+    std::vector<TensorView> read_header(const Json& header) {
+      std::vector<TensorView> views;
+      for (const auto& [name, entry] : std::get<Json::Object>(header.value)) {
+        if (name == safetensors::kMetadata) {
+          read_metadata(entry);
+          continue;
+        }
+        try {
+          views.push_back(read_entry(name, entry));
+        } catch (const std::runtime_error& e) {
+          safetensors::fail_tensor(path_, name, e.what());
+        }
+      }
+      return views;
+    }
+
+    // Takes the views in the order of their data; throws unless these fill the file without gap or overlap.
+    void index(std::vector<TensorView> views) {
+      std::sort(views.begin(), views.end(), [](const TensorView& a, const TensorView& b) {
+        return std::make_pair(a.offset, a.bytes) < std::make_pair(b.offset, b.bytes);
+      });
+      uint64_t end = start_;
+      for (TensorView& view : views) {
+        if (view.offset != end)
+          safetensors::fail_tensor(path_, view.name,
+                                   "data start at byte " + std::to_string(view.offset - start_) +
+                                       ", expected " + std::to_string(end - start_) +
+                                       ", where those before end");
+        end += view.bytes;
+        all_.names_.push_back(view.name);
+        if (!all_.tensors_.emplace(view.name, view).second)
+          safetensors::fail_tensor(path_, view.name, "is in another file of the same model, too");
+      }
+      if (end - start_ != data_bytes_)
+        fail(std::to_string(data_bytes_) + " bytes of data, expected " + std::to_string(end - start_) +
+             " from the header");
+    }
+
+    SafetensorsFile& all_;
+    const std::string path_;
+    const std::shared_ptr<const RegularFile> file_;
+    uint64_t start_ = 0, data_bytes_ = 0;  // of the data
+  };
 
   std::string path_;
-  safetensors::Mapping mapping_;
   std::vector<std::string> names_;
   std::map<std::string, TensorView> tensors_;
   std::map<std::string, std::string> metadata_;
@@ -474,16 +506,15 @@ inline FileDigest write_text_file(const std::string& path, const std::string& te
 }
 
 inline FileDigest digest_file(const std::string& path) {
-  const safetensors::OpenFile file(path, O_RDONLY | O_CLOEXEC);
+  const RegularFile file(path);
   safetensors::Xxh64 hash;
-  std::vector<char> buffer(size_t{1} << 16);
-  for (;;) {
-    const ssize_t bytes = read(file.descriptor, buffer.data(), buffer.size());
-    if (bytes < 0 && errno == EINTR) continue;
-    if (bytes < 0) safetensors::fail_errno(path, "read");
-    if (bytes == 0) return {hash.size(), hash.digest()};
-    hash.update(buffer.data(), size_t(bytes));
+  std::vector<char> buffer(size_t{1} << 20);
+  for (uint64_t offset = 0; offset < file.size(); offset += buffer.size()) {
+    const size_t piece = size_t(std::min<uint64_t>(buffer.size(), file.size() - offset));
+    file.read(buffer.data(), offset, piece);
+    hash.update(buffer.data(), piece);
   }
+  return {hash.size(), hash.digest()};
 }
 
 }  // namespace gdn

@@ -16,15 +16,13 @@
 #pragma once
 
 #include <algorithm>
-#include <cerrno>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <fstream>
 #include <functional>
 #include <iterator>
 #include <queue>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -33,14 +31,15 @@
 #include <utility>
 #include <vector>
 
+#include "regular_file.h"
+
 namespace gdn {
 
 class Vocabulary {
  public:
   // Throws one line that names the file, and the line of it, where it is not as described above.
   explicit Vocabulary(const std::string& path) : path_(path) {
-    std::ifstream file(path);
-    if (!file) throw std::runtime_error(path + ": cannot open: " + std::strerror(errno));
+    std::istringstream file(read_text_file(path));
     if (next_line(file) != "train_gdn vocabulary 1")
       fail("expected 'train_gdn vocabulary 1', as scripts/tokenize_text.py writes it");
     letters_ = ranges(next_line(file), "letters ");
@@ -90,7 +89,7 @@ class Vocabulary {
     throw std::runtime_error(path_ + ": line " + std::to_string(line_) + ": " + what);
   }
 
-  std::string next_line(std::ifstream& file) {
+  std::string next_line(std::istringstream& file) {
     std::string line;
     line_++;
     std::getline(file, line);

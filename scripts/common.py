@@ -34,12 +34,16 @@ def run_main(main: Callable[[list[str]], int]) -> None:
     except BrokenPipeError:  # the reader of our output left, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
+        sys.exit(130)
     except (Error, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {e}")
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV that has at least these columns. A last line that a kill cut short is left out."""
+    """The rows of a CSV that has at least these columns. Lines "# ..." before its header, where a log says where
+    it comes from, and a last line that a kill cut short are left out."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -51,6 +55,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     lines = text.splitlines()
     if lines and not text.endswith("\n"):
         lines.pop()
+    while lines and lines[0].startswith("#"):
+        lines.pop(0)
     reader = csv.DictReader(lines)
     missing = [c for c in columns if c not in (reader.fieldnames or [])]
     if missing:

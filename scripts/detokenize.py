@@ -7,8 +7,8 @@
 To see what is in a shard, or to train on the same text as bytes (./train_gdn -i books.txt). Between documents stands
 --separator; with the default, tokenize_text.py gives back the same tokens where they are GPT-2's own of that text.
 
---vocab takes what tokenize_text.py's takes (a folder with vocab.bpe and encoder.json, a .tiktoken file), and the
-vocab.txt that it writes. Without it tiktoken fetches GPT-2's files.
+--vocab takes what tokenize_text.py's takes (a folder with vocab.bpe and encoder.json, a .tiktoken file, the vocab.txt
+that it writes). Without it tiktoken fetches GPT-2's files.
 """
 
 from __future__ import annotations
@@ -22,23 +22,9 @@ from pathlib import Path
 from common import Error, Parser, run_main
 from tokenize_text import END_OF_TEXT, SEPARATOR, read_vocabulary
 
-FIRST_LINE = b"train_gdn vocabulary 1\n"
-CLASSES = 3  # lines of classes of characters that follow it
-
 
 def tokens_of(path: Path | None) -> list[bytes]:
     """The bytes of each token by its number, the end of a document left out."""
-    if path and path.is_file():
-        with path.open("rb") as file:
-            if file.readline() == FIRST_LINE:
-                lines = file.read().splitlines()[CLASSES:]
-                try:
-                    known = [bytes.fromhex(line.decode()) for line in lines]
-                except ValueError:
-                    raise Error(f"{path}: expected a token in hexadecimal in each line") from None
-                if len(known) != END_OF_TEXT:
-                    raise Error(f"{path}: has {len(known)} tokens, expected the {END_OF_TEXT} of GPT-2")
-                return known
     ranks = read_vocabulary(path)
     return sorted(ranks, key=ranks.__getitem__)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A checkpoint of train_gdn as a folder that flash-linear-attention and transformers load.
 
-    python3 scripts/export_hf.py run_001 exported --vocab gpt2_files
+    python3 scripts/export_hf.py run_001 exported --vocab shards/vocab.txt
     python3 -c "import fla; from transformers import AutoModelForCausalLM as M; M.from_pretrained('exported')"
 
 GatedDeltaNetForCausalLM has none of muP's multipliers, so they go into the weights, with r = width / base width:
@@ -10,16 +10,16 @@ GatedDeltaNetForCausalLM has none of muP's multipliers, so they go into the weig
              residual stream by r: embedding, o_proj and down_proj.
   logits     1/r W_emb h: the embedding divided by r does both, and stays tied. Where the readout scale is fla's (muP of
              fixed head size, mup0), or with -logit_factor f, lm_head = f/r W_emb, untied.
---untied writes lm_head of a tied model too: flash-linear-attention 0.5.2 does not load a tied one under transformers 5
-("'list' object has no attribute 'keys'").
+lm_head is written for a tied model too, as one that is not tied: flash-linear-attention 0.5.2 does not load a tied one
+under transformers 5 ("'list' object has no attribute 'keys'"). --tied leaves it out where it is the embedding.
 Exact where r and f are powers of 2; else the scaled weights are rounded to their type once more. Rows of padding are left out:
 vocab_size is the number of tokens.
 
 ./train_gdn -load takes a checkpoint itself rather than its export: of a muP export with r other than 1 it refuses
 norm_eps, as its norms have a fixed eps of 1e-6.
 
---vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json; the tokenizer
-then loads with AutoTokenizer. A model of bytes gets a tokenizer of 256 bytes. Without PyTorch; weights keep their type.
+--vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, or the
+vocab.txt of tokenize_text.py; the tokenizer then loads with AutoTokenizer. A model of bytes gets a tokenizer of 256 bytes. Without PyTorch; weights keep their type.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import struct
 from pathlib import Path
 
 from common import Error, Parser, import_package, run_main
+from tokenize_text import FIRST_LINE, begins_with, gpt2_bytes, read_vocabulary, split_token
 
 SIZES = {"F64": 8, "F32": 4, "BF16": 2}
 EMBEDDING, HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -102,18 +103,23 @@ def newest_checkpoint(path: Path) -> Path:
     return steps[-1]
 
 
-def byte_letters() -> list[str]:
-    """The characters that stand for bytes 0 to 255 in GPT-2's files."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = iter(range(256, 512))
-    return [chr(b) if b in shown else chr(next(hidden)) for b in range(256)]
+def write_gpt2_files(out: Path, source: Path) -> None:
+    """vocab.json and merges.txt from a vocab.txt."""
+    ranks = read_vocabulary(source)
+    letter = {b: c for c, b in gpt2_bytes().items()}
+    text_of = lambda token: "".join(letter[b] for b in token)  # noqa: E731
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    merges = [" ".join(map(text_of, split_token(token, ranks))) for token in ordered if len(token) > 1]
+    (out / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+    ids = {text_of(token): ranks[token] for token in ordered} | {"<|endoftext|>": END_OF_TEXT}
+    (out / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
 
 
 def write_tokenizer(out: Path, vocab: int, source: Path | None) -> str:
     """vocab.json, merges.txt and tokenizer_config.json; says what it did."""
     config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
     if vocab == 256:
-        ids = {letter: b for b, letter in enumerate(byte_letters())}
+        ids = dict(sorted(gpt2_bytes().items(), key=lambda item: item[1]))
         (out / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
         (out / "merges.txt").write_text("#version: 0.2\n")
         # a token that GPT2Tokenizer must have, and may not add: a zero byte
@@ -122,20 +128,22 @@ def write_tokenizer(out: Path, vocab: int, source: Path | None) -> str:
     elif source is None:
         return "tokenizer: GPT-2's (AutoTokenizer.from_pretrained('gpt2')); --vocab puts its files in the folder"
     else:
-        for merges, ids in (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json")):
-            if (source / merges).exists() and (source / ids).exists():
-                shutil.copy(source / merges, out / "merges.txt")
-                shutil.copy(source / ids, out / "vocab.json")
-                break
+        pairs = [(source / a, source / b) for a, b in (("vocab.bpe", "encoder.json"), ("merges.txt", "vocab.json"))]
+        found = next(((merges, ids) for merges, ids in pairs if merges.exists() and ids.exists()), None)
+        if source.is_file() and begins_with(source, FIRST_LINE):
+            write_gpt2_files(out, source)
+        elif found:
+            shutil.copy(found[0], out / "merges.txt")
+            shutil.copy(found[1], out / "vocab.json")
         else:
-            raise Error(f"{source}: expected vocab.bpe and encoder.json, or merges.txt and vocab.json, in it")
+            raise Error(f"{source}: expected vocab.txt, or a folder with vocab.bpe and encoder.json, or merges.txt and vocab.json")
         config |= {name: "<|endoftext|>" for name in ("unk_token", "bos_token", "eos_token")}
         said = "tokenizer: GPT-2's"
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return said
 
 
-def export(checkpoint: Path, out: Path, source: Path | None, untied: bool) -> None:
+def export(checkpoint: Path, out: Path, source: Path | None, tied: bool) -> None:
     try:
         config = json.loads((checkpoint / "config.json").read_text())
         ours = config.pop("train_gdn")
@@ -144,12 +152,14 @@ def export(checkpoint: Path, out: Path, source: Path | None, untied: bool) -> No
         logit_scale = ours.get("logit_factor", 1) / ratio
     except (ValueError, KeyError, TypeError) as e:
         raise Error(f"{checkpoint / 'config.json'}: not a configuration of train_gdn ({e!r})") from None
-    stream = ratio if parametrization == "mup" and not ours["fixed_head_size"] else 1.0  # divides the residual stream
+    readout = {"param": parametrization}.get(ours.get("readout", "param"), ours.get("readout"))
+    grows = readout == "mup" and not ours["fixed_head_size"]
+    stream = config["hidden_size"] / ours["base_width"] if grows else 1.0  # divides the residual stream
     tensors = Tensors(checkpoint / "model.safetensors")
     if EMBEDDING not in tensors.entries:
         raise Error(f"{checkpoint / 'model.safetensors'}: tensor '{EMBEDDING}' is missing")
     exported = {name: tensors.rows(name, vocab if name in (EMBEDDING, HEAD) else None) for name in tensors.entries}
-    if untied or (HEAD in exported and logit_scale != 1) or logit_scale != 1 / stream:
+    if not tied or (HEAD in exported and logit_scale != 1) or logit_scale != 1 / stream:
         exported[HEAD] = scaled(exported.get(HEAD, exported[EMBEDDING]), logit_scale)
     if stream != 1:
         for name in exported:
@@ -172,10 +182,10 @@ def main(argv: list[str]) -> int:
     p = Parser(prog="export_hf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder (its newest one)")
     p.add_argument("out", type=Path, help="a new folder")
-    p.add_argument("--vocab", type=Path, metavar="FOLDER", help="GPT-2's files, for the tokenizer [none]")
-    p.add_argument("--untied", action="store_true", help="write lm_head of a tied model too")
+    p.add_argument("--vocab", type=Path, metavar="PATH", help="GPT-2's files or vocab.txt, for the tokenizer [none]")
+    p.add_argument("--tied", action="store_true", help="leave out lm_head where it is the embedding")
     a = p.parse_args(argv)
-    export(newest_checkpoint(a.checkpoint), a.out, a.vocab, a.untied)
+    export(newest_checkpoint(a.checkpoint), a.out, a.vocab, a.tied)
     return 0
 
 

@@ -8,6 +8,8 @@ Options after -- go to ./train_gdn, and are kept in the column options. Without 
 any time and give the same command again: rows in the CSV stay, a run that was cut off is repeated. A run that
 diverged or failed is a row too (column status). At the base width all parametrizations are the same network with
 the same updates, bit for bit: one of them is trained, and its row is written for each (column same_run_as).
+The column clipped is the share of steps whose gradient -clip shortened. Such a gradient enters SGD's momentum with norm
+clip, whatever its size was, so where most steps are clipped lr x clip is what decides; the line of such a run says it.
 """
 
 from __future__ import annotations
@@ -55,13 +57,16 @@ COLUMNS = [
     "seconds",
     "tokens_per_s",
     "options",
+    "clipped",
 ]
+REQUIRED = COLUMNS[:-1]  # CSVs from before the column clipped can be read, and go on
 PARAMS = {"adamw": ["sp", "mup"], "sgd": ["sp", "mup0", "mup"]}
 LRS = {"adamw": "5e-4,1e-3,2e-3,4e-3,8e-3,1.6e-2", "sgd": "0.05,0.1,0.2,0.4,0.8,1.6"}
 BASE_WIDTH = 256  # of train_gdn, without -w0
 PROTOCOL = {"L": "8", "T": "512", "B": "64", "n": "1000", "warmup": "100"}
 QUIET = {"v": "0", "s": "0", "save": "0"}
 OF_THE_GRID = {"w", "lr", "param", "opt", "seed", "o", "resume", "load", "gen", "h"}  # not allowed after --
+CLIP = "1"  # of train_gdn, without -clip
 NO_EFFECT_ON_LOSS = {"b", "d", "v", "s", "save", "keep", "recompute"}  # left out of the column options
 
 
@@ -97,6 +102,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument(
         "--minutes", type=float, default=math.inf, help="start no run that would not end in this time [no limit]"
     )
+    p.add_argument(
+        "--expect", default="", metavar="WIDTH=S,...",
+        help="seconds that a run of a width takes, for --minutes, until one in the CSV says it [scaled from other widths]",
+    )  # fmt: skip
     p.add_argument("--retry", action="store_true", help="repeat the runs whose status is failed")
     p.add_argument("--dry-run", action="store_true", help="list the runs and their tokens, train nothing")
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -106,6 +115,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         raise Error("after --: -i without -j leaves no validation loss; give -j FILES too")
     if not a.minutes > 0:
         raise Error(f"--minutes {a.minutes:g}: expected a positive number")
+    try:
+        pairs = [pair.split("=") for pair in a.expect.split(",") if pair]
+        a.expect = {int(width): float(seconds) for width, seconds in pairs}
+    except ValueError:
+        raise Error(f"--expect '{a.expect}': expected WIDTH=SECONDS with commas") from None
     for name in ("n", "B", "T", "w0"):
         value = a.extra.get(name, "1")
         if not value.isdigit() or value == "0":
@@ -172,7 +186,8 @@ def row_key(row: dict[str, str]) -> tuple:
 def read_rows(a: argparse.Namespace, path: Path) -> dict[tuple, dict[str, str]]:
     """The rows of an earlier sweep; an error where they were made with other options."""
     rows = {}
-    for row in read_csv(path, COLUMNS) if path.exists() else []:
+    for row in read_csv(path, REQUIRED) if path.exists() else []:
+        row.setdefault("clipped", "")
         expected = options_text(a, row["optimizer"])
         if row["options"] != expected:
             raise Error(f"{path}: holds runs with '{row['options']}', now '{expected}'; choose another -o")
@@ -197,13 +212,24 @@ def fill_in(a: argparse.Namespace, runs: list[Run], rows: dict[tuple, dict]) -> 
                 rows[key] = {**done[0], "param": key[1], "same_run_as": done[0]["param"]}
 
 
+def clip_of(a: argparse.Namespace, optimizer: str) -> float:
+    """The bound on the gradient's norm, 0: none."""
+    return float(settings(a, optimizer).get("clip", CLIP))
+
+
+def clipped_share(a: argparse.Namespace, optimizer: str, train: list[dict[str, str]]) -> float:
+    """Share of the steps whose gradient was longer than -clip; the log has its norm from before."""
+    clip = clip_of(a, optimizer)
+    return statistics.fmean(clip > 0 and float(entry["grad_norm"]) > clip for entry in train)
+
+
 def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: float) -> dict[str, str]:
     """The row of a run that ended, from its log.csv and the last line it said."""
     train: list[dict[str, str]] = []
     val: list[dict[str, str]] = []
     problem = ""
     try:
-        for entry in read_csv(folder / "log.csv", ["step", "split", "loss", "tokens_per_s"]):
+        for entry in read_csv(folder / "log.csv", ["step", "split", "loss", "grad_norm", "tokens_per_s"]):
             (val if entry["split"] == "val" else train).append(entry)
     except (Error, OSError) as e:
         problem = str(e)
@@ -224,6 +250,7 @@ def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: fl
         tail = losses[-max(1, min(10, len(losses) // 10)) :]  # a step's loss alone is noisy
         row["train_loss"] = f"{statistics.fmean(tail):.6f}"
         row["tokens_per_s"] = f"{statistics.median(float(entry['tokens_per_s']) for entry in train):.0f}"
+        row["clipped"] = f"{clipped_share(a, run.optimizer, train):.3f}"
     steps = settings(a, run.optimizer)["n"]
     if code != 0:
         row["status"] = "diverged" if "is not finite" in said else "failed"
@@ -241,8 +268,9 @@ def result(a: argparse.Namespace, run: Run, folder: Path, code: int, seconds: fl
 
 @dataclass
 class Eta:
-    """Seconds that runs take, per width; a width not seen yet is scaled from the nearest one."""
+    """Seconds that runs take, per width; of a width not seen yet what was expected, else scaled from the nearest one."""
 
+    expected: dict[int, float] = field(default_factory=dict)
     seen: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, width: int, seconds: float) -> None:
@@ -250,6 +278,8 @@ class Eta:
 
     def seconds(self, width: int) -> float:
         """NaN while nothing is known."""
+        if width in self.expected and width not in self.seen:
+            return self.expected[width]
         if not self.seen:
             return math.nan
         nearest = min(self.seen, key=lambda w: abs(math.log(w / width)))
@@ -264,8 +294,11 @@ class Eta:
         return "?" if math.isnan(left) else clock(left / len(pool.slots))
 
 
-def describe(row: dict[str, str]) -> str:
+def describe(a: argparse.Namespace, row: dict[str, str]) -> str:
     said = f"val {row['val_loss']}" if row["status"] == "ok" else f"{row['status']}: {row['message']}"
+    if row["optimizer"] == "sgd" and row["clipped"] and float(row["clipped"]) > 0:
+        step = float(row["lr"]) * clip_of(a, "sgd")
+        said += f"  {100 * float(row['clipped']):.0f}% of steps clipped, lr x clip {step:.4g}"
     return (
         f"{row['optimizer']} {row['param']} w {row['width']} lr {row['lr']} seed {row['seed']}  {said}"
         f"  {clock(float(row['seconds']))}  {row['tokens_per_s'] or 0} tokens/s"
@@ -290,7 +323,7 @@ def train_all(
         shutil.rmtree(stale)
     waiting = sorted(waiting, key=lambda run: -run.width)  # the order of the grid within a width
     too_long: list[Run] = []
-    eta = Eta()
+    eta = Eta(a.expect)
     for row in rows.values():
         if row["status"] == "ok" and not row["same_run_as"]:
             eta.add(int(row["width"]), float(row["seconds"]))
@@ -306,7 +339,7 @@ def train_all(
                 done += 1
                 if row["status"] == "ok":
                     eta.add(run.width, seconds)
-                print(f"{done}/{total}  {describe(row)}  eta {eta.text(waiting, pool)}", flush=True)
+                print(f"{done}/{total}  {describe(a, row)}  eta {eta.text(waiting, pool)}", flush=True)
             while waiting and pool.has_room():
                 run = waiting.pop(0)
                 if time.monotonic() - start + eta.seconds(run.width) > 60 * a.minutes:

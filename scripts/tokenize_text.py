@@ -4,16 +4,18 @@
     python3 scripts/tokenize_text.py --out shards --vocab gpt2_files corpus/*.parquet
     ./train_gdn -i 'shards/train_*.bin' -j 'shards/val_*.bin'
 
-Tokens are GPT-2's, by tiktoken. Every document begins with token 50256. A .jsonl or .jsonl.gz line and a .parquet row
-is a document, taken from --column; any other file is text: one document, or several where <|endoftext|> stands
-between them. A document goes to validation by its own hash, so that copies of it stay on one side. A shard ends with
-the document that fills it.
+Tokens are GPT-2's, by tiktoken. Every document begins with token 50256. A line of .jsonl or .ndjson, an object of .json
+(one, a list, or one a line) and a row of .parquet is a document, taken from --column (meta.text: of an object in it);
+any other file is text: one document, or several where <|endoftext|> stands between them. Each may be compressed (.gz,
+.zst, .xz, .bz2). Rows that are null or empty are skipped and counted.
+A document goes to validation by its own hash, so that copies of it stay on one side; where there are too few for that,
+the end of the last ones does. A shard ends with the document that fills it.
 
 The folder also gets vocab.txt, for text in and out (./train_gdn -load run_001 -gen 200 -prompt Once -vocab shards/vocab.txt).
 Stopped at any moment, the same command goes on after the last whole shard and writes the same bytes.
 
---vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, or a
-.tiktoken file (base64 and rank in each line). Without it tiktoken fetches GPT-2's files.
+--vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, a
+.tiktoken file (base64 and rank in each line), or a vocab.txt of this script. Without it tiktoken fetches GPT-2's files.
 """
 
 # The name is not tokenize.py: that would take the place of the standard library's module of this name for all
@@ -23,25 +25,39 @@ from __future__ import annotations
 
 import argparse
 import base64
+import bz2
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import lzma
+import multiprocessing
 import os
+import re
+import shutil
+import signal
 import struct
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Iterator
+from typing import Any, BinaryIO, Iterator
 
-from common import Error, Parser, import_package, run_main
+from common import Error, Parser, die_with_parent, import_package, run_main
 
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's
 END_OF_TEXT = 50256
 SEPARATOR = "<|endoftext|>"
 BATCH_CHARACTERS = 1 << 20  # of text that goes to a process at a time
+# What \\s of PATTERN matches, more of it in a row than tiktoken's matcher has stack for.
+LONG_SPACE = re.compile("[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]{1000,}")
+FIRST_LINE = b"train_gdn vocabulary 1"
+PACKED = (".gz", ".zst", ".xz", ".bz2")
+LEAST_VALIDATION = 4096  # tokens, where a document is cut for validation
 Ranks = dict[bytes, int]
 
 
@@ -79,6 +95,20 @@ def read_tiktoken(path: Path) -> Ranks:
         raise Error(f"{path}: expected lines of base64 and a rank") from None
 
 
+def read_vocabulary_text(path: Path) -> Ranks:
+    """From what vocabulary_text writes."""
+    lines = path.read_bytes().splitlines()[4:]
+    try:
+        return {bytes.fromhex(line.decode()): rank for rank, line in enumerate(lines)}
+    except ValueError:
+        raise Error(f"{path}: expected a token in hexadecimal in each line") from None
+
+
+def begins_with(path: Path, text: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(text)) == text
+
+
 def read_vocabulary(path: Path | None) -> Ranks:
     if path is None:
         tiktoken = import_package("tiktoken")
@@ -94,7 +124,7 @@ def read_vocabulary(path: Path | None) -> Ranks:
         else:
             raise Error(f"{path}: expected vocab.bpe and encoder.json, or merges.txt and vocab.json, in it")
     elif path.exists():
-        ranks = read_tiktoken(path)
+        ranks = read_vocabulary_text(path) if begins_with(path, FIRST_LINE) else read_tiktoken(path)
     else:
         raise Error(f"{path}: no such file or folder")
     if sorted(ranks.values()) != list(range(END_OF_TEXT)):
@@ -112,6 +142,18 @@ def ranges(pattern: str) -> str:
     return ",".join(f"{run[0]:x}-{run[-1]:x}" for run in runs)
 
 
+def split_token(token: bytes, ranks: Ranks) -> list[bytes]:
+    """The two tokens that a token is merged from: what merging its bytes gives with the tokens before it."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        pairs = [(ranks.get(a + b, ranks[token]), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
+        rank, i = min(pairs)
+        if rank >= ranks[token]:
+            raise Error(f"token {token.hex()} is not two tokens before it")
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
 def vocabulary_text(ranks: Ranks) -> str:
     """What ./train_gdn -vocab reads (gdn/vocabulary.h): classes of characters, then each token in hexadecimal."""
     classes = {"letters": r"\p{L}", "numbers": r"\p{N}", "spaces": r"\s"}
@@ -122,69 +164,124 @@ def vocabulary_text(ranks: Ranks) -> str:
 # ---- documents ---------------------------------------------------------------------------------------------
 
 
+class Skipped:
+    """Rows that hold no text."""
+
+    null = empty = 0
+
+
+def unpacked_name(path: Path) -> str:
+    return path.stem if path.suffix in PACKED else path.name
+
+
+def open_unpacked(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".zst":
+        return io.BufferedReader(import_package("pyarrow").CompressedInputStream(raw, "zstd"))
+    if path.suffix in PACKED:
+        return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}[path.suffix](raw)
+    return raw
+
+
 def text_documents(path: Path) -> Iterator[tuple[str, float]]:
     size, rest = max(1, path.stat().st_size), ""
-    with path.open(encoding="utf-8", newline="") as file:
-        read = 0
-        while piece := file.read(1 << 24):
-            read += len(piece.encode())
+    with path.open("rb") as raw, open_unpacked(path, raw) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        while piece := text.read(1 << 24):
             *whole, rest = (rest + piece).split(SEPARATOR)
-            yield from ((text, read / size) for text in whole)
+            yield from ((document, raw.tell() / size) for document in whole)
     yield rest, 1.0
 
 
-def jsonl_documents(path: Path, column: str) -> Iterator[tuple[str, float]]:
-    size = max(1, path.stat().st_size)
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+def text_of(row: Any, column: str, where: str) -> str | None:
+    """What the column of a row holds, text or null; a.b is b of the object a."""
+    value, names = row, [column] if isinstance(row, dict) and column in row else column.split(".")
+    for name in names:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise Error(f"{where}: expected a JSON object with a text '{column}'")
+        if name not in value:
+            raise Error(f"{where}: has no '{column}'; its keys: {', '.join(map(str, value)) or 'none'} (--column)")
+        value = value[name]
+    if value is not None and not isinstance(value, str):
+        raise Error(f"{where}: '{column}' is not text")
+    return value
+
+
+def json_rows(path: Path, file: BinaryIO) -> Iterator[tuple[Any, str]]:
+    """The rows of a file of JSON and where they are: one a line, or in a .json also one in all or a list."""
+    first = True
+    for number, line in enumerate(file, 1):
+        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if not first or not unpacked_name(path).endswith(".json"):
+                raise Error(f"{path}: line {number}: not JSON") from None
             try:
-                text = json.loads(line)[column]
-                if not isinstance(text, str):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError):
-                raise Error(f"{path}: line {number}: expected a JSON object with a text '{column}'") from None
-            yield text, raw.tell() / size
+                row = json.loads(line + file.read())
+            except ValueError as e:
+                raise Error(f"{path}: not JSON ({e})") from None
+        first = False
+        if isinstance(row, list):
+            yield from ((item, f"{path}: item {i}") for i, item in enumerate(row, 1))
+        else:
+            yield row, f"{path}: line {number}"
 
 
-def parquet_documents(path: Path, column: str) -> Iterator[tuple[str, float]]:
+def json_documents(path: Path, column: str) -> Iterator[tuple[str | None, float]]:
+    size = max(1, path.stat().st_size)
+    with path.open("rb") as raw, open_unpacked(path, raw) as file:
+        for row, where in json_rows(path, file):
+            yield text_of(row, column, where), raw.tell() / size
+
+
+def parquet_documents(path: Path, column: str) -> Iterator[tuple[str | None, float]]:
     parquet = import_package("pyarrow.parquet")
     pyarrow = import_package("pyarrow")
     try:
         file = parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
-            raise Error(f"{path}: has no column {column}; columns: {', '.join(file.schema_arrow.names)}")
+        names = [file.schema.column(i).path for i in range(len(file.schema))]
+        if column not in (*names, *file.schema_arrow.names):
+            raise Error(f"{path}: has no column {column}; columns: {', '.join(names)}")
         done, rows = 0, max(1, file.metadata.num_rows)
         for batch in file.iter_batches(1024, columns=[column]):
-            for text in batch.column(0).to_pylist():
+            for row in batch.to_pylist():
                 done += 1
-                if not isinstance(text, str):
-                    raise Error(f"{path}: row {done}: {column} is not text")
-                yield text, done / rows
+                yield text_of(row, column, f"{path}: row {done}"), done / rows
     except pyarrow.ArrowException as e:
         raise Error(f"{path}: not a parquet file ({str(e).splitlines()[0]})") from None
 
 
-def documents(paths: list[Path], column: str) -> Iterator[tuple[str, float]]:
+def documents(paths: list[Path], column: str, skipped: Skipped) -> Iterator[tuple[str, float]]:
     """Every document that is not empty, and the share of all input's bytes up to its end."""
     sizes = [path.stat().st_size for path in paths]
     total, before = max(1, sum(sizes)), 0
     for path, size in zip(paths, sizes):
         if path.suffix == ".parquet":
             of_file = parquet_documents(path, column)
-        elif path.name.endswith((".jsonl", ".jsonl.gz")):
-            of_file = jsonl_documents(path, column)
+        elif unpacked_name(path).endswith((".jsonl", ".ndjson", ".json")):
+            of_file = json_documents(path, column)
         else:
+            if begins_with(path, b"PAR1") or (path.suffix not in PACKED and begins_with(path, b"\x1f\x8b")):
+                raise Error(f"{path}: is parquet or gzip by its first bytes, not by its name; rename it")
             of_file = text_documents(path)
         try:
             for text, share in of_file:
                 if text:
                     yield text, (before + min(1.0, share) * size) / total
+                elif of_file.__name__ != "text_documents":
+                    skipped.null += text is None
+                    skipped.empty += text is not None
         except UnicodeDecodeError as e:
             raise Error(f"{path}: not UTF-8 text ({e.reason})") from None
-        except (gzip.BadGzipFile, EOFError) as e:
-            raise Error(f"{path}: damaged gzip file ({e})") from None
+        except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as e:
+            raise Error(f"{path}: damaged {path.suffix} file ({e})") from None
+        except OSError as e:
+            if path.suffix not in PACKED or e.errno is not None:
+                raise
+            raise Error(f"{path}: damaged {path.suffix} file ({e})") from None
         before += size
 
 
@@ -202,14 +299,36 @@ def batches(source: Iterator[tuple[str, float]]) -> Iterator[tuple[list[str], fl
 
 # ---- in the processes --------------------------------------------------------------------------------------
 
-encoding = None  # of this process
+encoding = one_piece = None  # of this process
 
 
-def start_process(ranks: Ranks) -> None:
-    global encoding
+def start_process(ranks: Ranks, parent: int) -> None:
+    global encoding, one_piece
+    die_with_parent()
+    if os.getppid() != parent:  # it ended before this could be asked for
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    make_encodings(ranks)
+
+
+def make_encodings(ranks: Ranks) -> None:
+    global encoding, one_piece
     import tiktoken
 
     encoding = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={SEPARATOR: END_OF_TEXT})
+    one_piece = tiktoken.Encoding("piece", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+
+
+def tokens_of(text: str) -> list[int]:
+    """tiktoken's tokens, also of long runs of blanks, at which its matcher runs out of stack: PATTERN makes one piece of
+    a run but for its last character, which begins the next piece, and of a run at the end."""
+    tokens, at = [], 0
+    for run in LONG_SPACE.finditer(text):
+        end = run.end() if run.end() == len(text) else run.end() - 1
+        tokens += encoding.encode_ordinary(text[at : run.start()])
+        tokens += one_piece.encode_ordinary(text[run.start() : end])
+        at = end
+    return tokens + encoding.encode_ordinary(text[at:])
 
 
 def encode(texts: list[str], validation: float) -> list[tuple[bool, bytes]]:
@@ -217,7 +336,7 @@ def encode(texts: list[str], validation: float) -> list[tuple[bool, bytes]]:
     rows = []
     for text in texts:
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        tokens = [END_OF_TEXT, *encoding.encode_ordinary(text)]
+        tokens = [END_OF_TEXT, *tokens_of(text)]
         rows.append((int.from_bytes(digest, "little") < validation * 2.0**64, struct.pack(f"<{len(tokens)}H", *tokens)))
     return rows
 
@@ -282,9 +401,14 @@ class Progress:
         if not last and now - self.last < (0.2 if terminal else 30):
             return
         self.last = now
-        bar = "#" * int(30 * share) + "-" * (30 - int(30 * share))
         rate = self.tokens / max(1e-9, now - self.start)
-        line = f"[{bar}] {share:6.1%}  {self.documents:,} documents  {self.tokens:,} tokens  {rate:,.0f} tokens/s"
+        fields = [f"{share:6.1%}", f"{self.tokens:,} tokens", f"{rate:,.0f} tokens/s", f"{self.documents:,} documents"]
+        line, width = "", shutil.get_terminal_size().columns - 1
+        for field in fields:  # whole ones, as many as fit
+            longer = f"{line}  {field}" if line else field
+            if terminal and len(longer) > width:
+                break
+            line = longer
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
 
@@ -301,24 +425,34 @@ def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int
             changed = [key for key in settings if state["settings"][key] != settings[key]]
         except (ValueError, KeyError, TypeError):
             raise Error(f"{state_path}: damaged; delete {out} to begin anew") from None
-        if changed:
+        if changed and state["documents"] == state["train"] == state["val"] == 0:
+            state |= {"settings": settings, "complete": False}  # nothing was written under the other ones
+        elif changed:
             raise Error(f"{out}: was begun with other {', '.join(changed)}; choose another --out, or delete it")
         if state["complete"]:
             print(f"{out}: complete already: {state['documents']} documents")
             return
-        print(f"going on after {state['documents']} documents", file=sys.stderr)
+        if state["documents"]:
+            print(f"going on after {state['documents']} documents", file=sys.stderr)
     elif stale := next(out.glob("*.bin"), None):
         raise Error(f"{stale}: is there, but no {state_path.name}; choose another --out, or delete it")
     write_whole(out / "vocab.txt", vocabulary_text(ranks).encode())
     train, val = Shards(out, "train", state["train"], limit), Shards(out, "val", state["val"], limit)
     val.reopen(state["val_tokens"])
-    progress, first = Progress(), state["documents"]
+    progress, first, skipped = Progress(), state["documents"], Skipped()
 
-    def save(complete: bool) -> None:
+    def save(complete: bool, cut: int | None = None) -> None:
         done = {"documents": first + progress.documents, "train": train.done, "val": val.done}
         state = {"settings": settings, **done, "val_tokens": len(val.tokens) // 2, "complete": complete}
+        if cut is not None:
+            state["cut"] = cut
         write_whole(state_path, (json.dumps(state, indent=1) + "\n").encode())
 
+    if "cut" in state:  # killed while the last shard gave its end to validation
+        shorten(out / f"train_{train.done - 1:06d}.bin", state["cut"])
+        save(True)
+        print(f"{out}: complete: {state['documents']} documents")
+        return
     save(False)
 
     def take(rows: list[tuple[bool, bytes]]) -> None:
@@ -332,34 +466,66 @@ def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int
                     val.write()
                     save(False)
 
-    source = itertools.islice(documents(paths, column), first, None)
+    source = itertools.islice(documents(paths, column, skipped), first, None)
     waiting: deque = deque()
-    with ProcessPoolExecutor(processes, initializer=start_process, initargs=(ranks,)) as pool:
-        for texts, share in batches(source):
-            waiting.append((pool.submit(encode, texts, validation), share))
-            if len(waiting) > 2 * processes:
-                done, share = waiting.popleft()
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(processes, context, initializer=start_process, initargs=(ranks, os.getpid())) as pool:
+        try:
+            for texts, share in batches(source):
+                waiting.append((pool.submit(encode, texts, validation), share))
+                if len(waiting) > 2 * processes:
+                    done, share = waiting.popleft()
+                    take(done.result())
+                    progress.show(share)
+            for done, _ in waiting:
                 take(done.result())
-                progress.show(share)
-        for done, _ in waiting:
-            take(done.result())
+        except BrokenProcessPool:
+            raise Error("a process ended by itself (out of memory?); the same command goes on, with fewer --processes") from None
+        finally:  # also after Ctrl-C: what waits is not begun any more
+            pool.shutdown(wait=False, cancel_futures=True)
     if first + progress.documents == 0:
         raise Error(f"{paths[0]}: no documents")
     if train.tokens:
         train.close()
     if val.tokens:
         val.close()
+    said = ""
+    if validation and not val.done:
+        said = cut_validation(train, val, validation, save)
     save(True)
     progress.show(1.0, last=True)
-    print(f"wrote {train.done} training and {val.done} validation shards to {out}")
+    print(f"wrote {train.done} training and {val.done} validation shards to {out}{said}")
+    if skipped.null or skipped.empty:
+        print(f"skipped {skipped.null} null and {skipped.empty} empty rows")
+
+
+def shorten(path: Path, tokens: int) -> None:
+    """Leaves a shard its first tokens."""
+    data = path.read_bytes()[: 1024 + 2 * tokens]
+    write_whole(path, struct.pack("<256i", 20240520, 1, tokens, *[0] * 253), data[1024:])
+
+
+def cut_validation(train: Shards, val: Shards, validation: float, save) -> str:
+    """No document went to validation: it gets the end of the last training shard."""
+    path = train.folder / f"train_{train.done - 1:06d}.bin"
+    data = path.read_bytes()[1024:]
+    tokens = len(data) // 2
+    taken = min(max(int(tokens * validation), LEAST_VALIDATION), tokens // 10)
+    if taken < 2:
+        return " (too little text for validation)"
+    val.tokens += struct.pack("<H", END_OF_TEXT) + data[2 * (tokens - taken) :]
+    val.close()
+    save(False, tokens - taken)
+    shorten(path, tokens - taken)
+    return f"; the last {taken:,} tokens are validation's, as no document's hash chose it"
 
 
 def main(argv: list[str]) -> int:
     p = Parser(prog="tokenize_text.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("input", nargs="+", type=Path, help=".parquet, .jsonl, .jsonl.gz or text files")
+    p.add_argument("input", nargs="+", type=Path, help=".parquet, .jsonl, .ndjson, .json or text files, also .gz, .zst, .xz, .bz2")
     p.add_argument("-o", "--out", type=Path, required=True, help="folder for train_*.bin, val_*.bin and vocab.txt")
-    p.add_argument("--vocab", type=Path, metavar="PATH", help="GPT-2's files [tiktoken fetches them]")
-    p.add_argument("--column", default="text", metavar="NAME", help="of JSONL and parquet [text]")
+    p.add_argument("--vocab", type=Path, metavar="PATH", help="GPT-2's files or vocab.txt [tiktoken fetches them]")
+    p.add_argument("--column", default="text", metavar="NAME", help="of JSON and parquet [text]")
     p.add_argument("--val", type=float, default=0.005, metavar="X", help="share of documents for validation [0.005]")
     p.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help="tokens in a shard [100000000]")
     p.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="[one for each core]")

@@ -10,7 +10,7 @@
 #include "gdn/kernels/delta_rule/sm90/gradients.cuh"
 #include "gdn/kernels/delta_rule/sm90/passes.cuh"
 #include "gdn/kernels/delta_rule/solve.cuh"
-
+#include "gdn/tests/inputs.h"
 #include "gdn/tests/relative_error.h"
 
 namespace gdn {
@@ -43,17 +43,7 @@ Inputs random_inputs(const MixerShape& shape, float decay) {
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> uniform;
   Inputs in;
-  for (int m = 0; m < shape.rows(); m++) {
-    std::vector<float> row(size_t(shape.conv_channels()));
-    for (float& x : row) x = normal(random);
-    for (int h = 0; h < 2 * shape.heads_k; h++) {  // q and k of length 1
-      float* head = row.data() + h * shape.head_dim_k;
-      float squares = 0;
-      for (int i = 0; i < shape.head_dim_k; i++) squares += head[i] * head[i];
-      for (int i = 0; i < shape.head_dim_k; i++) head[i] /= std::sqrt(squares);
-    }
-    for (float x : row) in.qkv.push_back(__float2bfloat16_rn(x));
-  }
+  for (float x : gdn_tests::random_qkv<float>(shape, random)) in.qkv.push_back(__float2bfloat16_rn(x));
   for (int i = 0; i < shape.rows() * shape.value_dim(); i++)
     in.d_o.push_back(__float2bfloat16_rn(normal(random)));
   for (int i = 0; i < shape.rows() * shape.heads_v; i++) {
@@ -220,9 +210,7 @@ void expect(bool good, const char* what, const char* name, double error, double 
 
 template <int DK>
 void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int split_chunks, float decay) {
-  MixerShape shape;
-  shape.batch = batch, shape.tokens = tokens, shape.heads_k = heads_k, shape.heads_v = heads_v;
-  shape.head_dim_k = dk, shape.head_dim_v = dv;
+  const MixerShape shape = gdn_tests::make_shape(batch, tokens, heads_k, heads_v, dk, dv);
   const Inputs in = random_inputs(shape, decay);
 
   Cpu<double> cpu;
@@ -261,7 +249,7 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
       std::printf(" %s %.1e", kNames[i], relative_error(cut.of[i], whole.of[i]));
     std::printf("\n");
     for (int i = 0; i < kOutputs; i++) {
-      // 1.66e-3 is what rounding to bf16 alone costs; gdn/tests/test_cuda_delta_rule.h allows twice that
+      // 1.66e-3 is what rounding to bf16 alone costs; gdn/tests/test_cuda_delta_rule.cu allows twice that
       const double bound = 1.3 * 1.66e-3;
       for (const Results* results : {&whole, &cut}) {
         const double error = relative_error(results->of[i], reference.of[i]);

@@ -8,6 +8,9 @@ moments hold (1 - beta1) times the gradients. The same weights and tokens go thr
 these are installed, through OLMo-hybrid's model in transformers (float64, float32, and float32 under bf16 autocast) and
 flash-linear-attention's GatedDeltaNetForCausalLM (float32 under bf16 autocast, on a GPU). All take the master weights,
 or with --round those rounded to bf16 that train_gdn uses on a GPU. Without --data the tokens are random.
+
+fla's kernels are compiled by a process of their own (triton_ahead.py), and its gradients are run twice over poisoned memory
+(written.py): what a kernel of it did not write is called that, and is no error of fla.
 """
 
 import argparse
@@ -21,6 +24,7 @@ import packages  # noqa: F401
 import torch
 
 import others
+import written
 from reference import Config, find_checkpoint, is_linear, load_checkpoint, loss, read_safetensors, relative
 from shards import Shards, shuffled, write_shard
 
@@ -62,6 +66,28 @@ def with_gradients(function, w: dict, c: Config, tokens, dtype: torch.dtype):
     return value.item(), {name: x.grad.double().cpu() for name, x in w.items()}
 
 
+def checked_fla(w: dict, c: Config, tokens):
+    """fla's loss and gradients, where every gradient is shown to be written."""
+    def call() -> dict:
+        value, gradients = with_gradients(others.fla_loss, w, c, tokens, torch.float32)
+        return {"the loss": torch.tensor(value, dtype=torch.float64), **gradients}
+
+    with others.fla_configurations(c.head_dim_k):
+        gradients = written.checked(call)
+    return gradients.pop("the loss").item(), gradients
+
+
+def compile_fla_ahead(o, w: dict, c: Config) -> None:
+    """Ends this process. The tokens do not matter."""
+    import triton_ahead
+
+    if o.allow_hopper:
+        others.allow_fla_on_hopper()
+    tokens = torch.zeros(o.batch, o.length + 1, dtype=torch.int64, device=o.device)
+    with others.fla_configurations(c.head_dim_k):
+        triton_ahead.compile_ahead([lambda: with_gradients(others.fla_loss, w, c, tokens, torch.float32)])
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("checkpoint", help="checkpoint or run of train_gdn")
@@ -73,9 +99,12 @@ def main() -> None:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    help="of the others [cuda where there is one]")
     p.add_argument("--trainer", default=str(Path(__file__).parents[2] / "train_gdn"))
+    p.add_argument("--compile-ahead", action="store_true", help=argparse.SUPPRESS)
     o = p.parse_args()
     path = find_checkpoint(o.checkpoint)
     c, w = load_checkpoint(path)
+    if o.compile_ahead:
+        compile_fla_ahead(o, w, c)
     with tempfile.TemporaryDirectory() as folder:
         if o.data:
             data, shards = o.data, Shards(o.data, o.length)
@@ -107,9 +136,12 @@ def main() -> None:
             print(f"WARNING: {warning}")
         import triton_ahead
 
+        triton_ahead.in_another_process([__file__, *sys.argv[1:], "--compile-ahead"])
+        triton_ahead.shorten_autotuning(2)
         try:
-            triton_ahead.prepare(lambda: with_gradients(others.fla_loss, w, c, tokens, torch.float32))
-            columns["fla"] = with_gradients(others.fla_loss, w, c, tokens, torch.float32)
+            columns["fla"] = checked_fla(w, c, tokens)
+        except written.NotWritten as e:
+            print(f"without fla: {e}: this script's fault, not fla's")
         except Exception as e:  # of any of the packages' own kinds
             print(f"without fla: {(str(e) or repr(e)).splitlines()[0]} (--allow-hopper removes a refusal)")
 

@@ -71,6 +71,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8, help="sequences at a time [8]")
     p.add_argument("--with", dest="code", choices=["fla", "torch"], help="[fla where it can run]")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --with torch")
+    p.add_argument("--compile-ahead", action="store_true", help=argparse.SUPPRESS)
     o = p.parse_args()
     if not (o.folder / "config.json").exists():
         sys.exit(f"perplexity.py: {o.folder}: has no config.json")
@@ -84,7 +85,10 @@ def main() -> None:
         if code == "fla":
             import triton_ahead
 
-            triton_ahead.prepare(lambda: logits(tokens[:o.batch, :-1]))
+            if o.compile_ahead:
+                triton_ahead.compile_ahead([lambda: logits(tokens[:o.batch, :-1])])
+            triton_ahead.in_another_process([__file__, *sys.argv[1:], "--compile-ahead"])
+            triton_ahead.shorten_autotuning(2)
         for rows in tokens.split(o.batch):
             out = logits(rows[:, :-1]).float().flatten(0, 1)
             total += torch.nn.functional.cross_entropy(out, rows[:, 1:].to(out.device).flatten(), reduction="sum").item()

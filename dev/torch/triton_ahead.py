@@ -3,15 +3,24 @@
 Triton's autotuner compiles its configurations one after another, in Python, on one core. Here a model or a kernel runs
 once with every launch left out: Triton then only says what it would compile (the hooks of its asynchronous compiling),
 for all configurations of all autotuned kernels. These jobs go to forked workers, which leave their results in Triton's
-cache on disk (TRITON_CACHE_DIR). A later process finds them there and has only the measuring to do. Read for Triton 3.6.
+cache on disk (TRITON_CACHE_DIR). Another process finds them there and has only the measuring to do. Read for Triton 3.6.
+
+The process that collects is of no use for numbers: its outputs are uninitialised memory, and in autograd's threads Triton
+goes on collecting (a context variable, one for each thread). So numbers come from another process, always: once a process
+has collected, every launch of a Triton kernel in it raises, in every thread. A script that needs numbers calls
+
+    in_another_process([__file__, *arguments, "--compile-ahead"])
+
+and where it is called with --compile-ahead it calls compile_ahead(...), which ends that process.
 """
 
 import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from unittest import mock
 
 import triton
 from triton.runtime import _async_compile, driver
@@ -19,6 +28,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 Jobs = dict[str, Callable]  # Triton's cache key -> a call that compiles
+REFUSAL = ("this process compiled ahead, with every launch left out: its kernels run no more, numbers come from a process of "
+           "their own (triton_ahead.in_another_process)")
 
 
 class Collector:
@@ -31,11 +42,18 @@ class Collector:
         self.jobs.setdefault(key, compile_fn)
 
 
+def refuse(self, *args, **options) -> None:
+    raise RuntimeError(REFUSAL)
+
+
+run_kernel = JITFunction.run
+
+
 @contextlib.contextmanager
 def collecting(jobs: Jobs):
     """Triton's kernels compile and launch nothing; what they would compile is added to jobs. Outputs keep whatever is in
-    their memory."""
-    collector, run_kernel = Collector(jobs), JITFunction.run
+    their memory. Afterwards every launch in this process raises."""
+    collector = Collector(jobs)
 
     def run(self, *args, grid, warmup, **options) -> None:
         _async_compile.active_mode.set(collector)  # of this thread: a backward has its own
@@ -46,11 +64,11 @@ def collecting(jobs: Jobs):
         for config in self.prune_configs(options):
             self.fn.run(*args, **options, **config.all_kwargs())
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(Autotuner, "run", run_all):
-        try:
-            yield
-        finally:
-            _async_compile.active_mode.set(None)
+    JITFunction.run, Autotuner.run = run, run_all
+    try:
+        yield
+    finally:
+        JITFunction.run = Autotuner.run = refuse
 
 
 def compile_all(jobs: Jobs, seconds: float, workers: int = 0) -> dict:
@@ -88,6 +106,31 @@ def compile_all(jobs: Jobs, seconds: float, workers: int = 0) -> dict:
                 core_seconds=busy.value, workers=len(processes))
 
 
+def compile_ahead(calls: list[Callable], seconds: float = 120) -> None:
+    """Compiles on all cores what the calls need, says how much that was, and ends this process. A call that raises (a
+    package that refuses this GPU) has what came before it compiled."""
+    jobs, problems = {}, []
+    for call in calls:
+        try:
+            with collecting(jobs):
+                call()
+        except Exception as e:  # of any of the packages' own kinds
+            problems.append((str(e) or repr(e)).splitlines()[0])
+    done = compile_all(jobs, seconds)
+    print(f"compiled ahead: {done['compiled']} of {done['kernels']} kernel configurations, {done['failed']} cannot be, in "
+          f"{done['seconds']:.0f} s by {done['workers']} processes" + "".join(f"; {p}" for p in problems), file=sys.stderr)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(0)  # nothing of this process is used again
+
+
+def in_another_process(command: list[str]) -> None:
+    """Runs a Python script that ends in compile_ahead(). Where it fails, the kernels are compiled on one core as they come."""
+    done = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL)
+    if done.returncode:
+        print(f"compiling ahead failed (exit code {done.returncode}): the first run compiles on one core", file=sys.stderr)
+
+
 def count_compiled() -> list[str]:
     """A list that grows by the name of every kernel that this process compiles, because the cache lacks it."""
     names = []
@@ -96,18 +139,9 @@ def count_compiled() -> list[str]:
 
 
 def shorten_autotuning(ms: float) -> None:
-    """The autotuner measures each configuration for `ms` (Triton: 100), after a quarter of that."""
+    """The autotuner measures each configuration for `ms` (Triton: 100), after a quarter of that. For numbers, not for times:
+    a configuration that is not the best may win."""
     def do_bench(self):
         return lambda call, quantiles: triton.testing.do_bench(call, warmup=ms / 4, rep=ms, quantiles=quantiles)
 
     Autotuner.do_bench = property(do_bench)
-
-
-def prepare(call: Callable) -> None:
-    """Compiles on all cores what the call needs; else its first run compiles for minutes. For numbers, not for times:
-    the autotuner then takes 2 ms a configuration."""
-    jobs = {}
-    with collecting(jobs):
-        call()
-    compile_all(jobs, 120)
-    shorten_autotuning(2)

@@ -133,7 +133,7 @@ void launch_softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const i
   launched("softmax_cross_entropy");
 }
 
-inline void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
+void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
                                   int vocab, int padded, float dlogits_scale) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(padded, "the padded vocabulary");
@@ -157,7 +157,7 @@ static __global__ void __launch_bounds__(1024)
   if (threadIdx.x == 0) *total += sum;
 }
 
-inline void sum_losses(Cuda& dev, double* total, const float* losses, int rows) {
+void sum_losses(Cuda& dev, double* total, const float* losses, int rows) {
   Range<Cuda> range(dev, __func__);
   sum_losses_kernel<<<1, 1024, 0, dev.stream>>>(total, losses, rows);
   launched("sum_losses");

@@ -25,7 +25,7 @@ static __global__ void __launch_bounds__(kEmbeddingThreads)
     if (first + i < rows) store16(x + int64_t(first + i) * width + column, packed[i]);
 }
 
-inline void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t* tokens, int rows,
+void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t* tokens, int rows,
                               int width) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");
@@ -142,11 +142,11 @@ static __global__ void __launch_bounds__(kEmbeddingBackwardThreads)
   store4(to, add4(load4(to), sum));
 }
 
-inline size_t embedding_backward_scratch_bytes(Cuda&, int rows, int width) {
+size_t embedding_backward_scratch_bytes(Cuda&, int rows, int width) {
   return size_t(divide_up(rows, sorted_chunk(width))) * 2 * width * sizeof(float);
 }
 
-inline void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const int32_t* tokens,
+void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const int32_t* tokens,
                                const int32_t* order, int rows, int width, void* scratch) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");

@@ -19,7 +19,7 @@ static __global__ void __launch_bounds__(kNormalThreads)
   if (2 * pair + 1 < n) x[2 * pair + 1] = float(standard_deviation * normal[1]);
 }
 
-inline void random_normals(Cuda& dev, float* x, size_t n, uint64_t key, double standard_deviation) {
+void random_normals(Cuda& dev, float* x, size_t n, uint64_t key, double standard_deviation) {
   Range<Cuda> range(dev, __func__);
   if (n == 0) return;
   const unsigned blocks = unsigned(divide_up(divide_up(n, size_t(2)), size_t(kNormalThreads)));

@@ -91,19 +91,19 @@ inline void matmul(Cuda& dev, Product product, void* d, const act* a, const act*
                             &p.algorithm, dev.workspace, Cuda::kWorkspaceBytes, dev.stream));
 }
 
-inline void linear_forward(Cuda& dev, act* y, const act* x, const act* w, int rows, int out, int in,
+void linear_forward(Cuda& dev, act* y, const act* x, const act* w, int rows, int out, int in,
                            float scale) {
   Range<Cuda> range(dev, __func__);
   matmul(dev, Product::kForward, y, w, x, rows, out, in, scale, 0);
 }
 
-inline void linear_backward_input(Cuda& dev, act* dx, const act* dy, const act* w, int rows, int out, int in,
+void linear_backward_input(Cuda& dev, act* dx, const act* dy, const act* w, int rows, int out, int in,
                                   float scale) {
   Range<Cuda> range(dev, __func__);
   matmul(dev, Product::kBackwardInput, dx, w, dy, rows, out, in, scale, 0);
 }
 
-inline void linear_backward_weight(Cuda& dev, float* dw, const act* dy, const act* x, int rows, int out,
+void linear_backward_weight(Cuda& dev, float* dw, const act* dy, const act* x, int rows, int out,
                                    int in, float scale) {
   Range<Cuda> range(dev, __func__);
   matmul(dev, Product::kBackwardWeight, dw, x, dy, rows, out, in, scale, 1);

@@ -81,11 +81,11 @@ inline int global_norm_blocks(const Cuda& dev, size_t n) {
   return int(std::min(divide_up(n, size_t(kNormPiece)), size_t(8 * dev.sm_count))) + (n == 0);
 }
 
-inline size_t global_norm_scratch_bytes(Cuda& dev, size_t n) {
+size_t global_norm_scratch_bytes(Cuda& dev, size_t n) {
   return global_norm_blocks(dev, n) * sizeof(double);
 }
 
-inline void global_norm(Cuda& dev, float* norm, const float* gradients, size_t n, const ParameterSpan* spans,
+void global_norm(Cuda& dev, float* norm, const float* gradients, size_t n, const ParameterSpan* spans,
                         int count, void* scratch) {
   Range<Cuda> range(dev, __func__);
   const int blocks = global_norm_blocks(dev, n);
@@ -101,7 +101,7 @@ static __global__ void check_loss_kernel(float* norm, const double* loss) {
   if (!isfinite(*loss)) *norm = NAN;
 }
 
-inline void check_loss(Cuda& dev, float* norm, const double* loss) {
+void check_loss(Cuda& dev, float* norm, const double* loss) {
   Range<Cuda> range(dev, __func__);
   check_loss_kernel<<<1, 1, 0, dev.stream>>>(norm, loss);
   launched("check_loss");
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
   }
 }
 
-inline void adamw_update(Cuda& dev, float* master, act* weights, float* moment1, float* moment2,
+void adamw_update(Cuda& dev, float* master, act* weights, float* moment1, float* moment2,
                          const float* gradients, const ParameterSpan* spans, int count, const float* norm,
                          const AdamwStep* step) {
   Range<Cuda> range(dev, __func__);
@@ -204,7 +204,7 @@ inline void adamw_update(Cuda& dev, float* master, act* weights, float* moment1,
   launched("adamw_update");
 }
 
-inline void sgd_update(Cuda& dev, float* master, act* weights, float* moment, const float* gradients,
+void sgd_update(Cuda& dev, float* master, act* weights, float* moment, const float* gradients,
                        const ParameterSpan* spans, int count, const float* norm, const SgdStep* step) {
   Range<Cuda> range(dev, __func__);
   if (count == 0) return;
@@ -229,7 +229,7 @@ static __global__ void __launch_bounds__(kUpdateThreads)
   }
 }
 
-inline void round_weights(Cuda& dev, act* weights, const float* master, size_t n) {
+void round_weights(Cuda& dev, act* weights, const float* master, size_t n) {
   Range<Cuda> range(dev, __func__);
   if (n == 0) return;
   const unsigned blocks = unsigned(divide_up(n, size_t(4 * kUpdateThreads)));

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kOutputThreads, 3)
   }
 }
 
-inline void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, const act* proj,
+void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, const act* proj,
                                 const float* w_o, const MixerShape& shape) {
   Range<Cuda> range(dev, __func__);
   const OutputLayout at = output_layout(shape);
@@ -236,11 +236,11 @@ inline int output_norm_backward_blocks(const Cuda& dev, const MixerShape& shape)
   return std::min(divide_up(shape.rows() * shape.heads_v, 8), at_once);
 }
 
-inline size_t output_norm_backward_scratch_bytes(Cuda& dev, const MixerShape& shape) {
+size_t output_norm_backward_scratch_bytes(Cuda& dev, const MixerShape& shape) {
   return size_t(output_norm_backward_blocks(dev, shape)) * shape.head_dim_v * sizeof(float);
 }
 
-inline void output_norm_backward(Cuda& dev, act* d_o, act* dproj, float* dw_o, act* y, const act* dy,
+void output_norm_backward(Cuda& dev, act* d_o, act* dproj, float* dw_o, act* y, const act* dy,
                                  const act* o, const float* rstd, const act* proj, const float* w_o,
                                  const MixerShape& shape, void* scratch) {
   Range<Cuda> range(dev, __func__);

@@ -112,13 +112,13 @@ void launch_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const ac
   launched("rmsnorm_forward");
 }
 
-inline void rmsnorm_forward(Cuda& dev, act* h, float* rstd, const act* x, const float* w, int rows,
+void rmsnorm_forward(Cuda& dev, act* h, float* rstd, const act* x, const float* w, int rows,
                             int width) {
   Range<Cuda> range(dev, __func__);
   launch_rmsnorm_forward<false>(dev, nullptr, h, rstd, x, nullptr, w, rows, width);
 }
 
-inline void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x,
+void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x,
                                      const act* branch, const float* w, int rows, int width) {
   Range<Cuda> range(dev, __func__);
   launch_rmsnorm_forward<true>(dev, x_out, h, rstd, x, branch, w, rows, width);
@@ -228,11 +228,11 @@ inline int rmsnorm_backward_blocks(const Cuda& dev, int rows, int width) {
   return std::min(divide_up(rows, kRowWarps), at_once);
 }
 
-inline size_t rmsnorm_backward_scratch_bytes(Cuda& dev, int rows, int width) {
+size_t rmsnorm_backward_scratch_bytes(Cuda& dev, int rows, int width) {
   return size_t(rmsnorm_backward_blocks(dev, rows, width)) * width * sizeof(float);
 }
 
-inline void rmsnorm_backward(Cuda& dev, act* dx, float* dw, act* h, const act* dh, const act* x,
+void rmsnorm_backward(Cuda& dev, act* dx, float* dw, act* h, const act* dh, const act* x,
                              const float* rstd, const float* w, int rows, int width, void* scratch) {
   Range<Cuda> range(dev, __func__);
   if (rows == 0) return;

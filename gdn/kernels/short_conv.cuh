@@ -218,7 +218,7 @@ static __global__ void __launch_bounds__(kConvThreads)
   for (int j = 0; j < kConvHalo; j++) store16(mine + int64_t(j) * at.channels, x[j]);
 }
 
-inline void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float* beta,
+void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float* beta,
                                      const act* proj, const float* taps, const float* A_log,
                                      const float* dt_bias, act* history, const MixerShape& shape,
                                      float beta_max, const int32_t* position) {
@@ -355,12 +355,12 @@ inline int conv_partials_stride(const MixerShape& shape) {
   return shape.conv_channels() * kConvTaps + divide_up(2 * shape.heads_v, 4) * 4;
 }
 
-inline size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape& shape) {
+size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape& shape) {
   const ConvLayout at = conv_layout(shape, kConvBackwardTile, kConvBackwardTilePerBlock);
   return size_t(at.batch) * at.tiles() * conv_partials_stride(shape) * sizeof(float);
 }
 
-inline void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float* dA_log, float* ddt_bias,
+void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float* dA_log, float* ddt_bias,
                                       act* dqkv, const float* dg, const float* dbeta, const float* rnorm,
                                       const float* g, const float* beta, const act* proj, const float* taps,
                                       const float* A_log, const float* dt_bias, const MixerShape& shape,

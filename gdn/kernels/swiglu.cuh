@@ -85,7 +85,7 @@ inline uint32_t swiglu_vectors(int rows, int inner) {
   return uint32_t(vectors);
 }
 
-inline void swiglu_forward(Cuda& dev, act* out, const act* gate_up, int rows, int inner) {
+void swiglu_forward(Cuda& dev, act* out, const act* gate_up, int rows, int inner) {
   Range<Cuda> range(dev, __func__);
   const uint32_t vectors = swiglu_vectors(rows, inner);
   if (vectors == 0) return;
@@ -95,7 +95,7 @@ inline void swiglu_forward(Cuda& dev, act* out, const act* gate_up, int rows, in
   launched("swiglu_forward");
 }
 
-inline void swiglu_backward(Cuda& dev, act* dgate_up, act* out, const act* dout, const act* gate_up, int rows,
+void swiglu_backward(Cuda& dev, act* dgate_up, act* out, const act* dout, const act* gate_up, int rows,
                             int inner) {
   Range<Cuda> range(dev, __func__);
   const uint32_t vectors = swiglu_vectors(rows, inner);

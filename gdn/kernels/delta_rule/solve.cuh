@@ -442,7 +442,7 @@ __device__ inline void copy_q_and_k(const PrepareTiles<kWgmma>& tiles, const act
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k 101 MB, writes 35 MB; 6.4 GFLOP on tensor
 // cores (and 0.9 of hi/lo products for N), 0.05 GFLOP of substitution in fp32. H200
-// (dev/results/2026-11-29_h200_third): 0.049 ms, and 0.198 ms with 16/32 heads of 128, B=8, T=4096. There, by
+// (dev/results/delta_rule_speed): 0.049 ms, and 0.198 ms with 16/32 heads of 128, B=8, T=4096. There, by
 // ncu: L1 82% busy, issue slots 47%, no eligible warp in 52% of the cycles; 21% of the samples wait at
 // barriers, half of these for the warps that substitute, 19% for shared memory; DRAM 41%. Registers allow
 // five CTAs an SM; with six, ptxas serialises the wgmma: 13% slower.

@@ -3,9 +3,8 @@
 //
 // Over a split the state is S_end = M S_start + B (dev/doc/delta_rule.md, splits): M [dk,dk] is the
 // transition matrix, B the final state for S_start = 0.
-//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last, as
-//   the
-//      final state for S_start = I and v = 0
+//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last,
+//      as the final state for S_start = I and v = 0
 //   2. merge_splits_kernel: the initial states of all splits, one after another
 //   3. the pass itself, each split from its initial state
 // In the backward, dS_start = M^T dS_end + B. Each split is processed twice, so at least three splits are
@@ -15,7 +14,7 @@
 // Where the number of CTAs and not bytes is the limit, step 3 takes 1 / n of the unsplit pass's time, and
 // step 1 as long for B and dk / dv of that for M, or less, as it writes nothing. H200, one sequence of 32768,
 // 6 heads, (128, 256), 5 splits: steps 1 to 3 take 0.168 + 0.026 + 0.249 ms, the unsplit pass 1.212
-// (dev/results/2026-11-29_h200_third).
+// (dev/results/delta_rule_speed).
 #pragma once
 
 #include <algorithm>
@@ -71,7 +70,7 @@ constexpr int merge_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : 
 // step), so that they do not wait for the previous step.
 //
 // Bound by latency: count - 2 dependent steps, each 16 dk^2 FLOP of one SM and two barriers; the matrices, a
-// few MB, come from the L2 cache. H200: 0.5 us a step at dk = 32 (dev/results/2026-11-29_h200_third).
+// few MB, come from the L2 cache. H200: 0.5 us a step at dk = 32 (dev/results/delta_rule_speed).
 template <int kColumns, bool kBackward>
 __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
     merge_splits_kernel(Splits splits, Sizes size) {

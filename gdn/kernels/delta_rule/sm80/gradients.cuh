@@ -521,7 +521,7 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
 // apart; loads of the next steps cross the boundaries of head tiles and work tiles.
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10
-// GB; 71 GFLOP. H100: 0.509 ms (dev/results/2026-11-26_h100): issue slots 43%, a quarter of the instructions
+// GB; 71 GFLOP. H100: 0.509 ms (dev/results/delta_rule_speed): issue slots 43%, a quarter of the instructions
 // after a work tile's last step. On Hopper it runs where gradients_sm90_kernel does not: dv no multiple of
 // 64, or shared key heads with dk > 128.
 template <int PW>

@@ -249,7 +249,7 @@ __device__ inline void add_intra_chunk(float (&out)[8][4], const float (&written
 // stages. Writes o and, unless null, Saved.
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.24 GB, writes o, states, E 0.40 GB;
-// 52 GFLOP. H100: 0.327 ms (dev/results/2026-11-26_h100): shared memory is busy half of the cycles with
+// 52 GFLOP. H100: 0.327 ms (dev/results/layer_speed): shared memory is busy half of the cycles with
 // operands that every warp loads for itself.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
@@ -345,7 +345,7 @@ __device__ inline void solve_backward(float (&x)[8][4], const Sm80Stage& stage) 
 // for all splits but the first (splits.cuh).
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB;
-// 52 GFLOP. H100: 0.341 ms (dev/results/2026-11-26_h100).
+// 52 GFLOP. H100: 0.341 ms (dev/results/layer_speed).
 template <int DK, bool kStates>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,

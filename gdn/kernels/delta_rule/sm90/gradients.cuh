@@ -504,7 +504,7 @@ __device__ inline void stage_columns(unsigned char* tile, const LaneRow& lane_ro
 
 // (G1)-(G5) for work tiles; persistent, a CTA takes tiles gridDim.x apart.
 //
-// Lower bound: see gradients_kernel. H200 (dev/results/2026-11-29_h200_third): 0.255 ms at B=32, T=1024, H=6,
+// Lower bound: see gradients_kernel. H200 (dev/results/delta_rule_speed): 0.255 ms at B=32, T=1024, H=6,
 // (128, 256); 0.968 with 16/32 heads of 128, B=8, T=4096. At (32, 64) a work tile is a single step and its
 // epilogue: 0.112 ms.
 template <int kTiles, bool kGrouped>

@@ -14,7 +14,7 @@
 // the choice of registers.
 //
 // Lower bound of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB; 52 GFLOP. H200, forward and backward
-// pass (dev/results/2026-11-29_h200_third): 0.206 and 0.207 ms; with 16/32 heads of 128, B=8, T=4096, 0.538
+// pass (dev/results/delta_rule_speed): 0.206 and 0.207 ms; with 16/32 heads of 128, B=8, T=4096, 0.538
 // and 0.571. Limit: the critical path of a chunk. By ncu with 16/32 heads and nothing saved: issue slots 41%
 // busy, no eligible warp in 57% of the cycles, L1 64%, L2 64%, DRAM 47%; of the consumers' samples 18% are
 // between the first wgmma and N's, half of these waiting for shared memory, and 12% wait for wgmma.
