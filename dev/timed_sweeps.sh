@@ -54,7 +54,7 @@ finish() {
   local code=$? device=unknown
   pack_runs
   device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | uniq -c | sed 's/^ *//' | paste -sd, || true)
-  sed -e "s|@DEVICE@|${device:-CPU}|" -e "s|@DATE@|$(date -u +%F)|" -e "s|@COMMIT@|$COMMIT|" -e "s|@SECONDS@|$SECONDS|" \
+  sed "s|^Device: .*|Device: ${device:-CPU}. Date: $(date -u +%F). Commit: $COMMIT. Seconds of the last call: $SECONDS.|" \
     "$HERE/README.md" >"$OUT/README.md"
   [ "$LEFT" = 0 ] || echo "runs are left for which the time did not suffice; the same command goes on"
   echo "$(basename "$HERE"): $SECONDS s"
