@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # AdamW on GPT-2's tokens at d = 1024 with independent weight decay (lr x decay a step does not fall with the width): 6 runs,
 # 460 s.
-. "$(dirname "$0")/../../timed_sweeps.sh"
-begin "$@"
+# shellcheck source=dev/results/common.sh
+. "$(dirname "$0")/../common.sh"
+begin 'books_train_*.bin' 'books_val_*.bin' -- "$@"
+keep_record
 for seed in 42 43; do
   for lr in 4e-3 8e-3 2e-3; do
-    sweep "--optimizers adamw --params mup --widths 1024 --lrs $lr --seeds $seed" \
-      "-warmup 100 -logit_factor 4 -wd_mode independent"
+    sweep data "--optimizers adamw --params mup --widths 1024 --lrs $lr --seeds $seed" \
+      "$GPT2_ADAMW -wd_mode independent"
   done
 done
