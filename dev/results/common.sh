@@ -10,7 +10,9 @@
 # OUT: the folder for the results, and the state: no sweep starts a run that would not end within SECONDS, and the same command
 # goes on from the CSVs in OUT. Exit code 1, after a line that says why, where a file is missing or a run failed.
 # Environment: OPTIONS, more of train_gdn's options, the last one of a name counts (to try a script on a small machine);
-# EXPECT, the seconds that a run takes by width, until one of it has ended; COMMIT, where there is no git; WIDTHS, SEEDS; BASE, the plots' base width [256]; PER_GPU, runs at once on a GPU; DRY_RUN=1, list the runs and train nothing; CUDA_VISIBLE_DEVICES; PYTHON.
+# WIDTHS, SEEDS; BASE, the plots' base width [256]; PER_GPU, runs at once on a GPU; EXPECT, the seconds that a run takes by
+# width, until one of it has ended; COMMIT, where there is no git; DRY_RUN=1, list the runs and train nothing;
+# CUDA_VISIBLE_DEVICES; PYTHON.
 set -euo pipefail
 
 # begin FILES... -- ARGUMENTS...: what DATA must hold, then run.sh's own arguments. Changes to DATA, so that no path gets into
