@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # AdamW on GPT-2's tokens at d = 1024, the embedding's learning rate multiplied by (1024 / 256)^-1/2 = 1/2: 6 runs, 460 s.
+# Then partner.csv, the same six without it, by the same program: 460 s.
 # shellcheck source=dev/results/common.sh
 . "$(dirname "$0")/../common.sh"
 begin 'books_train_*.bin' 'books_val_*.bin' -- "$@"
@@ -10,3 +11,4 @@ for seed in 42 43; do
       "$GPT2_ADAMW -lr_of embedding=0.5"
   done
 done
+sweep partner "--optimizers adamw --params mup --widths 1024 --lrs 4e-3,8e-3,2e-3 --seeds 42,43" "$GPT2_ADAMW"
