@@ -61,6 +61,7 @@ finish_record() {
   (cd "$OUT" && shopt -s nullglob && folders=(*_runs) && [ ${#folders[@]} -gt 0 ] &&
     tar -czf runs.tar.gz "${folders[@]}" && rm -r "${folders[@]}") || true
   sed "s|^Device: .*|$(tail -n 1 "$OUT/about.txt") Seconds of the last call: $SECONDS.|" "$HERE/README.md" >"$OUT/README.md"
+  rm "$OUT/about.txt"
   echo "$(basename "$HERE"): $SECONDS s"
   exit "$code"
 }

@@ -3,7 +3,7 @@
 # First the pair of learning rates that decides, at both widths and for both seeds, then the base's curve around it.
 # shellcheck source=dev/results/common.sh
 . "$(dirname "$0")/../common.sh"
-begin 'books_train_*.bin' 'books_val_*.bin' -- "$@"
+begin books_train_000.bin books_train_001.bin books_val_000.bin -- "$@"
 keep_record
 adamw="--optimizers adamw --params mup"
 for seed in 44 45; do

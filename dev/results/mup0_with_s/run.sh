@@ -4,7 +4,7 @@
 # READOUT: the option that gives mup0 mup's s.
 # shellcheck source=dev/results/common.sh
 . "$(dirname "$0")/../common.sh"
-begin 'books_train_*.bin' 'books_val_*.bin' -- "$@"
+begin books_train_000.bin books_train_001.bin books_val_000.bin -- "$@"
 keep_record
 for seed in 42 43; do
   sweep data "--optimizers sgd --params mup0 --widths 1024 --lrs 18.1 --seeds $seed" "$GPT2_SGD ${READOUT:--readout mup}"
