@@ -77,7 +77,7 @@ HOST_CODE := $(call objects,train_gdn.cu test_gdn.cu dev/bench_step.cu dev/delta
 .PHONY: all test sanitize bench debug ci format gpu-check clean doctest force
 all: $(PROGRAMS)/train_gdn
 
-$(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(LAYERS)
+$(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
 $(PROGRAMS)/test_gdn: $(TESTS) $(LAYERS)
@@ -104,6 +104,16 @@ $(BUILD)/%.o: %.cu $(BUILD)/COMPILE_NVCC
 $(PASSES): $(BUILD)/gdn/kernels/delta_rule_head_dim_%.o: gdn/kernels/delta_rule_head_dim.cu $(BUILD)/COMPILE_NVCC
 	@mkdir -p $(@D)
 	$(COMPILE_NVCC) -DGDN_HEAD_DIM_K=$* $< -o $@
+
+# what --version says: compiled again where the commit has changed
+COMMIT := $(shell git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
+VERSION = -DGDN_COMMIT='"$(COMMIT)"' $(if $(NVCC),-DGDN_GPU_CODE='"sm_$(GPU_ARCH)"')
+$(BUILD)/COMMIT: force
+	@mkdir -p $(BUILD)
+	@echo '$(COMMIT)' | cmp -s - $@ || echo '$(COMMIT)' >$@
+$(BUILD)/gdn/version.o: gdn/version.cpp $(BUILD)/COMMIT $(BUILD)/COMPILE_CXX
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) $(VERSION) $< -o $@
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
@@ -138,7 +148,7 @@ READABLE_TEST := $(BUILD)/dev/readable/test_cuda_delta_rule.o
 $(READABLE_TEST): gdn/tests/test_cuda_delta_rule.cu $(BUILD)/COMPILE_NVCC | doctest
 	@mkdir -p $(@D)
 	$(COMPILE_NVCC) -DGDN_READABLE $< -o $@
-train_gdn_readable: $(BUILD)/train_gdn.o $(READABLE) | needs_nvcc
+train_gdn_readable: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(READABLE) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
 
 test_gdn_readable: $(filter-out %/test_cuda_delta_rule.o,$(TESTS)) $(READABLE_TEST) $(READABLE) | needs_nvcc

@@ -135,6 +135,9 @@ class TokenSource {
     return ends;
   }
 
+  // None when built-in.
+  const std::vector<data::TokenFile>& files() const { return files_; }
+
   // Tokens over all files; 0 when built-in.
   int64_t tokens() const {
     int64_t sum = 0;

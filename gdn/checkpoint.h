@@ -55,6 +55,10 @@ struct Checkpoint {
   bool has_training_state = false;  // false: a folder of weights; counters are null, training_state is empty
 };
 
+// Deletes the checkpoints up to this step but for the newest `keep` of them (keep <= 0: all stay), passing over
+// damaged ones and those whose name is not their step.
+void delete_older_checkpoints(const std::string& out_dir, int64_t step, int keep);
+
 // Writes OUT/step_XXXXXXXX, makes OUT where it is missing, and returns the checkpoint's path. A checkpoint of
 // the same step is replaced. Afterwards deletes checkpoints older than this one until `keep` are left, this
 // one included (keep <= 0: all stay), passing over damaged ones, and what killed runs left behind; what
@@ -210,10 +214,20 @@ inline void rename_folder(const std::string& from, const std::string& to) {
     safetensors::fail(from, "cannot rename to " + to + ": " + std::strerror(errno));
 }
 
-// Deletes a folder, as far as that is possible.
+// Deletes a checkpoint's files and its folder, as far as that is possible; the folder stays where it holds
+// anything else.
 inline void remove_folder(const std::string& path) {
-  std::error_code ignored;
-  fs::remove_all(path, ignored);
+  for (const char* name : {kManifest, kModel, kTrainingState, kConfig}) unlink((path + "/" + name).c_str());
+  rmdir(path.c_str());
+}
+
+// Throws where the folder holds anything but a checkpoint's files: this program did not write it.
+inline void require_ours(const std::string& path) {
+  for (const auto& entry : fs::directory_iterator(path)) {
+    const std::string name = entry.path().filename().string();
+    if (name != kManifest && name != kModel && name != kTrainingState && name != kConfig)
+      safetensors::fail(path, "holds '" + name + "', which is not of a checkpoint; expected a name that is free");
+  }
 }
 
 // Deletes a checkpoint, as far as that is possible, so that a kill on the way leaves a .tmp.
@@ -240,6 +254,7 @@ inline void publish(const std::string& path) {
   const std::string old = path + ".old";
   const bool replaces = fs::exists(path);
   if (replaces) {
+    require_ours(path);
     discard(old);
     rename_folder(path, old);
   }
@@ -251,9 +266,18 @@ inline void publish(const std::string& path) {
   }
 }
 
-// Whether the manifest is right and the files have the sizes that it says.
-inline bool looks_complete(const std::string& folder) try {
+// Throws where a folder is not named for the step that its checkpoint holds.
+inline void require_step(const Folder& folder, const Json& manifest) {
+  if (manifest.integer("step") != folder.step)
+    safetensors::fail(folder.path, "holds step " + std::to_string(manifest.integer("step")) +
+                                       ", expected the step that its name says");
+}
+
+// Whether the manifest is right, of the step that the name says, and the files have the sizes that it says.
+inline bool looks_complete(const Folder& found) try {
+  const std::string& folder = found.path;
   const Json manifest = read_manifest(folder);
+  require_step(found, manifest);
   for (const char* name : kFiles)
     if (int64_t(fs::file_size(folder + "/" + name)) != manifest.at("files").at(name).integer("size"))
       return false;
@@ -268,7 +292,7 @@ inline void delete_older(const std::string& out_dir, int64_t step, int keep) {
   for (const Folder& folder : list_folders(out_dir)) {
     if (folder.kind == Kind::temporary || folder.step > step) continue;
     const bool superseded = folder.kind == Kind::replaced && fs::exists(step_path(out_dir, folder.step));
-    if (superseded || (keep > 0 && looks_complete(folder.path) && ++kept > keep)) discard(folder.path);
+    if (superseded || (keep > 0 && looks_complete(folder) && ++kept > keep)) discard(folder.path);
   }
 }
 
@@ -300,6 +324,10 @@ inline Checkpoint open_weights(const std::string& path) {
 
 }  // namespace checkpoints
 
+inline void delete_older_checkpoints(const std::string& out_dir, int64_t step, int keep) {
+  checkpoints::delete_older(out_dir, step, keep);
+}
+
 inline std::string save_checkpoint(const std::string& out_dir, const CheckpointContents& contents, int keep) {
   const std::string path = checkpoints::step_path(out_dir, contents.step);
   if (contents.step < 0) safetensors::fail(path, "expected a step of at least 0");
@@ -325,9 +353,10 @@ inline std::string find_newest_checkpoint(const std::string& out_dir,
   for (const checkpoints::Folder& folder : checkpoints::list_folders(out_dir)) {
     if (folder.kind == checkpoints::Kind::temporary) continue;
     try {
+      checkpoints::require_step(folder, checkpoints::read_manifest(folder.path));
       return checkpoints::open_complete(folder.path).path;
     } catch (const std::runtime_error& e) {
-      warn("passing over a damaged checkpoint: " + std::string(e.what()));
+      warn("passing over a checkpoint: " + std::string(e.what()));
     }
   }
   return "";

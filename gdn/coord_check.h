@@ -16,8 +16,11 @@
 // Gradients "grad:NAME" and updates "update:NAME" of tensor NAME (the last part of its name in a checkpoint).
 // An update's size is that of the change it makes in the tensor's output: (W_t - W_0) x, with today's input
 // x, for matrices; for vectors, which multiply or add to their channel, the size of w_t - w_0 itself. W_emb
-// as input is not among them: the embedding's change is its update. "grad:dt_bias" is the gradient at the
-// gate's input a, summed over tokens.
+// as input is not among them: the embedding's change is its update. Where W_emb is the head too,
+// "update:lm_head" is that of the logits of tokens that the batch does not have as input: the rows of the
+// others were also moved as an embedding, by what h is not aligned with, which adds a part d^-1/2 (under SGD
+// with embeddings of kBaseStd the larger one up to d = 1024) to the output's Theta(1). "grad:dt_bias" is the
+// gradient at the gate's input a, summed over tokens.
 #pragma once
 
 #include <algorithm>
@@ -27,6 +30,7 @@
 #include <functional>
 #include <iterator>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -67,10 +71,10 @@ inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, 
   const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
   const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
   if (is_gradient) return {};
-  // Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b start
-  // at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their input.
-  // With the learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are aligned
-  // indeed, by d^-1/2 where they are not yet.
+  // Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b
+  // start at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their
+  // input. With the learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are
+  // aligned indeed, by d^-1/2 where they are not yet.
   if (gates != GateRule::independent && !fixed_head_size && of_gates(activation)) {
     const SlopeRange falls = {-0.5, 0}, stays = {0, 0};
     if (is_update) return {gates == GateRule::aligned && optimizer == OptimizerKind::sgd ? falls : stays, {}};
@@ -114,16 +118,19 @@ class CoordProbe {
   using real = typename Device::real;
   using act = typename Device::act;
 
-  // For batches of `batch` sequences of `tokens` tokens. W_0 are the parameters' values now.
-  CoordProbe(Parameters<Device>& parameters, int batch, int tokens)
+  // For a batch of `batch` sequences of `length` tokens, `tokens` [B,T]. W_0 are the parameters' values now.
+  CoordProbe(Parameters<Device>& parameters, int batch, int length, const std::vector<int32_t>& tokens)
       : p_(parameters),
         dev_(parameters.dev),
         config_(parameters.config),
-        shape_(config_.mixer_shape(batch, tokens)),
+        shape_(config_.mixer_shape(batch, length)),
         start_(download(parameters.master(), parameters.table.size)) {
     const size_t M = shape_.rows(), d = config_.width, I = config_.mlp_size, V = config_.padded_vocab;
     const size_t columns = shape_.columns(), values = shape_.value_dim();
     constexpr int kMostLogitRows = 256;
+    const std::set<int32_t> inputs(tokens.begin(), tokens.end());
+    for (int v = 0; v < config_.vocab; v++)
+      if (!config_.tied || inputs.count(v) == 0) pure_outputs_.push_back(v);
     for (int i = 0; i < std::min(shape_.rows(), kMostLogitRows); i++)
       logit_rows_.push_back(int(int64_t(i) * shape_.rows() / std::min(shape_.rows(), kMostLogitRows)));
     const size_t sampled = logit_rows_.size(), largest = std::max({columns, values, 2 * I, V}) * d;
@@ -296,21 +303,31 @@ class CoordProbe {
     const real scale = real(logit_scale(config_.mup()));
     linear_forward(dev_, out_.get(), sample_.get(), p_.weights(p_.table.lm_head), rows, V, d, scale);
     record(-1, "logits", columns(download(out_.get(), size_t(rows) * V), V, 0, config_.vocab));
-    update(-1, {"lm_head"}, {config_.vocab}, p_.table.lm_head, sample_.get(), rows, V, d, scale);
+    if (step_ == 0 || pure_outputs_.empty()) return;
+    const std::vector<float> y = output_change(p_.table.lm_head, sample_.get(), rows, V, d, scale);
+    std::vector<float> pure;
+    for (int row = 0; row < rows; row++)
+      for (const int v : pure_outputs_) pure.push_back(y[size_t(row) * V + v]);
+    rows_->push_back({step_, -1, "update:lm_head", root_mean_square(pure)});
   }
 
-  // The change that the tensors `names`, which stand behind each other as rows of one matrix [out,in] at
-  // `offset` and have `sizes` rows each, make in their outputs for inputs x [rows,in].
-  void update(int layer, const std::vector<std::string>& names, const std::vector<int>& sizes, size_t offset,
-              const act* x, int rows, int out, int in, real scale = 1) {
-    if (step_ == 0) return;
+  // scale (W_t - W_0) x^T of the matrix [out,in] at `offset`, as [rows,out], for inputs x [rows,in].
+  std::vector<float> output_change(size_t offset, const act* x, int rows, int out, int in, real scale = 1) {
     const size_t n = size_t(out) * in;
     std::vector<real> change = raw(p_.master(offset), n);
     for (size_t i = 0; i < n; i++) change[i] -= start_[offset + i];
     dev_.upload(change_.get(), change.data(), n * sizeof(real));
     round_weights(dev_, rounded_change_.get(), change_.get(), n);
     linear_forward(dev_, out_.get(), x, rounded_change_.get(), rows, out, in, scale);
-    const std::vector<float> y = download(out_.get(), size_t(rows) * out);
+    return download(out_.get(), size_t(rows) * out);
+  }
+
+  // The change that the tensors `names`, which stand behind each other as rows of one matrix [out,in] at
+  // `offset` and have `sizes` rows each, make in their outputs for inputs x [rows,in].
+  void update(int layer, const std::vector<std::string>& names, const std::vector<int>& sizes, size_t offset,
+              const act* x, int rows, int out, int in) {
+    if (step_ == 0) return;
+    const std::vector<float> y = output_change(offset, x, rows, out, in);
     int first = 0;
     for (size_t i = 0; i < names.size(); first += sizes[i++])
       rows_->push_back(
@@ -324,6 +341,7 @@ class CoordProbe {
   const std::vector<float> start_;                                   // W_0
   std::map<std::pair<int, std::string>, std::vector<float>> first_;  // activations at step 0
   std::vector<int> logit_rows_;
+  std::vector<int> pure_outputs_;  // tokens whose row of the head has moved as an output alone
   Buffer<Device, act> x_, h_, branch_, value_, inner_, sample_, out_, rounded_change_;
   Buffer<Device, real> change_, rstd_, state_;
   int step_ = 0;
@@ -331,8 +349,8 @@ class CoordProbe {
 };
 
 // Trains a model on one batch, tokens and targets [B,T] on the host, at a constant learning rate, and returns
-// the sizes at kCoordSteps. `start` gives the parameters their first values: without it they come from the seed.
-// Throws one line when the loss or the gradient is not finite.
+// the sizes at kCoordSteps. `start` gives the parameters their first values: without it they come from the
+// seed. Throws one line when the loss or the gradient is not finite.
 template <class Device>
 std::vector<CoordRow> coordinate_check(Device& dev, const ModelConfig& config,
                                        const OptimizerConfig& optimizer_config, double learning_rate,
@@ -348,7 +366,7 @@ std::vector<CoordRow> coordinate_check(Device& dev, const ModelConfig& config,
     parameters.initialize(seed);
   Optimizer<Device> optimizer(parameters, optimizer_config);
   Model<Device> model(parameters, batch, length, Use::training);
-  CoordProbe<Device> probe(parameters, batch, length);
+  CoordProbe<Device> probe(parameters, batch, length, tokens);
   std::vector<CoordRow> rows;
   const auto require_finite = [&](int step, const char* what, double x) {
     if (!std::isfinite(x))
@@ -387,8 +405,8 @@ inline void write_coord_rows(const std::string& path, const std::vector<CoordRow
                             (config.fixed_head_size ? "heads" : "head_dim") + "," +
                             std::to_string(config.width) + "," + std::to_string(seed) + ",";
   for (const CoordRow& row : rows) {
-    const ExpectedSlopes e = expected_slopes(row.activation, row.layer, row.step, config.fixed_head_size,
-                                             config.gates, optimizer);
+    const ExpectedSlopes e =
+        expected_slopes(row.activation, row.layer, row.step, config.fixed_head_size, config.gates, optimizer);
     csv += start + std::to_string(row.step) + "," + (row.layer < 0 ? "" : std::to_string(row.layer)) + "," +
            row.activation + "," + number(row.rms) + "," + number(row.change) + "," + number(e.rms.low) + "," +
            number(e.rms.high) + "," + number(e.change.low) + "," + number(e.change.high) + "\n";

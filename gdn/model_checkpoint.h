@@ -351,27 +351,49 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
 struct TrainingCounters {
   int64_t step = 0;       // steps done
   uint64_t position = 0;  // of the data loader
-  std::vector<std::pair<std::string, std::string>> options;
+  std::vector<std::pair<std::string, std::string>> options;    // that somebody chose
+  std::vector<std::pair<std::string, std::string>> in_effect;  // all, with defaults
+  Json::Object record;  // what is kept with them: the data, and which program ran where
 };
 
 inline Json counters_json(const TrainingCounters& counters) {
-  Json::Object options;
-  for (const auto& [name, value] : counters.options) options.emplace_back(name, value);
-  return Json::Object{
-      {"step", counters.step}, {"position", int64_t(counters.position)}, {"options", std::move(options)}};
+  const auto object = [](const std::vector<std::pair<std::string, std::string>>& pairs) {
+    Json::Object options;
+    for (const auto& [name, value] : pairs) options.emplace_back(name, value);
+    return options;
+  };
+  Json::Object json = {{"step", counters.step},
+                       {"position", int64_t(counters.position)},
+                       {"options", object(counters.options)},
+                       {"in_effect", object(counters.in_effect)}};
+  json.insert(json.end(), counters.record.begin(), counters.record.end());
+  return json;
 }
 
 inline TrainingCounters read_counters(const Checkpoint& checkpoint) try {
   if (!checkpoint.has_training_state)
     throw std::runtime_error("weights alone: training cannot go on from here");
+  const auto text_of = [](const std::string& name, const Json& value) {
+    if (!value.is<std::string>()) throw std::runtime_error("option '" + name + "' is " + json::described(value));
+    return std::get<std::string>(value.value);
+  };
   TrainingCounters counters;
   counters.step = checkpoint.counters.integer("step");
   counters.position = uint64_t(checkpoint.counters.integer("position"));
   for (const auto& [name, value] : checkpoint.counters.object("options"))
-    counters.options.emplace_back(name, std::get<std::string>(value.value));
+    counters.options.emplace_back(name, text_of(name, value));
+  if (checkpoint.counters.find("in_effect"))
+    for (const auto& [name, value] : checkpoint.counters.object("in_effect"))
+      counters.in_effect.emplace_back(name, text_of(name, value));
   return counters;
 } catch (const std::runtime_error& e) {
   throw std::runtime_error(checkpoint.path + ": " + e.what());
+}
+
+// All options of the training that left the checkpoint, defaults included.
+inline std::vector<std::pair<std::string, std::string>> options_in_effect(const Checkpoint& checkpoint) {
+  const TrainingCounters counters = read_counters(checkpoint);
+  return counters.in_effect.empty() ? counters.options : counters.in_effect;  // older ones have options alone
 }
 
 // ---- tensors
@@ -383,10 +405,26 @@ constexpr const char* dtype_name() {
   return std::is_same<T, float>::value ? "F32" : std::is_same<T, double>::value ? "F64" : "BF16";
 }
 
+// Throws where a number is infinite or none: a checkpoint with such a number is no good to anyone. By the bits of
+// the exponent, so that whatever -ffast-math assumes makes no difference.
+template <class T>
+void require_finite(const void* numbers, size_t bytes, const std::string& name) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const Bits exponent = sizeof(T) == 2 ? Bits(0x7F80) : sizeof(T) == 4 ? Bits(0x7F800000) : Bits(0x7FF0000000000000);
+  Bits bits, found = 0;
+  for (size_t at = 0; at + sizeof(Bits) <= bytes; at += sizeof(Bits)) {
+    std::memcpy(&bits, static_cast<const char*>(numbers) + at, sizeof(Bits));
+    found |= (bits & exponent) == exponent;
+  }
+  if (found) throw std::runtime_error("tensor '" + name + "' holds a number that is not finite");
+}
+
 template <class Device, class T>
 TensorSource device_tensor(Device& dev, const Tensor& t, const std::string& prefix, const T* data) {
-  return {prefix + t.name, dtype_name<T>(), t.shape, [&dev, data](void* host, size_t offset, size_t bytes) {
+  const std::string name = prefix + t.name;
+  return {name, dtype_name<T>(), t.shape, [&dev, data, name](void* host, size_t offset, size_t bytes) {
             dev.download(host, reinterpret_cast<const char*>(data) + offset, bytes);
+            require_finite<T>(host, bytes, name);
           }};
 }
 

@@ -29,6 +29,11 @@
 namespace gdn {
 namespace data {
 
+// A token that is not in the vocabulary, in a file that can be read: a training may step over it.
+struct BadToken : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 [[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
 
 constexpr int64_t kShardHeaderBytes = 256 * sizeof(int32_t);
@@ -252,9 +257,9 @@ inline std::vector<int32_t> read_tokens(const TokenFile& file, int64_t first, in
   const auto outside = std::find_if(tokens.begin(), tokens.end(), [&](int32_t token) {
     return uint32_t(token) >= uint32_t(file.vocabulary);
   });
-  fail(file.path() + ": token " + std::to_string(first + (outside - tokens.begin())) + " is " +
-       std::to_string(uint32_t(*outside)) + ", expected less than the vocabulary of " +
-       std::to_string(file.vocabulary));
+  throw BadToken(file.path() + ": token " + std::to_string(first + (outside - tokens.begin())) + " is " +
+                 std::to_string(uint32_t(*outside)) + ", expected less than the vocabulary of " +
+                 std::to_string(file.vocabulary));
 }
 
 }  // namespace data

@@ -42,7 +42,8 @@ def run_main(main: Callable[[list[str]], int]) -> None:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV that has at least these columns. A last line that a kill cut short is left out."""
+    """The rows of a CSV that has at least these columns. Lines "# ..." before its header, where a log says where
+    it comes from, and a last line that a kill cut short are left out."""
     try:
         text = path.read_text()
     except FileNotFoundError:
@@ -54,6 +55,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     lines = text.splitlines()
     if lines and not text.endswith("\n"):
         lines.pop()
+    while lines and lines[0].startswith("#"):
+        lines.pop(0)
     reader = csv.DictReader(lines)
     missing = [c for c in columns if c not in (reader.fieldnames or [])]
     if missing:

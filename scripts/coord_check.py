@@ -6,11 +6,14 @@
 Runs ./train_gdn -coord_check (gdn/coord_check.h says what it measures) over widths, both ways of growing them
 (6 heads whose size grows; heads of 64 whose number grows), sp beside mup, and seeds. Fits the slope of log2(rms)
 against log2(d), mean squares averaged over seeds, for every activation, layer and step, and for its change since
-step 0. Exit code 1 when a slope of mup leaves the range that train_gdn derives for it by more than --tolerance,
-or when a run fails. Gradients are listed and not judged; updates, (W_t - W_0) x, with --updates.
+step 0. Every run is made twice: activations are judged at the learning rate, updates, (W_t - W_0) x, at a hundredth
+of it. That an update is aligned with its input (mup.h, section 2) holds while the input is the one it was made from:
+at the full learning rate the first step turns the normalized o by more than its size. Exit code 1 when a slope of mup
+leaves the range that train_gdn derives for it by more than --tolerance, or when a run fails. Gradients are listed and
+not judged.
 
-Writes OUT_OPTIMIZER_GROWTH.png and .svg (sp beside mup), OUT.csv (sizes, a row per width, activation, layer and
-step), OUT_slopes.csv, and the runs' own CSVs to OUT_runs. These are used again when the same options ask for
+Writes a figure of each optimizer and family, sp beside mup (OUT_adamw_6_heads.png and .svg, OUT_sgd_heads_of_64...),
+OUT.csv (sizes, a row per width, activation, layer and step), OUT_slopes.csv, and the runs' own CSVs to OUT_runs. These are used again when the same options ask for
 them: kill it at any time, and the same command goes on. Options after -- go to ./train_gdn. Without: L = 4, one
 sequence of 32 tokens (the ranges are derived for widths above the number of tokens), no decay, no clipping, a
 quarter of AdamW's and a tenth of SGD's default learning rate, constant from the first step on. In their values
@@ -20,6 +23,7 @@ quarter of AdamW's and a tenth of SGD's default learning rate, constant from the
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import signal
 import time
@@ -48,6 +52,7 @@ from common import (
 PARAMS, OPTIMIZERS, GROWTHS = ("sp", "mup0", "mup"), ("adamw", "sgd"), ("head_dim", "heads")
 NAMES = {"adamw": "AdamW", "sgd": "SGD", "sp": "SP", "mup0": "muP0", "mup": "muP"}
 SETTINGS = {"L": "4", "T": "32", "B": "1", "wd": "0", "clip": "0"}
+SMALL_STEP = 0.01  # learning rate of the pass for updates, as a multiple of the other one's
 LR = {"adamw": "1e-3", "sgd": "0.03"}
 OF_THE_GRID = {"w", "param", "opt", "seed", "o", "heads", "head_dim", "coord_check", "resume", "gen", "h"}
 NO_EFFECT = {"d"}  # on what is measured, as far as it matters here
@@ -58,6 +63,7 @@ RUN_COLUMNS = [
 SIZES = ["optimizer", "growth", "param", "width", "step", "layer", "activation", "seeds", "rms", "change"]
 SLOPES = ["optimizer", "growth", "param", "activation", "what", "layer", "step"]
 SLOPES += ["slope", "standard_error", "wanted_min", "wanted_max", "judged", "outside"]
+GREY, MARKERS = "#555555", "o^Dvs"  # contrast with white 7.5:1
 DRAWN = ("embedding", "q'", "k'", "v'", "alpha", "beta", "S", "o", "mixer", "mlp", "block", "logits")
 
 
@@ -68,9 +74,11 @@ class Run:
     param: str
     width: int
     seed: int
+    linear: bool  # the pass with small steps, for updates
 
     def name(self) -> str:
-        return f"{self.optimizer}_{self.growth}_{self.param}_w{self.width}_s{self.seed}"
+        name = f"{self.optimizer}_{self.growth}_{self.param}_w{self.width}_s{self.seed}"
+        return name + "_linear" * self.linear
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--optimizers", default="adamw", help="adamw, sgd or both [adamw]")
     p.add_argument("--seeds", default="1,2,3,4", help="of initial values and data [1,2,3,4]")
     p.add_argument("--tolerance", type=float, default=0.1, help="[0.1]")
-    p.add_argument("--updates", action="store_true", help="judge the updates too")
     p.add_argument("--table", type=Path, metavar="FILE", help="write the table as Markdown")
     add_pool_options(p)
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -135,7 +142,11 @@ def options(a: argparse.Namespace, run: Run) -> dict[str, str]:
     family = {"heads": str(a.heads)} if run.growth == "head_dim" else {"head_dim": str(a.head_dim)}
     grid = {"w": run.width, "param": run.param, "opt": run.optimizer, "seed": run.seed}
     extra = {name: value.replace("{width}", str(run.width)) for name, value in a.extra.items()}
-    return {**{k: str(v) for k, v in grid.items()}, **family, "lr": LR[run.optimizer], **SETTINGS, **extra}
+    values = {**{k: str(v) for k, v in grid.items()}, **family, "lr": LR[run.optimizer], **SETTINGS, **extra}
+    try:
+        return {**values, "lr": f"{float(values['lr']) * SMALL_STEP:.12g}"} if run.linear else values
+    except ValueError:
+        raise Error(f"-lr {values['lr']}: expected a number") from None
 
 
 def options_text(a: argparse.Namespace, run: Run) -> str:
@@ -180,6 +191,8 @@ def read_run(path: Path, run: Run, squares: MeanSquares, wanted: dict[Size, tupl
         for what, column in (("rms", "rms"), ("change", "rms_change_since_step_0")):
             if row[column] == "" or (what == "change" and row["step"] == "0"):
                 continue
+            if row["activation"].startswith("update:") != run.linear:
+                continue
             size = Size(
                 run.optimizer, run.growth, run.param, row["activation"], what, row["layer"], int(row["step"])
             )
@@ -211,7 +224,7 @@ def find_slopes(a: argparse.Namespace, squares: MeanSquares, wanted: dict) -> di
         mean = sum(without) / len(without) if without else math.nan
         error = math.sqrt(sum((x - mean) ** 2 for x in without) * (len(seeds) - 1) / len(seeds))
         low, high = wanted[size]
-        judged = not math.isnan(low + value) and (a.updates or not size.activation.startswith("update:"))
+        judged = not math.isnan(low + value)
         inside = low - a.tolerance <= value <= high + a.tolerance
         slopes[size] = Slope(value, error if without else math.nan, low, high, judged, judged and not inside)
     return slopes
@@ -303,12 +316,12 @@ def pooled(squares: MeanSquares, size: Size, layers: list[str]) -> dict[int, flo
     return {width: math.sqrt(sum(x) / len(x)) for width, x in sorted(sums.items()) if sum(x) > 0}
 
 
-def draw(a: argparse.Namespace, squares: MeanSquares, optimizer: str, growth: str) -> None:
-    """Two columns of activations, in each the parametrizations side by side on one scale."""
+def draw(a: argparse.Namespace, squares: MeanSquares, slopes: dict[Size, Slope], optimizer: str, growth: str) -> None:
+    """Two columns of activations, in each the parametrizations side by side on one scale; slopes over all layers."""
     pyplot, ticker = import_pyplot(), import_package("matplotlib.ticker")
     steps = sorted({size.step for size in squares if size.what == "change"})
     layers = sorted({size.layer for size in squares})
-    colors = pyplot.get_cmap("viridis_r")([0.15 + 0.8 * i / max(1, len(steps) - 1) for i in range(len(steps))])
+    colors = pyplot.get_cmap("viridis_r")([0.45 + 0.55 * i / max(1, len(steps) - 1) for i in range(len(steps))])
     drawn = [activation for activation in DRAWN if any(size.activation == activation for size in squares)]
     rows, params = -(-len(drawn) // 2), a.params
     size = (2 * (2.1 * len(params) + 0.5), 1.75 * rows + 1.0)
@@ -318,10 +331,14 @@ def draw(a: argparse.Namespace, squares: MeanSquares, optimizer: str, growth: st
         for axis, param in zip(panels, params):
             base = Size(optimizer, growth, param, activation, "rms", "", 0)
             initial = pooled(squares, base, layers)
-            axis.plot(list(initial), list(initial.values()), color="#888888", ls="--", marker="s", ms=3, lw=1.2)
-            for step, color in zip(steps, colors):
+            axis.plot(list(initial), list(initial.values()), color=GREY, ls="--", marker="s", ms=3, lw=1.2)
+            for step, color, marker in zip(steps, colors, itertools.cycle(MARKERS)):
                 change = pooled(squares, replace(base, what="change", step=step), layers)
-                axis.plot(list(change), list(change.values()), color=color, marker="o", ms=3, lw=1.4)
+                axis.plot(list(change), list(change.values()), color=color, marker=marker, ms=4, lw=1.4)
+            sizes = [s for size, s in slopes.items() if replace(size, layer="") == base]
+            changes = [s for size, s in slopes.items() if replace(size, layer="", step=0) == replace(base, what="change")]
+            text = f"slope of size {span(sizes)}\nof change {span(changes)}"
+            axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize=6, color=GREY)
             axis.set(xscale="log", yscale="log", title=f"{activation}, {NAMES[param]}")
             axis.set_xticks(sorted(a.widths), [str(w) for w in sorted(a.widths)])
             axis.minorticks_off()
@@ -335,12 +352,12 @@ def draw(a: argparse.Namespace, squares: MeanSquares, optimizer: str, growth: st
     for axis in axes[-1]:
         axis.set_xlabel("width")
     line = pyplot.Line2D
-    handles = [line([], [], color="#888888", ls="--", marker="s", ms=3, label="size at step 0")]
-    for step, color in zip(steps, colors):
-        handles.append(line([], [], color=color, marker="o", ms=3, label=f"change after step {step}"))
+    handles = [line([], [], color=GREY, ls="--", marker="s", ms=3, label="size at step 0")]
+    for step, color, marker in zip(steps, colors, itertools.cycle(MARKERS)):
+        handles.append(line([], [], color=color, marker=marker, ms=4, label=f"change after step {step}"))
     figure.suptitle(f"Coordinate check, {NAMES[optimizer]}, {family(a, growth)}, all layers")
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    save_figure(figure, named(a.out, f"_{optimizer}_{growth}"))
+    save_figure(figure, named(a.out, f"_{optimizer}_{family(a, growth).replace(' ', '_')}"))
     pyplot.close(figure)
 
 
@@ -353,12 +370,13 @@ def main(argv: list[str]) -> int:
     a.binary = find_binary(a.binary)
     import_package("matplotlib")  # said before the runs
     runs = [
-        Run(optimizer, growth, param, width, seed)
+        Run(optimizer, growth, param, width, seed, linear)
         for seed in a.seeds  # a seed is complete before the next one starts
         for width in sorted(a.widths, reverse=True)
         for optimizer in a.optimizers
         for growth in a.growth
         for param in a.params
+        for linear in (False, True)
     ]
     folder = named(a.out, "_runs")
     folder.mkdir(parents=True, exist_ok=True)
@@ -386,7 +404,7 @@ def main(argv: list[str]) -> int:
         a.table.write_text(text)
     for optimizer in a.optimizers:
         for growth in a.growth:
-            draw(a, squares, optimizer, growth)
+            draw(a, squares, slopes, optimizer, growth)
     outside = {size: s for size, s in slopes.items() if s.outside and size.param == "mup"}
     for size, s in outside.items():
         where = f"layer {size.layer}, step {size.step}" if size.layer else f"step {size.step}"

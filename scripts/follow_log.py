@@ -5,7 +5,8 @@
     python3 scripts/follow_log.py run_001 --wandb my_project
 
 Takes folders of runs, where a log may appear later, or log.csv files. It goes on until Ctrl-C or SIGTERM; --once takes what is
-there and ends. Curves are train/loss, val/loss, train/lr, train/grad_norm, train/ms, train/tokens_per_s, train/sol.
+there and ends. Curves are train/loss, val/loss, train/lr, train/grad_norm, train/ms, train/tokens_per_s, train/sol
+and, of the built-in stories, the floors; the run's options are there as hyperparameters.
 
 TensorBoard gets a folder per run in --out, with the events of the whole log: those of an earlier call are replaced.
 Weights & Biases gets a new run with each call; as always, WANDB_MODE=offline keeps it on this machine. A resumed
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import json
 import signal
 import time
 from pathlib import Path
@@ -24,7 +26,8 @@ from pathlib import Path
 from common import Error, Parser, import_package, run_main
 from plot_log import labels
 
-COLUMNS = ["step", "split", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "sol"]
+OLDER_COLUMNS = ["step", "split", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "sol"]
+COLUMNS = OLDER_COLUMNS + ["floor", "time"]
 SUFFIX = ".train_gdn"  # of our event files
 
 
@@ -44,6 +47,10 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
+    def options(self, options: dict[str, str]) -> None:
+        lines = ["| option | value |", "|---|---|", *(f"| -{name} | {value} |" for name, value in options.items())]
+        self.writer.add_text("options", "\n".join(lines))
+
     def close(self) -> None:
         self.writer.close()
 
@@ -59,6 +66,9 @@ class WeightsAndBiases:
     def add(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
 
+    def options(self, options: dict[str, str]) -> None:
+        self.run.config.update(options, allow_val_change=True)
+
     def close(self) -> None:
         self.run.finish()
 
@@ -72,6 +82,7 @@ class Log:
         self.identity = None
         self.rest = b""
         self.row = 0
+        self.columns = COLUMNS
         self.last = {"train": 0, "val": 0}  # step that was handed on
 
     def new_rows(self) -> list[tuple[int, dict[str, float]]]:
@@ -88,17 +99,20 @@ class Log:
         return [values for line in lines if (values := self.parse(line)) is not None]
 
     def parse(self, line: bytes) -> tuple[int, dict[str, float]] | None:
-        """None for the header and for what was handed on before."""
+        """None for what stands before the rows and for what was handed on before."""
+        if self.row == 0 and line.startswith(b"#"):
+            return None
         self.row += 1
         try:
             (fields,) = csv.reader([line.decode()])
-            if self.row == 1 and fields == COLUMNS:
+            if self.row == 1 and fields in (COLUMNS, OLDER_COLUMNS):
+                self.columns = fields
                 return None
             if self.row == 1:
                 raise ValueError
-            row = dict(zip(COLUMNS, fields, strict=True))
+            row = dict(zip(self.columns, fields, strict=True))
             step, split = int(row["step"]), row["split"]
-            values = {f"{split}/{name}": float(row[name]) for name in COLUMNS[2:] if row[name]}
+            values = {f"{split}/{name}": float(row[name]) for name in self.columns[2:] if row[name] and name != "time"}
             fresh = step > self.last[split]
         except (ValueError, KeyError, csv.Error):
             what = f"expected {','.join(COLUMNS)}" if self.row == 1 else "not a row of a training log"
@@ -113,9 +127,20 @@ class Log:
             self.file.close()
 
 
+def options_of(folder: Path) -> dict[str, str] | None:
+    """The options in effect that a checkpoint in the folder of a log names; None while there is none."""
+    for path in sorted(folder.glob("step_????????/checkpoint.json"), reverse=True):
+        try:
+            return json.loads(path.read_text())["counters"]["in_effect"]
+        except (OSError, ValueError, KeyError, TypeError):  # being replaced, or of before there was such a record
+            continue
+    return None
+
+
 def follow(paths: list[Path], sinks: list, once: bool, seconds: float) -> int:
     """The number of rows that were handed on."""
     logs, count = [Log(path) for path in paths], 0
+    untold = dict(zip(paths, sinks))
     try:
         while True:
             for log, sink in zip(logs, sinks):
@@ -123,6 +148,8 @@ def follow(paths: list[Path], sinks: list, once: bool, seconds: float) -> int:
                 for step, values in rows:
                     sink.add(step, values)
                 count += len(rows)
+                if log.path in untold and (options := options_of(log.path.parent)):
+                    untold.pop(log.path).options(options)
             if once:
                 return count
             time.sleep(seconds)

@@ -391,7 +391,8 @@ with open(o["-o"], "w") as out:
         out.write(f"{{step}},0,v',{{seed * d**slope}},{{step * d**slope}},0,0,0,0\\n")
         out.write(f"{{step}},,logits,{{d**-0.3}},{{step * d**-0.2}},-0.5,0,-0.5,0\\n")
         out.write(f"{{step}},0,grad:v_proj,{{1 / d}},,,,,\\n")
-    out.write(f"1,0,update:v_proj,{{d**0.3}},,0,0,,\\n")
+    linear = float(o["-lr"]) < 1e-4  # only there updates have their slope
+    out.write(f"1,0,update:v_proj,{{d**(float(os.environ.get('UPDATE', 0)) if linear else -0.5)}},,0,0,,\\n")
 """
 
 
@@ -419,9 +420,10 @@ class CoordCheck(InFolder):
     def test_slopes_table_and_figures(self) -> None:
         done = self.check("-j", 2, "--table", self.folder / "table.md", "--", "-T", 16)
         self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertEqual(len(self.calls()), 2 * 2 * 3)
-        for word in ("-w 1024", "-heads 6", "-lr 1e-3", "-clip 0", "-T 16", "-B 1", "-L 4"):
+        self.assertEqual(len(self.calls()), 2 * 2 * 3 * 2)
+        for word in ("-w 1024", "-heads 6", "-lr 1e-3 ", "-clip 0", "-T 16", "-B 1", "-L 4"):
             self.assertIn(word, self.calls()[0])
+        self.assertIn("-lr 1e-05", " ".join(self.calls()))
         slopes = self.slopes()
         self.assertAlmostEqual(float(slopes["sp", "v'", "change", "1"]["slope"]), 0.5)
         self.assertAlmostEqual(float(slopes["mup", "logits", "rms", "0"]["slope"]), -0.3)
@@ -432,10 +434,10 @@ class CoordCheck(InFolder):
         self.assertEqual(sizes["mup", "256", "1", "v'"]["seeds"], "2")
         table = (self.folder / "table.md").read_text()
         self.assertIn(table, done.stdout)
-        self.assertIn("AdamW, SP, 6 heads: 3 of 6 slopes outside", table)
-        self.assertIn("AdamW, muP, 6 heads: 0 of 6 slopes outside", table)
-        self.assertEqual((self.folder / "out_adamw_head_dim.png").read_bytes()[:4], b"\x89PNG")
-        self.assertIn("<svg", (self.folder / "out_adamw_head_dim.svg").read_text())
+        self.assertIn("AdamW, SP, 6 heads: 3 of 7 slopes outside", table)
+        self.assertIn("AdamW, muP, 6 heads: 0 of 7 slopes outside", table)
+        self.assertEqual((self.folder / "out_adamw_6_heads.png").read_bytes()[:4], b"\x89PNG")
+        self.assertIn("<svg", (self.folder / "out_adamw_6_heads.svg").read_text())
 
     @needs_matplotlib
     def test_a_slope_outside_is_an_error(self) -> None:
@@ -443,18 +445,20 @@ class CoordCheck(InFolder):
         self.assert_one_line_error(done, "2 slopes of mup are more than 0.1 outside")
         self.assertIn("v' (change), layer 0, step 1: slope +0.11 +- 0.00, wanted 0", done.stdout)
         self.assertEqual(self.check("--params", "mup", "--tolerance", "0.12", BREAK="0.11").returncode, 0)
-        self.assert_one_line_error(self.check("--params", "mup", "--tolerance", "0.12", "--updates"), "1 slopes of mup")
+        done = self.check("--params", "mup", "--", "-T", 16, UPDATE="0.11")
+        self.assert_one_line_error(done, "1 slopes of mup are more than 0.1 outside")
+        self.assertIn("update:v_proj, layer 0, step 1: slope +0.11", done.stdout)
 
     @needs_matplotlib
     def test_runs_are_used_again_where_the_options_are_equal(self) -> None:
         words = ("--params", "mup", "--widths", "256,512", "--seeds", "1", "--")
         self.check(*words)
         self.assertEqual(self.check(*words).returncode, 0)
-        self.assertEqual(len(self.calls()), 2)
-        self.check(*words, "-T", 16)
         self.assertEqual(len(self.calls()), 4)
+        self.check(*words, "-T", 16)
+        self.assertEqual(len(self.calls()), 8)
         self.check(*words, "-load", "runs/w{width}")
-        self.assertIn("-load runs/w512", self.calls()[4])
+        self.assertIn("-load runs/w512", self.calls()[8])
 
     @needs_matplotlib
     def test_a_failed_run_is_said(self) -> None:
@@ -475,7 +479,7 @@ class CoordCheck(InFolder):
     @needs_train_gdn
     def test_real_trainer_on_the_cpu(self) -> None:
         words = ["-o", self.folder / "out", "--widths", "64,128,256", "--heads", 3, "--head_dim", 16, "--seeds", 1]
-        words += ["--optimizers", "adamw,sgd", "--tolerance", 5, "--updates", "-j", 2]
+        words += ["--optimizers", "adamw,sgd", "--tolerance", 5, "-j", 2]
         done = call("coord_check.py", *words, "--", "-d", "cpu", "-L", 1, "-T", 8, OMP_NUM_THREADS="1")
         self.assertEqual((done.returncode, done.stderr), (0, ""))
         rows = rows_of(self.folder / "out_slopes.csv")

@@ -108,13 +108,14 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
   std::memset(tiles, 0x7f, sizeof tiles);
   const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(splits.count);
-  emulator::shared_memory = warpgroups ? tiles : shared;
+  emulator::shared_memory = tiles;  // of prepare_kernel
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
     if (warpgroups)
       prepare_sm90_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
     else
       prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
   });
+  emulator::shared_memory = warpgroups ? tiles : shared;
   const int warps = 4, threads = 32 * warps;
   const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)),
                  slices_k = unsigned(divide_up(dk, 16 * warps));

@@ -84,7 +84,10 @@ class Fla(torch_tools.Worker):
 
     def step(self, spec: str, steps: int, mode: str) -> dict:
         """mode: eager, compile (torch.compile) or graph (the whole step as a CUDA graph)."""
-        return fla_step(spec, steps, mode)
+        try:
+            return fla_step(spec, steps, mode)
+        finally:
+            torch_tools.free()
 
 
 def fla_step(spec: str, steps: int, mode: str = "eager") -> dict:
@@ -128,8 +131,6 @@ def fla_step(spec: str, steps: int, mode: str = "eager") -> dict:
         host = torch_tools.host_ms(call, 3)
         losses.append((out if mode == "graph" else step()).item())
     gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    del model, optimizer, forward, step, call
-    torch_tools.free()
     return dict(ms=times, gib=gib, losses=losses, parameters=parameters, host_ms=host, first_s=round(first, 1), how=mode)
 
 

@@ -217,7 +217,9 @@ class Report:
         self.say("## Where train_gdn loses\n")
         for _, line in sorted(self.lost):
             self.say(f"- {line}")
-        if not self.lost:
+        if not any(r["peer"] == "ours" for r in self.rows if r["kind"] in ("time", "step")):
+            self.say("train_gdn was not measured.")
+        elif not self.lost:
             self.say("In no row that was measured.")
         self.say()
         steps = {(r["peer"], r["shape"], f"step {r['mode'] or ''}".strip()) for r in self.rows if r["kind"] == "step"}

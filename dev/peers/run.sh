@@ -1,94 +1,151 @@
 #!/usr/bin/env bash
-# train_gdn beside its peers on one GPU, in phases that can run in calls of a few minutes each:
-#
-#   dev/peers/run.sh PHASE [SECONDS]        each phase has a limit of its own if none is given
-#
-#   compile    CPU: inputs, Triton's and JAX's kernels on all cores. Little GPU memory; may run beside a training
-#   tune       fla's autotuners measure their configurations, with the GPU to themselves
-#   kernels    the gated delta rule at the shapes of common.py, every peer held to float64 first, then timed in turns
-#   steps      one training step of the same sizes, in turns
-#   gradients  dev/torch/accuracy.py and compare.py: errors of outputs and gradients beside float64
-#   flashqla   compiles FlashQLA's kernels and times it beside ours (its wheels are large: by itself)
-#   report     PEERS_OUT/report.md from what there is
-#
-# Before: make GPU_ARCH=90a dev/bench_step dev/delta_rule_file train_gdn, the two libraries of ours_c.cu and flashinfer_c.cu
-# (their heads say how), and the peers' wheels (dev/peers/README.md) on PYTHONPATH. Environment: PEERS_WORK=/tmp/peers (inputs,
-# caches, logs), PEERS_OUT=$PEERS_WORK/out (results), GDN_OURS, GDN_FLASHINFER (the libraries), COMMIT, SMALL=1 (a dry run).
-# No phase fails because a peer does: what could not be measured is a line of the report.
+# train_gdn beside its peers on one GPU, in phases that can be called apart: dev/peers/run.sh PHASE [SECONDS]
+#   install            wheels of the folders in WHEELS (with blanks between) into SITE; nothing is fetched
+#   compile   [240]    what the peers compile, side by side on all cores; may run beside another process that uses the GPU: it
+#                      needs up to 60 GiB with all steps (weights and moments, fla's logits), and times nothing but
+#                      XLA's own trials of matrix products
+#   tune      [150]    fla's autotuners measure their configurations; the GPU must be idle else
+#   kernels   [90]     the gated delta rule at the shapes of common.py
+#   steps     [120]    training steps
+#   gradients [90]     dev/torch/compare.py and accuracy.py
+#   report             tables of what there is, also where a phase failed or ran out of time
+#   small              a dry run of kernels and report on small shapes, of the peers in PEERS; a CPU will do
+# Each phase ends within SECONDS and goes on with the next peer where one fails. Settings: PEERS (ours,fla,jla,flashinfer,flashqla),
+# SHAPES and STEPS (with blanks between; default common.py's), PEERS_WORK=/tmp/peers (caches, inputs, logs), OUT or PEERS_OUT (results),
+# SITE=$PEERS_WORK/site, PYTHON=python3, GDN_OURS, GDN_FLASHINFER (libraries; README.md says how they are built), MODEL (a checkpoint
+# for compare.py), JOBS (cores).
 set -uo pipefail
-phase=${1:-}
-cd "$(dirname "$0")" || exit 1
+cd "$(dirname "$0")/../.." || exit 1
+HERE=dev/peers
 export PEERS_WORK=${PEERS_WORK:-/tmp/peers}
-export PEERS_OUT=${PEERS_OUT:-$PEERS_WORK/out}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PEERS_WORK/triton} JAX_COMPILATION_CACHE_DIR=$PEERS_WORK/jax
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
-export XLA_PYTHON_CLIENT_PREALLOCATE=false FLA_CACHE_RESULTS=1 FLA_TILELANG=${FLA_TILELANG:-0} FLA_FLASH_QLA=0
-export GDN_OURS=${GDN_OURS:-./libgdn_ours.so} GDN_FLASHINFER=${GDN_FLASHINFER:-./libgdn_fi_sm90.so}
-PYTHON=${PYTHON:-python3}
+export PEERS_OUT=${PEERS_OUT:-${OUT:-$PEERS_WORK/out}}
+SITE=${SITE:-$PEERS_WORK/site} PYTHON=${PYTHON:-python3} PEERS=${PEERS:-ours,fla,jla,flashinfer,flashqla}
+export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PEERS_WORK/triton} FLA_CACHE_RESULTS=1
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PEERS_WORK/inductor}
+export TILELANG_CACHE_DIR=${TILELANG_CACHE_DIR:-$PEERS_WORK/tilelang}
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PEERS_WORK/jax} JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
 mkdir -p "$PEERS_WORK/logs" "$PEERS_OUT"
-small=()
-[ -z "${SMALL:-}" ] || small=(--small)
-read -r -a shapes <<<"$($PYTHON -c "import common; print(*(common.SMALL_SHAPES if '${SMALL:-}' else common.SHAPES))")"
-read -r -a steps <<<"$($PYTHON -c "import common; print(*(common.SMALL_STEPS if '${SMALL:-}' else common.STEPS))")"
+# Results go to one file through all phases: where OUT is emptied between calls, PEERS_WORK keeps them.
+KEEP=$PEERS_WORK/results
+mkdir -p "$KEEP"
+RESULTS=$PEERS_OUT
+export PEERS_OUT=$KEEP
+shapes=() steps=()
+[ -z "${SHAPES:-}" ] || read -r -a shapes <<<"$SHAPES"
+[ -z "${STEPS:-}" ] || read -r -a steps <<<"$STEPS"
 
-machine() {
-  local device
-  device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
-  $PYTHON - "${device:-CPU}" "$(date -u +%F)" "${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}" <<'PY'
-import sys
-import common
-common.Record().add("machine", device=sys.argv[1], date=sys.argv[2], commit=sys.argv[3])
-PY
+has() { [[ ",$PEERS," == *",$1,"* ]]; }
+constants() { "$PYTHON" -c "import sys; sys.path.insert(0, '$HERE'); import common; print(*common.$1)"; }
+
+say_machine() {
+  [ -s "$KEEP/peers.jsonl" ] && grep -q '"machine"' "$KEEP/peers.jsonl" && return
+  printf '{"kind": "machine", "device": "%s", "date": "%s", "commit": "%s"}\n' \
+    "$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)" "$(date -u +%F)" \
+    "$(git rev-parse --short HEAD 2>/dev/null || cat COMMIT 2>/dev/null)" >>"$KEEP/peers.jsonl"
+}
+
+install() {
+  local folder wheel
+  for folder in ${WHEELS:?WHEELS names the folders with the wheels}; do
+    for wheel in "$folder"/*.whl; do
+      "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$wheel" 2>&1 |
+        grep -v WARNING
+    done
+  done
+  (cd "$SITE" && echo ./*.dist-info)
 }
 
 compile() {
-  local seconds=${1:-230} what
-  $PYTHON inputs.py "${shapes[@]}" || return 1
-  timeout "$seconds" "$PYTHON" peer_fla.py compile "$((seconds - 45))" "${shapes[@]}" "${steps[@]/#/step:}" \
-    >"$PEERS_WORK/logs/fla_compile.log" 2>&1 &
-  for what in "${shapes[@]}" "${steps[@]/#/step:}"; do
-    case $what in
-      step:256,*) continue ;; # no kernel for heads of 32
-      step:1024,* | step:2048,*)
-        timeout "$seconds" "$PYTHON" peer_jla.py compile "$what,fp8" >"$PEERS_WORK/logs/jla_compile_${what//[:,]/_}_fp8.log" 2>&1 & ;;
-    esac
-    timeout "$seconds" "$PYTHON" peer_jla.py compile "$what" >"$PEERS_WORK/logs/jla_compile_${what//[:,]/_}.log" 2>&1 &
+  local limit=${1:-240} jobs=() job shape spec
+  [ ${#shapes[@]} -gt 0 ] || read -r -a shapes <<<"$(constants SHAPES)"
+  [ ${#steps[@]} -gt 0 ] || read -r -a steps <<<"$(constants STEPS)"
+  run() {  # run NAME COMMAND...
+    local name=$1
+    shift
+    timeout -k 5 "$limit" "$@" >"$PEERS_WORK/logs/compile_$name.log" 2>&1 &
+    jobs+=("$!:$name")
+  }
+  run inputs "$PYTHON" $HERE/inputs.py "${shapes[@]}"
+  if has jla; then  # a process each: one compiles on one core
+    for shape in "${shapes[@]}"; do run "jla_$shape" "$PYTHON" $HERE/peer_jla.py compile "$shape"; done
+    for spec in "${steps[@]}"; do
+      [ "${spec%%,*}" -ge 512 ] || continue
+      run "jla_$spec" "$PYTHON" $HERE/peer_jla.py compile "step:$spec"
+      run "jla_$spec,fp8" "$PYTHON" $HERE/peer_jla.py compile "step:$spec,fp8"
+    done
+  fi
+  if has flashqla && [ -d "$SITE/flash_qla" ]; then
+    for shape in "${shapes[@]}"; do
+      [[ $shape != *,128,128 ]] || run "flashqla_$shape" "$PYTHON" $HERE/peer_flashqla.py compile "$shape"
+    done
+  fi
+  if has fla; then
+    FLA_TILELANG=0 FLA_FLASH_QLA=0 run fla "$PYTHON" $HERE/peer_fla.py compile $((limit - 45)) "${shapes[@]}" "${steps[@]/#/step:}"
+  fi
+  for job in "${jobs[@]}"; do
+    wait "${job%%:*}" || echo "compile ${job#*:}: exit code $?"
+    grep -hE 'compiled|inputs of|Error' "$PEERS_WORK/logs/compile_${job#*:}.log" | tail -n 2 | cut -c1-300
   done
-  wait
-  tail -qn 1 "$PEERS_WORK"/logs/*_compile*.log
+}
+
+drive() { timeout -k 5 $(($2 + 20)) "$PYTHON" $HERE/drive.py "$1" --seconds "$2" --peers "$PEERS" "${@:3}"; }
+
+tune() { drive tune "${1:-150}" ${shapes[0]+--shapes "${shapes[@]}"} ${steps[0]+--steps-too "${steps[@]}"}; }
+kernels() {
+  say_machine
+  "$PYTHON" $HERE/inputs.py ${shapes[0]+"${shapes[@]}"} >/dev/null
+  drive kernels "${1:-90}" ${shapes[0]+--shapes "${shapes[@]}"}
+}
+steps() {
+  say_machine
+  drive steps "${1:-120}" ${steps[0]+--shapes "${steps[@]}"}
 }
 
 gradients() {
-  local seconds=${1:-120} root=../.. at=$PEERS_WORK/compared
-  cd "$root" || return 1
-  timeout "$seconds" "$PYTHON" dev/torch/accuracy.py --allow-hopper >"$PEERS_OUT/accuracy.txt" 2>"$PEERS_WORK/logs/accuracy.log" ||
-    tail -n 3 "$PEERS_WORK/logs/accuracy.log"
-  rm -rf "$at"
-  ./train_gdn -w 256 -L 4 -T 512 -B 8 -n 20 -v 0 -s 0 -save 0 -o "$at" >"$PEERS_WORK/logs/compare.log" 2>&1 &&
-    timeout "$seconds" "$PYTHON" dev/torch/compare.py "$at" --allow-hopper >"$PEERS_OUT/compare.txt" 2>>"$PEERS_WORK/logs/compare.log" ||
-    tail -n 3 "$PEERS_WORK/logs/compare.log"
-  timeout "$seconds" "$PYTHON" dev/torch/compare.py "$at" --round --allow-hopper >"$PEERS_OUT/compare_rounded.txt" 2>>"$PEERS_WORK/logs/compare.log" ||
-    tail -n 3 "$PEERS_WORK/logs/compare.log"
-  tail -n 30 "$PEERS_OUT/accuracy.txt"
+  local limit=${1:-90} begin=$SECONDS hopper=(--allow-hopper) work
+  # Autotuning is cut short there: its choices stay out of the cache that the times are taken with.
+  export FLA_CACHE_RESULTS=0 FLA_TILELANG=0 FLA_FLASH_QLA=0
+  work=$(mktemp -d)
+  if [ -z "${MODEL:-}" ]; then  # a model after a few steps, on the built-in stories
+    timeout -k 5 30 ./train_gdn -w 512 -L 4 -T 512 -B 16 -n 20 -s 0 -v 0 -o "$work/model" >"$PEERS_WORK/logs/model.log" 2>&1
+    MODEL=$work/model
+  fi
+  timeout -k 5 $((limit / 2)) "$PYTHON" dev/torch/compare.py "$MODEL" "${hopper[@]}" 2>"$PEERS_WORK/logs/compare.log" |
+    tee "$KEEP/compare.txt"
+  for heads in "1 2 64 128" "1 2 128 128"; do
+    [ $((limit - SECONDS + begin)) -gt 8 ] || { echo "accuracy.py --heads $heads: not run, the time was over"; continue; }
+    timeout -k 5 $((limit - SECONDS + begin)) "$PYTHON" dev/torch/accuracy.py "${hopper[@]}" --heads $heads --long 4096 \
+      2>"$PEERS_WORK/logs/accuracy.log" | tee "$KEEP/accuracy_${heads// /_}.txt"
+  done
+  tail -n 3 "$PEERS_WORK/logs/compare.log" "$PEERS_WORK/logs/accuracy.log"
+  rm -rf "$work"
 }
 
+report() {
+  "$PYTHON" $HERE/report.py -o "$KEEP/peers.md"
+  [ "$KEEP" = "$RESULTS" ] || cp -f "$KEEP"/* "$RESULTS/"
+  tar czf "$RESULTS/peers_logs.tar.gz" -C "$PEERS_WORK" logs
+}
+
+small() {
+  "$PYTHON" $HERE/inputs.py $(constants SMALL_SHAPES) && drive kernels "${1:-120}" --small --runs 3
+  report
+}
+
+phase=${1:-}
 case $phase in
-  compile) compile "${2:-230}" ;;
-  tune) $PYTHON drive.py tune --seconds "${2:-100}" "${small[@]}" ;;
-  kernels)
-    machine
-    $PYTHON drive.py kernels --seconds "${2:-120}" --peers ours,fla,jla,flashinfer "${small[@]}" ;;
-  steps) $PYTHON drive.py steps --seconds "${2:-120}" "${small[@]}" ;;
-  gradients) gradients "${2:-120}" ;;
-  flashqla)
-    only=()
-    for shape in "${shapes[@]}"; do [[ $shape == *,128,128 ]] && only+=("$shape"); done
-    timeout "$((${2:-150} / 2))" "$PYTHON" peer_flashqla.py compile "${only[@]}" 2>"$PEERS_WORK/logs/flashqla_compile.log" ||
-      tail -n 3 "$PEERS_WORK/logs/flashqla_compile.log"
-    machine
-    $PYTHON drive.py kernels --seconds "$((${2:-150} / 2))" --peers ours,flashqla,flashinfer --shapes "${only[@]}" ;;
-  report) $PYTHON report.py -o "$PEERS_OUT/report.md" ;;
+  install | compile | tune | kernels | steps | gradients | report | small)
+    shift
+    begin=$SECONDS
+    "$phase" "$@"
+    code=$?
+    echo "== $phase: $((SECONDS - begin)) s"
+    exit $code
+    ;;
   *)
     sed -n '2,/^set/{/^set/!s/^# \?//p}' "$0" >&2
-    exit 1 ;;
+    exit 1
+    ;;
 esac

@@ -66,13 +66,14 @@ def with_gradients(function, w: dict, c: Config, tokens, dtype: torch.dtype):
     return value.item(), {name: x.grad.double().cpu() for name, x in w.items()}
 
 
-def checked_gradients(function, w: dict, c: Config, tokens, dtype: torch.dtype):
-    """with_gradients, where every gradient is shown to be written."""
+def checked_fla(w: dict, c: Config, tokens):
+    """fla's loss and gradients, where every gradient is shown to be written."""
     def call() -> dict:
-        value, gradients = with_gradients(function, w, c, tokens, dtype)
+        value, gradients = with_gradients(others.fla_loss, w, c, tokens, torch.float32)
         return {"the loss": torch.tensor(value, dtype=torch.float64), **gradients}
 
-    gradients = written.checked(call)
+    with others.fla_configurations(c.head_dim_k):
+        gradients = written.checked(call)
     return gradients.pop("the loss").item(), gradients
 
 
@@ -83,7 +84,8 @@ def compile_fla_ahead(o, w: dict, c: Config) -> None:
     if o.allow_hopper:
         others.allow_fla_on_hopper()
     tokens = torch.zeros(o.batch, o.length + 1, dtype=torch.int64, device=o.device)
-    triton_ahead.compile_ahead([lambda: with_gradients(others.fla_loss, w, c, tokens, torch.float32)])
+    with others.fla_configurations(c.head_dim_k):
+        triton_ahead.compile_ahead([lambda: with_gradients(others.fla_loss, w, c, tokens, torch.float32)])
 
 
 def main() -> None:
@@ -137,7 +139,7 @@ def main() -> None:
         triton_ahead.in_another_process([__file__, *sys.argv[1:], "--compile-ahead"])
         triton_ahead.shorten_autotuning(2)
         try:
-            columns["fla"] = checked_gradients(others.fla_loss, w, c, tokens, torch.float32)
+            columns["fla"] = checked_fla(w, c, tokens)
         except written.NotWritten as e:
             print(f"without fla: {e}: this script's fault, not fla's")
         except Exception as e:  # of any of the packages' own kinds
