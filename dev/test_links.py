@@ -6,7 +6,9 @@
 1. In every *.md: relative links and images, and paths in backticks that begin with a folder of the repository.
 2. In every *.md, *.h, *.cuh, *.cu, *.cpp, *.py and *.sh: dev/results/NAME and dev/doc/NAME.
 3. dev/results: under 2 MB; every folder has a README.md with device, date, commit and command, is in the index
-   dev/results/README.md, and holds no path of a machine; run.sh, where there is one, is bash.
+   dev/results/README.md, and holds no path of a machine; run.sh, where there is one, is bash. A folder whose runs are
+   prepared and not made says so with the line NOT_RUN, a prediction and the command, is in the index's section
+   "Prepared, not run", and holds no CSV.
 
 Files are those that git tracks or would track. Exit code 1, after a line a fault; 0 else. Needs git and bash, no packages.
 """
@@ -30,11 +32,14 @@ PATH = re.compile(rf"(?:^|(?<=[\s(]))(?:\./)?({FOLDERS}/[\w./*{{}},+-]*[\w/*}}])
 RECORD = re.compile(r"(?<!\]\()(?<![\w/])dev/(?:results|doc)/[\w./-]*\w")  # not in a URL, not a link's target
 MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|tmp|mnt|data|scratch|Users)/[\w.-]")
 REQUIRED = {  # of a README in dev/results
-    "device": r"(?i)\bdevices?: *[^\s@]",
+    "device": r"(?i)\bdevices?: *(?!not run yet)[^\s@]",
     "date": r"(?i)\bdates?: *20\d\d-\d\d-\d\d",
     "commit": r"(?i)\bcommits?: *(?:.*?\b[0-9a-f]{7,40}\b|as the |not recorded)",
     "command": r"(?i)\bcommands?:[^\n]*`|\bcommand \|",
 }
+NOT_RUN = "Device: not run yet. Date: not run yet. Commit: not run yet."  # a line's beginning
+PREPARED = {"prediction": r"(?m)^Prediction\b[^:\n]*: *\S", "command": REQUIRED["command"]}
+PREPARED_SECTION = "## Prepared, not run\n"
 # Built by make, written by a program's run, or named as an example
 MADE = re.compile(r"^(?:dev/bench_\w+|dev/delta_rule_file|dev/test_\w+|scripts/\.venv(?:/.*)?|build/.*)$")
 
@@ -87,6 +92,20 @@ def faults_of(path: Path, text: str) -> list[tuple[int, str]]:
     return list(dict.fromkeys(found))
 
 
+def faults_of_readme(text: str) -> list[str]:
+    """Of the README.md of a folder in dev/results."""
+    required = PREPARED if is_prepared(text) else REQUIRED
+    return [f"no {what} (expected '{what.capitalize()}: ...')" for what, pattern in required.items() if not re.search(pattern, text)]
+
+
+def is_prepared(text: str) -> bool:
+    return any(line.startswith(NOT_RUN) for line in text.splitlines())
+
+
+def links_to_folders(text: str) -> set[str]:
+    return {name for name in re.findall(r"\]\(([\w.-]+)/?(?:README\.md)?\)", text) if "." not in name}
+
+
 def faults_of_results(files: list[Path]) -> list[str]:
     found = []
     records = [path for path in files if RESULTS in path.parents]
@@ -94,12 +113,10 @@ def faults_of_results(files: list[Path]) -> list[str]:
     if size >= LIMIT:
         found.append(f"dev/results: {size:,} bytes: expected less than {LIMIT:,}")
     index = RESULTS / "README.md"
-    listed = set(re.findall(r"\]\(([\w.-]+)/?(?:README\.md)?\)", index.read_text())) if index.is_file() else set()
-    listed = {name for name in listed if "." not in name}
+    made, _, prepared = (index.read_text() if index.is_file() else "").partition(PREPARED_SECTION)
+    made, prepared = links_to_folders(made), links_to_folders(prepared)
     for folder in sorted({RESULTS / path.relative_to(RESULTS).parts[0] for path in records if path.parent != RESULTS}):
         name = folder.relative_to(ROOT)
-        if folder.name not in listed:
-            found.append(f"{name}: not in the index dev/results/README.md")
         script = folder / "run.sh"
         if script.is_file() and subprocess.run(["bash", "-n", script]).returncode:
             found.append(f"{name}/run.sh: bash does not read it")
@@ -108,9 +125,14 @@ def faults_of_results(files: list[Path]) -> list[str]:
             found.append(f"{name}: no README.md")
             continue
         text = readme.read_text()
-        found += [f"{name}/README.md: no {what} (expected '{what.capitalize()}: ...')"
-                  for what, pattern in REQUIRED.items() if not re.search(pattern, text)]  # fmt: skip
-    found += [f"dev/results/README.md: {name}: no such folder" for name in sorted(listed) if not (RESULTS / name).is_dir()]
+        found += [f"{name}/README.md: {what}" for what in faults_of_readme(text)]
+        here, there, section = (prepared, made, "under 'Prepared, not run'") if is_prepared(text) else (made, prepared, "of what was run")
+        if folder.name not in here or folder.name in there:
+            found.append(f"{name}: not in the index dev/results/README.md, {section}, alone")
+        if is_prepared(text):
+            found += [f"{path.relative_to(ROOT)}: data of a folder that is not run yet" for path in records
+                      if folder in path.parents and ".csv" in path.suffixes]  # fmt: skip
+    found += [f"dev/results/README.md: {name}: no such folder" for name in sorted(made | prepared) if not (RESULTS / name).is_dir()]
     for path in records:
         if path.suffix in {".md", ".csv", ".txt", ".json", ".gz"} and not path.name.endswith(".tar.gz"):
             data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -128,6 +150,11 @@ def self_test() -> None:
     good = "[a](README.md#x) `dev/results/TOPIC/run.sh` `make dev/bench_step` https://x.org/dev/no [c](https://x.org/y)\n"
     assert not faults_of(readme, good), faults_of(readme, good)
     assert faults_of(ROOT / "mup.h", "// dev/results/no_such_topic\n") and not faults_of(ROOT / "mup.h", "// [x](y.md)\n")
+    made = "Device: H200. Date: 2026-12-01. Commit: a5feecd. Command: `run.sh`\n"
+    assert not faults_of_readme(made) and len(faults_of_readme("Device: @DEVICE@. Command: `run.sh`\n")) == 3
+    waits = f"{NOT_RUN}\nCommand: `run.sh`\nPrediction: none\n"
+    assert not faults_of_readme(waits) and faults_of_readme(waits.replace("Prediction", "It")) and faults_of_readme(NOT_RUN)
+    assert len(faults_of_readme(waits.replace("Commit: not run yet", "Commit: a5feecd"))) == 2  # half of it filled in
     assert MACHINE.search("-i /home/x/books.bin") and not MACHINE.search("scripts/data/x, -o out/tmp/y")
 
 

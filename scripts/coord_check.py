@@ -337,9 +337,9 @@ def draw(a: argparse.Namespace, squares: MeanSquares, slopes: dict[Size, Slope],
                 axis.plot(list(change), list(change.values()), color=color, marker=marker, ms=4, lw=1.4)
             sizes = [s for size, s in slopes.items() if replace(size, layer="") == base]
             changes = [s for size, s in slopes.items() if replace(size, layer="", step=0) == replace(base, what="change")]
-            text = f"slope of size {span(sizes)}\nof change {span(changes)}"
-            axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize=6, color=GREY)
-            axis.set(xscale="log", yscale="log", title=f"{activation}, {NAMES[param]}")
+            text = f"slopes {span(sizes)}, of changes {span(changes)}"
+            axis.text(0.5, 1.03, text, transform=axis.transAxes, fontsize=5.5, ha="center", color=GREY)
+            axis.set(xscale="log", yscale="log", title=f"{activation}, {NAMES[param]}\n")
             axis.set_xticks(sorted(a.widths), [str(w) for w in sorted(a.widths)])
             axis.minorticks_off()
             axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=7))

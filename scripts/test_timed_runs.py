@@ -10,6 +10,7 @@ import csv
 import importlib.util
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,16 @@ class WithFake(unittest.TestCase):
         environment = {**os.environ, "COMMIT": "1234567", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         return subprocess.run([str(w) for w in words], capture_output=True, text=True, env=environment, timeout=300)
 
+    def without_data(self, name: str) -> Path:
+        """A copy of dev/results/NAME in a checkout of its own, without its CSVs."""
+        root = self.folder / "checkout"
+        copy = root / "dev" / "results" / name
+        shutil.copytree(RESULTS / name, copy, ignore=shutil.ignore_patterns("*.csv", "*.tar.gz"))
+        shutil.copy(RESULTS / "common.sh", copy.parent)
+        if not (root / "scripts").exists():
+            (root / "scripts").symlink_to(RESULTS.parent.parent / "scripts")
+        return copy
+
     def longer(self, out: str) -> None:
         """Makes a CSV's runs as long as on an H200, so that a limit cuts."""
         path = self.folder / out / "data.csv"
@@ -71,27 +82,39 @@ class WithFake(unittest.TestCase):
 
 class TimedRuns(WithFake):
     def test_a_list_of_sweeps_goes_on_where_the_time_was_up(self) -> None:
-        script = RESULTS / "adamw_seeds" / "run.sh"
+        script = self.without_data("adamw_seeds") / "run.sh"
         done = self.call(script, "out", 60)
         self.assertEqual(done.returncode, 0, done.stderr)
-        self.assertIn("runs are left", done.stdout)
+        self.assertIn("2 left (--minutes", done.stdout)
         self.assertEqual({row["width"] for row in rows_of(self.folder / "out" / "data.csv")}, {"256"})
         self.longer("out")
         done = self.call(script, "out", 90)
         self.assertEqual(len(rows_of(self.folder / "out" / "data.csv")), 13)  # all fit one by one, the fake takes no time
-        self.assertNotIn("runs are left", self.call(script, "out", 0).stdout)
+        self.assertNotIn(" left (--minutes", self.call(script, "out", 90).stdout)
         readme = (self.folder / "out" / "README.md").read_text()
         self.assertIn("Commit: 1234567.", readme)
         self.assertNotIn("@", readme)
         self.assertEqual(sorted(p.name for p in (self.folder / "out").iterdir()), ["README.md", "data.csv", "runs.tar.gz"])
 
+    def test_runs_that_are_on_record_are_not_made_again(self) -> None:
+        """From the data.csv beside run.sh, where OUT has none."""
+        folder = self.without_data("adamw_seeds")
+        (folder / "data.csv").write_bytes((RESULTS / "adamw_seeds" / "data.csv").read_bytes())
+        recorded = rows_of(folder / "data.csv")
+        self.assertEqual(self.call(folder / "run.sh", "out").returncode, 0)
+        rows = rows_of(self.folder / "out" / "data.csv")
+        self.assertEqual(len(rows), 13)
+        self.assertEqual(rows[: len(recorded)], recorded)
+
     def test_every_list_names_its_runs(self) -> None:
-        for name, runs in {"embedding_exponent": 6, "decay_form": 6, "mup0_with_s": 2}.items():
-            done = self.call(RESULTS / name / "run.sh", name)
+        lists = {"embedding_exponent": (6, "partner", 6), "decay_form": (6, "partner", 6), "mup0_with_s": (2, "mup0", 1)}
+        for name, (runs, beside, runs_beside) in lists.items():
+            done = self.call(self.without_data(name) / "run.sh", name)
             self.assertEqual(done.returncode, 0, done.stderr)
-            rows = rows_of(self.folder / name / "data.csv")
-            self.assertEqual({row["status"] for row in rows}, {"ok"})
-            self.assertEqual(len(rows), runs)
+            for file, count in (("data", runs), (beside, runs_beside)):
+                rows = rows_of(self.folder / name / f"{file}.csv")
+                self.assertEqual({row["status"] for row in rows}, {"ok"})
+                self.assertEqual(len(rows), count)
             self.assertRegex(done.stdout.strip().splitlines()[-1], rf"^{name}: \d+ s$")
 
     def test_errors_are_one_line(self) -> None:

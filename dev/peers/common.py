@@ -34,6 +34,7 @@ CASES = {
     "both": "forward + backward, one piece",
     "both_recomputed": "forward + backward, nothing kept between",
     "both_norms": "forward + backward, L2 norms of q, k inside",
+    "gradients": "gradients alone, o not made",
 }
 
 
@@ -109,10 +110,13 @@ class Record:
         with self.path.open("a") as file:
             file.write(json.dumps(dict(kind=kind, at=time.time(), **values)) + "\n")
 
-    def rows(self) -> list[dict]:
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text().splitlines() if line.strip()]
+
+
+def read_record(path: Path) -> list[dict]:
+    """A record's lines; none where there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def one_line(e: BaseException) -> str:

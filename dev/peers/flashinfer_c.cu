@@ -1,4 +1,4 @@
-// FlashInfer's gated delta rule for Hopper (forward only) behind one C function, for flashinfer.py. Its sources come from
+// FlashInfer's gated delta rule for Hopper (forward only) behind one C function, for peer_flashinfer.py. Its sources come from
 // its wheel and are not kept here:
 //
 //   pip download --no-deps flashinfer-python==0.6.13 && unzip -q flashinfer_python-*.whl -d FI

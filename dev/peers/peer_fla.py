@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """flash-linear-attention: its Triton kernels for the gated delta rule, and its training step.
 
-    peer_fla.py                answers kernels.py and steps.py over a pipe
+    peer_fla.py                answers drive.py over a pipe
     peer_fla.py compile SECONDS SHAPE ... [step:d,B,L ...]   compiles on all cores into TRITON_CACHE_DIR, launches nothing
 
 fla refuses its gated backward on Hopper with Triton 3.4 to 3.7.0 (its issue 640): measured with the refusal removed, and with its

@@ -3,7 +3,7 @@
 long ones into pieces (it starts those a few chunks early from zero: an approximation that its error shows). The forward keeps
 the chunks' matrices and the summed decays, the backward makes the states again.
 
-    peer_flashqla.py                    answers kernels.py over a pipe
+    peer_flashqla.py                    answers drive.py over a pipe
     peer_flashqla.py compile SHAPE ...  runs each once, small, so that TileLang's kernels are in its cache
 """
 

@@ -1,30 +1,35 @@
 #!/usr/bin/env python3
-"""PEERS_OUT/peers.jsonl as tables: report.py [-o report.md]. In a row the best is bold; the rows that train_gdn loses come first.
+"""Records of drive.py as tables: report.py [peers.jsonl ...] [-o report.md]; PEERS_OUT/peers.jsonl if none is named. In a column the
+best is bold; the rows that train_gdn loses come first.
 
 A ratio is the other's time over train_gdn's (above 1: train_gdn is faster) and, beside it, its inverse. It compares what does the
-same work: forwards that keep nothing with each other, and forward + backward as one piece.
+same work: forwards that keep nothing with each other, and forward + backward as one piece, o and all gradients returned.
+A record is one call on one card. The table of a shape is of one call alone, the last one that timed train_gdn at it; what other
+calls measured of the peers is named below it, and counts where it beats train_gdn.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import common
 
-# The least times that were seen of each peer before, ms (an NVIDIA H200, 2026-11-30): where one is slower now by more than a tenth,
-# something of ours may stand in its way, and the report says so.
+# Times of each peer that were seen before, ms (an NVIDIA H200, 2026-11-30; FlashQLA's as its authors publish them): where one is
+# slower now by more than a tenth, something of ours may stand in its way, and the report says so. That run's "both" of
+# jax-linear-attention returned no o, so that XLA left the kernel out that makes it: it is "gradients" here.
 SEEN = {
     ("fla", "32,1024,6,6,64,128"): dict(forward=0.253, both=0.794),
     ("fla", "32,1024,6,6,128,256"): dict(forward=0.513, both=2.189),
     ("fla", "8,4096,16,32,128,128"): dict(forward=1.632, both=7.266),
     ("fla", "1,32768,16,32,128,128"): dict(forward=2.106, both=8.773),
-    ("jla", "32,1024,6,6,64,128"): dict(forward=0.160, both=0.444),
-    ("jla", "32,1024,6,6,128,256"): dict(forward=0.270, both=1.213),
-    ("jla", "8,4096,16,32,128,128"): dict(forward=0.661, both=2.697),
-    ("jla", "1,32768,16,32,128,128"): dict(forward=1.085, both=3.372),
+    ("jla", "32,1024,6,6,64,128"): dict(forward=0.160, gradients=0.444),
+    ("jla", "32,1024,6,6,128,256"): dict(forward=0.270, gradients=1.213),
+    ("jla", "8,4096,16,32,128,128"): dict(forward=0.661, gradients=2.697),
+    ("jla", "1,32768,16,32,128,128"): dict(forward=1.085, gradients=3.372),
     ("flashinfer", "8,4096,16,32,128,128"): dict(forward=0.401),
     ("flashinfer", "1,32768,16,32,128,128"): dict(forward=1.546),
-    ("flashqla", "8,4096,16,32,128,128"): dict(forward=0.619, both=2.89),  # as its authors publish them
-    ("flashqla", "1,32768,16,32,128,128"): dict(forward=0.877, both=2.515),
+    ("flashqla", "8,4096,16,32,128,128"): dict(forward=0.619, backward=2.89),
+    ("flashqla", "1,32768,16,32,128,128"): dict(forward=0.877, backward=2.515),
     ("fla eager", "1024,32,8"): dict(step=115.7), ("fla eager", "512,32,8"): dict(step=75.4),
     ("fla eager", "256,32,8"): dict(step=79.4), ("fla eager", "2048,8,21"): dict(step=246.9),
     ("jla bf16", "1024,32,8"): dict(step=118.4), ("jla fp8", "1024,32,8"): dict(step=104.3),
@@ -34,7 +39,7 @@ SEEN = {
 TITLES = dict(ours="train_gdn", fla="fla", jla="jax-linear-attention", flashinfer="FlashInfer", flashqla="FlashQLA",
               fla_tilelang="fla with its TileLang kernel")
 KEEPS = dict(ours="states and chunk matrices", fla="chunk matrices; states again in the backward",
-             jla="see kept; states again in the backward", flashinfer="forward only, writes the final states",
+             jla="chunk matrices; states again in the backward", flashinfer="forward only, writes the final states",
              flashqla="chunk matrices; states again in the backward", fla_tilelang="chunk matrices; states again in the backward")
 
 
@@ -46,9 +51,28 @@ def spread(row: dict, digits: int) -> str:
     return f"{row['ms']:.{digits}f} ({row['least']:.{digits}f} to {row['most']:.{digits}f})"
 
 
+def choose(calls: list[list[dict]]) -> tuple[list[dict], list[dict]]:
+    """(rows to show, with those of a shape from one call; times of peers from the other calls)."""
+    shown, others = [], []
+    measured = ("check", "time", "step")
+    chosen = {}
+    for n, rows in enumerate(calls):
+        for r in rows:
+            if r["kind"] in measured and (r["kind"] != "check" and r["peer"] == "ours" or r["shape"] not in chosen):
+                chosen[r["shape"]] = n
+    for n, rows in enumerate(calls):
+        for r in rows:
+            if r["kind"] not in measured or chosen[r["shape"]] == n:
+                shown.append(dict(r, call=n + 1))
+            elif r["kind"] == "time" and r["peer"] != "ours":
+                others.append(dict(r, call=n + 1))
+    return shown, others
+
+
 class Report:
-    def __init__(self, rows: list[dict]):
-        self.rows, self.lines = rows, []
+    def __init__(self, *calls: list[dict]):
+        self.rows, self.elsewhere = choose(calls)
+        self.lines, self.calls = [], len(calls)
         self.lost, self.slower = [], []
 
     def say(self, line: str = "") -> None:
@@ -61,9 +85,8 @@ class Report:
             self.say("| " + " | ".join(cells) + " |")
         self.say()
 
-    def last(self, kind: str, **values) -> dict | None:
-        found = [r for r in self.rows if r["kind"] == kind and all(r.get(k) == v for k, v in values.items())]
-        return found[-1] if found else None
+    def of_call(self, rows: list[dict]) -> str:
+        return f", call {rows[0]['call']}" if self.calls > 1 else ""
 
     def compare(self, title: str, what: str, others: dict[str, float], mine: float | None) -> list[str]:
         """Cells of ratios; notes what is lost."""
@@ -94,10 +117,10 @@ class Report:
         for shape in shapes:
             B, T, Hk, Hv, dk, dv = common.sizes(shape)
             title = f"{B} x {T}, {Hk}/{Hv} heads of {dk} and {dv}"
-            self.say(f"### {title}\n")
+            self.say(f"### {title}{self.of_call([r for r in self.rows if r['kind'] == 'check' and r['shape'] == shape])}\n")
             checks = {r["peer"]: r for r in self.rows if r["kind"] == "check" and r["shape"] == shape}
             times = {(r["peer"], r["case"]): r for r in self.rows if r["kind"] == "time" and r["shape"] == shape}
-            cases = list(common.CASES)
+            cases = [case for case in common.CASES if any(c == case for _, c in times)]
             best = {case: min((r["ms"] for (p, c), r in times.items() if c == case), default=None) for case in cases}
             body = []
             for peer, check in checks.items():
@@ -126,6 +149,16 @@ class Report:
             if mine and others:
                 cells = self.compare(title, "forward + backward, train_gdn's with nothing kept between", others, mine["ms"])
                 self.say(f"forward + backward, train_gdn's with nothing kept between: {'; '.join(cells)}\n")
+            cells = []
+            for r in self.elsewhere:
+                if r["shape"] == shape and r["case"] in ("forward", "both"):
+                    cells.append(f"{TITLES[r['peer']]}, {common.CASES[r['case']]}, {spread(r, 3)}")
+                    mine = times.get(("ours", r["case"]))
+                    if mine and r["ms"] < mine["ms"]:
+                        self.compare(title, common.CASES[r["case"]],
+                                     {f"{TITLES[r['peer']]} in call {r['call']}": r["ms"]}, mine["ms"])
+            if cells:
+                self.say(f"In another call, where train_gdn was not timed: {'; '.join(cells)}\n")
             eager = [f"{TITLES[p]} {c.removesuffix('_eager')} {r['ms']:.3f} ms, of which the host takes {r['host_ms']:.3f} to queue it"
                      for (p, c), r in times.items() if c.endswith("_eager")]
             if eager:
@@ -164,15 +197,16 @@ class Report:
                 if peer != "ours":
                     others[name] = r["ms"]
                 self.seen(f"{peer} {mode}", shape, "step", r["ms"])
-            self.say(f"### {title}\n")
+            self.say(f"### {title}{self.of_call(list(of_shape.values()))}\n")
             self.table(["", "ms", "GiB", "parameters, millions", "times train_gdn's (inverse)", "loss, first -> last"], body)
             self.compare(title, "step", others, mine["ms"] if mine else None)
 
     def text(self) -> str:
         abouts = {r["peer"]: r for r in self.rows if r["kind"] == "about"}
-        machine = self.last("machine") or {}
-        self.say(f"# train_gdn beside its peers\n\n{machine.get('device', 'device not recorded')}, {machine.get('date', '')}, "
-                 f"commit {machine.get('commit', '?')}\n")
+        self.say("# train_gdn beside its peers\n")
+        for r in [r for r in self.rows if r["kind"] == "machine"] or [dict(call=1)]:
+            call = f"Call {r['call']}: " if self.calls > 1 else ""
+            self.say(f"{call}{r.get('device', 'device not recorded')}, {r.get('date', '')}, commit {r.get('commit', '?')}\n")
         for peer, r in abouts.items():
             self.say(f"- {TITLES[peer]}: {r.get('version')}" + (f"; {r['refusal']}" if r.get("refusal") else ""))
         self.say()
@@ -188,7 +222,9 @@ class Report:
         elif not self.lost:
             self.say("In no row that was measured.")
         self.say()
-        problems = [r for r in self.rows if r["kind"] in ("failed", "absent")]
+        steps = {(r["peer"], r["shape"], f"step {r['mode'] or ''}".strip()) for r in self.rows if r["kind"] == "step"}
+        problems = [r for r in self.rows if r["kind"] in ("failed", "absent")
+                    and (r["peer"], r.get("shape"), r.get("case")) not in steps]  # a second round that the time did not allow
         tail = [f"- {TITLES.get(r['peer'], r['peer'])} {r.get('shape', '')} {r.get('case', '')}: {r['error']}" for r in problems]
         lines = head + self.lines + body
         if tail:
@@ -200,9 +236,13 @@ class Report:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("records", nargs="*", type=Path, metavar="peers.jsonl", help="one a call [PEERS_OUT/peers.jsonl]")
     p.add_argument("-o", type=Path, metavar="FILE", help="write it there too")
     o = p.parse_args()
-    text = Report(common.Record().rows()).text()
+    for path in o.records:
+        if not path.is_file():
+            sys.exit(f"report.py: {path}: no such file")
+    text = Report(*map(common.read_record, o.records or [common.Record().path])).text()
     print(text, end="")
     if o.o:
         o.o.write_text(text)

@@ -10,7 +10,9 @@
 # OUT: the folder for the results, and the state: no sweep starts a run that would not end within SECONDS, and the same command
 # goes on from the CSVs in OUT. Exit code 1, after a line that says why, where a file is missing or a run failed.
 # Environment: OPTIONS, more of train_gdn's options, the last one of a name counts (to try a script on a small machine);
-# WIDTHS, SEEDS; BASE, the plots' base width [256]; PER_GPU, runs at once on a GPU; DRY_RUN=1, list the runs and train nothing; CUDA_VISIBLE_DEVICES; PYTHON.
+# WIDTHS, SEEDS; BASE, the plots' base width [256]; PER_GPU, runs at once on a GPU; EXPECT, the seconds that a run takes by
+# width, until one of it has ended; COMMIT, where there is no git; DRY_RUN=1, list the runs and train nothing;
+# CUDA_VISIBLE_DEVICES; PYTHON.
 set -euo pipefail
 
 # begin FILES... -- ARGUMENTS...: what DATA must hold, then run.sh's own arguments. Changes to DATA, so that no path gets into
@@ -36,16 +38,40 @@ begin() {
   cd "$2"
   read -r -a MORE <<<"${OPTIONS:-}"
   SHARDS=(-i 'books_train_*.bin' -j 'books_val_*.bin') SCHEDULE=(-n 1000 -warmup 100)
+  EXPECT=${EXPECT-256=17,512=31,1024=76,2048=222}  # GPT-2's tokens on an H200
   SECONDS=0
   about
+}
+
+# keep_record: OUT becomes what this folder is to hold. Goes on from the CSVs beside run.sh where OUT has none; at the end
+# runs.tar.gz has each run's log.csv and what it printed, and README.md is the one beside run.sh with `about` as its line
+# "Device: ...".
+keep_record() {
+  local file
+  for file in "$HERE"/*.csv; do
+    [ ! -e "$file" ] || [ -e "$OUT/${file##*/}" ] || cp "$file" "$OUT"
+  done
+  [ -z "${DRY_RUN:-}" ] || return 0
+  [ ! -e "$OUT/runs.tar.gz" ] || tar -C "$OUT" -xzf "$OUT/runs.tar.gz"
+  trap finish_record EXIT
+}
+
+finish_record() {
+  local code=$? folders
+  (cd "$OUT" && shopt -s nullglob && folders=(*_runs) && [ ${#folders[@]} -gt 0 ] &&
+    tar -czf runs.tar.gz "${folders[@]}" && rm -r "${folders[@]}") || true
+  sed "s|^Device: .*|$(tail -n 1 "$OUT/about.txt") Seconds of the last call: $SECONDS.|" "$HERE/README.md" >"$OUT/README.md"
+  rm "$OUT/about.txt"
+  echo "$(basename "$HERE"): $SECONDS s"
+  exit "$code"
 }
 
 # What a README's head says: device, date, commit, command.
 about() {
   local device commit
   device=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | paste -sd';' || true)
-  commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
-  echo "Device: ${device:-$(nproc) CPU cores}. Date: $(date -u +%F). Commit: $commit. Command: dev/results/$(basename "$HERE")/run.sh" |
+  commit=${COMMIT:-$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)}
+  echo "Device: ${device:-$(nproc) CPU cores}. Date: $(date -u +%F). Commit: $commit. Command: \`dev/results/$(basename "$HERE")/run.sh\`." |
     tee -a "$OUT/about.txt"
 }
 
@@ -57,13 +83,13 @@ sweep() {
   [ -z "${SEEDS:-}" ] || given+=(--seeds "$SEEDS")
   [ -z "${DRY_RUN:-}" ] || given+=(--dry-run)
   # shellcheck disable=SC2086
-  "$PYTHON" "$ROOT/scripts/sweep.py" --binary "$TRAIN_GDN" -o "$OUT/$1.csv" -j "$PER_GPU" \
+  "$PYTHON" "$ROOT/scripts/sweep.py" --binary "$TRAIN_GDN" -o "$OUT/$1.csv" -j "$PER_GPU" --retry --expect "$EXPECT" \
     --minutes "$(awk -v s="$left" 'BEGIN { print s / 60 }')" $2 "${given[@]}" -- "${SHARDS[@]}" "${SCHEDULE[@]}" $3 "${MORE[@]}"
 }
 
 # on_bytes: the sweeps after it train on the books' bytes
 on_bytes() {
-  SHARDS=(-i books_train.txt -j books_val.txt) SCHEDULE=(-n 1000 -warmup 100 -L 4 -T 256 -B 32)
+  SHARDS=(-i books_train.txt -j books_val.txt) SCHEDULE=(-n 1000 -warmup 100 -L 4 -T 256 -B 32) EXPECT=
 }
 
 # plot NAME...: table and figure of OUT/NAME.csv

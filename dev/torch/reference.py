@@ -49,14 +49,22 @@ class Config:
     base_width: int = 256
     fixed_head_size: bool = False
     parametrization: str = "mup"
-    gains: str = "vector"  # train_gdn -gains, which the optimizer alone knows
+    gains: str = "vector"  # train_gdn -gains: gains and taps as vectors, or like hidden weights
     gates: str = "independent"  # -gates, which initial values and SGD alone know
+    readout: str = "param"  # -readout: s as the parametrization has it, or that of mup or sp
     logit_factor: float = 1.0  # -logit_factor
 
     @property
     def ratio(self) -> float:
-        """What hidden and gate weights divide by, and, but for logit_factor, the logits."""
+        """r = d / d0; 1 under sp. What the logits divide by, but for logit_factor."""
         return 1.0 if self.parametrization == "sp" else self.width / self.base_width
+
+    def fan_in_ratio(self, name: str) -> float:
+        """A Linear's fan-in over the base's: r, and r_I = I / I0 for W_down. (For W_o it is r_H r_v, which is r with fixed
+        heads and with heads of a fixed size.)"""
+        if name.endswith("down_proj.weight") and self.ratio != 1 and self.mlp_size == default_mlp_size(self.width):
+            return self.mlp_size / default_mlp_size(self.base_width)
+        return self.ratio
 
     @property
     def logit_scale(self) -> float:
@@ -65,13 +73,51 @@ class Config:
 
     @property
     def readout_scale(self) -> float:
-        """s = dk^-1/2, under mup dk0^-1/2 (dk/dk0)^1/2."""
-        r_k = 1.0 if self.fixed_head_size or self.parametrization != "mup" else self.width / self.base_width
+        """s = dk^-1/2, or, as mup has it, dk0^-1/2 (dk/dk0)^1/2."""
+        rule = self.parametrization if self.readout == "param" else self.readout
+        r_k = 1.0 if self.fixed_head_size or rule != "mup" else self.width / self.base_width
         return r_k / math.sqrt(self.head_dim_k)  # dk0 = dk / r_k
 
     def learning_rate_scale(self, name: str) -> float:
-        """AdamW's; Linears 1/r, all else (embedding, head, gains, taps, time scales) 1."""
-        return 1 / self.ratio if is_linear(name) else 1.0
+        """AdamW's: a Linear's 1 / its fan-in's ratio, all else (embedding, head, gains, taps, time scales) 1."""
+        return 1 / self.fan_in_ratio(name) if is_linear(name) else 1.0
+
+    def initial_std(self, name: str) -> float:
+        """Of a matrix's normal values."""
+        if not is_linear(name):
+            return 0.02
+        if is_gate(name) and self.gates != "independent" and self.parametrization == "mup":
+            r_h = self.ratio if self.fixed_head_size else 1.0
+            return 0.02 * math.sqrt(r_h) / self.ratio
+        return 0.02 / math.sqrt(self.fan_in_ratio(name))
+
+
+CHOICES = dict(parametrization=("mup", "mup0", "sp"), gains=("vector", "hidden"), gates=("independent", "output", "aligned"),
+               readout=("param", "mup", "sp"))  # gdn/mup_names.h
+
+
+def config_of(j: dict) -> Config:
+    """Of config.json's object. A key of "train_gdn", or a value, that this file does not know is an error: it may change the
+    model."""
+    ours = dict(j["train_gdn"])
+    known = {"vocab", "base_width", "fixed_head_size", "logit_factor", *CHOICES}
+    if unknown := sorted(ours.keys() - known):
+        raise ValueError(f"train_gdn: unknown key '{unknown[0]}', expected some of {', '.join(sorted(known))}")
+    for key, choices in CHOICES.items():
+        if ours.get(key, choices[0]) not in choices:
+            raise ValueError(f"train_gdn: {key} '{ours[key]}', expected {', '.join(choices)}")
+    return Config(j["hidden_size"], j["num_hidden_layers"], j["num_heads"], j["num_v_heads"], j["head_dim"],
+                  round(j["expand_v"] * j["head_dim"]), j["intermediate_size"], padded_vocab=j["vocab_size"],
+                  tied=j["tie_word_embeddings"], neg_eigval=j["allow_neg_eigval"], **ours)
+
+
+def is_gate(name: str) -> bool:
+    return name.endswith((".a_proj.weight", ".b_proj.weight"))
+
+
+def default_mlp_size(width: int) -> int:
+    """8d/3 rounded up to a multiple of 256."""
+    return -(-8 * width // 768) * 256
 
 
 def is_linear(name: str) -> bool:
@@ -83,7 +129,7 @@ def make_config(width: int, layers: int = 8, heads: int = 6, base_width: int = 2
     if 3 * width % (4 * heads):
         sys.exit(f"--width {width}: 3/4 of it must be a multiple of --heads {heads}")
     dk = 3 * width // (4 * heads)
-    return Config(width, layers, heads, heads, dk, 2 * dk, -(-8 * width // 768) * 256, base_width=base_width)
+    return Config(width, layers, heads, heads, dk, 2 * dk, default_mlp_size(width), base_width=base_width)
 
 
 def parameter_shapes(c: Config) -> dict[str, tuple[int, ...]]:
@@ -127,7 +173,7 @@ def initial_values(name: str, shape: tuple[int, ...], c: Config, seed: int) -> t
     key, index = mix64(mix64(u64(seed)) ^ u64(hash)), np.arange(math.prod(shape), dtype=np.uint64)
     u = random_uniform(key, index)
     if name.endswith("conv1d.weight"):
-        x = u - 0.5
+        x = (u - 0.5) / math.sqrt(c.ratio if c.gains == "hidden" else 1)
     elif name.endswith("A_log"):
         x = np.log(1e-4 + u * (16 - 1e-4))
     elif name.endswith("dt_bias"):
@@ -136,8 +182,7 @@ def initial_values(name: str, shape: tuple[int, ...], c: Config, seed: int) -> t
     else:  # pairs of Box-Muller normals
         even, odd = np.repeat(u[0::2], 2)[:len(u)], np.repeat(u[1::2], 2)[:len(u)]
         turn = np.where(index % u64(2) == 0, np.cos(2 * math.pi * odd), np.sin(2 * math.pi * odd))
-        std = 0.02 / math.sqrt(c.ratio if is_linear(name) else 1)
-        x = std * np.sqrt(-2 * np.log(even)) * turn
+        x = c.initial_std(name) * np.sqrt(-2 * np.log(even)) * turn
     return torch.from_numpy(x.astype(np.float32)).view(shape)
 
 
@@ -183,9 +228,7 @@ def load_checkpoint(path: str) -> tuple[Config, Parameters]:
     try:
         with open(f"{path}/config.json") as file:
             j = json.load(file)
-        c = Config(j["hidden_size"], j["num_hidden_layers"], j["num_heads"], j["num_v_heads"], j["head_dim"],
-                   round(j["expand_v"] * j["head_dim"]), j["intermediate_size"], padded_vocab=j["vocab_size"],
-                   tied=j["tie_word_embeddings"], neg_eigval=j["allow_neg_eigval"], **j["train_gdn"])
+        c = config_of(j)
     except (ValueError, KeyError, TypeError) as e:
         sys.exit(f"{path}/config.json: not a configuration of train_gdn ({e!r})")
     master = f"{path}/training_state.safetensors"

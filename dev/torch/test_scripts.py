@@ -8,6 +8,7 @@ What needs PyTorch is skipped where that is missing.
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,74 @@ class Scripts(unittest.TestCase):
     def test_reference_agrees_with_itself(self) -> None:
         done = call("reference", "check")
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+    @needs_torch
+    def test_every_key_of_a_configuration_is_known(self) -> None:
+        """Those that gdn/model_checkpoint.h writes and the values that gdn/mup_names.h names; others are an error."""
+        sys.path.insert(0, str(HERE))
+        import reference
+
+        source = (HERE.parents[1] / "gdn" / "model_checkpoint.h").read_text()
+        keys = re.findall(r'{"(\w+)",', source[source.index('{"train_gdn", Json::Object{'):source.index("}}}};")])[1:]
+        self.assertIn("readout", keys)
+        values = dict(vocab=64, base_width=16, fixed_head_size=False, parametrization="mup", gains="vector", gates="independent",
+                      readout="param", logit_factor=1.0)
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_heads=2, num_v_heads=2, head_dim=16, expand_v=2.0,
+                     intermediate_size=256, vocab_size=64, tie_word_embeddings=True, allow_neg_eigval=False)
+
+        def config(**changed: object):
+            return reference.config_of(dict(sizes, train_gdn={**{key: values[key] for key in keys}, **changed}))
+
+        self.assertEqual({key: getattr(config(), key) for key in keys}, values)
+        with self.assertRaisesRegex(ValueError, "unknown key 'no_such_key'"):
+            config(no_such_key=1)
+        with self.assertRaisesRegex(ValueError, "readout 'no_such_rule'"):
+            config(readout="no_such_rule")
+        names = (HERE.parents[1] / "gdn" / "mup_names.h").read_text()
+        for rule, key in dict(Parametrization="parametrization", VectorRule="gains", GateRule="gates", ReadoutRule="readout").items():
+            written = re.search(rf"struct Names<{rule}> {{.*?\*names\[\] = {{(.*?)}}", names, re.S)[1]
+            self.assertEqual(set(re.findall(r'"(\w+)"', written)), set(reference.CHOICES[key]))
+
+        scales = {(rule, readout): config(parametrization=rule, readout=readout).readout_scale * 16**0.5
+                  for rule in ("mup", "mup0", "sp") for readout in ("param", "mup", "sp")}
+        self.assertEqual(scales, {(rule, readout): 2.0 if readout == "mup" or (rule, readout) == ("mup", "param") else 1.0
+                                  for rule, readout in scales})
+        (self.folder / "config.json").write_text(json.dumps(dict(sizes, train_gdn=dict(values, no_such_key=1))))
+        self.assert_one_line_error(call("compare", self.folder), "config.json", "unknown key 'no_such_key'")
+
+    @needs_torch
+    def test_initial_sizes_follow_the_fan_in(self) -> None:
+        sys.path.insert(0, str(HERE))
+        import reference
+
+        c = reference.make_config(1024, 1)  # I = 2816 where the base has 768
+        self.assertEqual(c.fan_in_ratio("mlp.down_proj.weight"), 2816 / 768)
+        for name in ("mlp.up_proj.weight", "attn.o_proj.weight", "attn.a_proj.weight"):
+            self.assertEqual(c.fan_in_ratio(name), 4)
+        self.assertEqual(c.initial_std("mlp.down_proj.weight"), 0.02 / (2816 / 768) ** 0.5)
+        self.assertAlmostEqual(c.learning_rate_scale("mlp.down_proj.weight"), 768 / 2816, 15)
+        c.parametrization = "sp"
+        self.assertEqual(c.initial_std("mlp.down_proj.weight"), 0.02)
+
+    @needs_torch
+    @unittest.skipUnless((HERE.parents[1] / "train_gdn").exists(), "train_gdn is not built")
+    def test_initial_values_are_those_of_train_gdn(self) -> None:
+        sys.path.insert(0, str(HERE))
+        import reference
+
+        rules = (["-w", 128, "-w0", 64, "-heads", 4], ["-w", 128, "-w0", 64, "-head_dim", 16, "-gates", "aligned"],
+                 ["-w", 192, "-w0", 64, "-heads", 4, "-gates", "output"], ["-w", 128, "-w0", 64, "-heads", 4, "-gains", "hidden"],
+                 ["-w", 128, "-w0", 64, "-heads", 4, "-param", "sp", "-readout", "mup"])
+        for n, options in enumerate(rules):
+            words = [HERE.parents[1] / "train_gdn", "-d", "cpu", "-L", 1, "-T", 16, "-B", 1, "-n", 1, "-lr", 0, "-v", 0, "-s", 0,
+                     "-seed", 5, "-o", self.folder / f"run{n}", *options]
+            done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            c, weights = reference.load_checkpoint(str(self.folder / f"run{n}"))
+            mine = reference.initialize(c, 5)
+            for name, x in weights.items():
+                error = reference.relative(mine[name].double(), x.double())
+                self.assertLessEqual(error, 1e-6, f"{options}: {name}")
 
     @needs_torch
     @unittest.skipUnless(importlib.util.find_spec("transformers"), "transformers is missing")

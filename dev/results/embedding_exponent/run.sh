@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # AdamW on GPT-2's tokens at d = 1024, the embedding's learning rate multiplied by (1024 / 256)^-1/2 = 1/2: 6 runs, 460 s.
-. "$(dirname "$0")/../../timed_sweeps.sh"
-begin "$@"
+# Then partner.csv, the same six without it, by the same program: 460 s.
+# shellcheck source=dev/results/common.sh
+. "$(dirname "$0")/../common.sh"
+begin books_train_000.bin books_train_001.bin books_val_000.bin -- "$@"
+keep_record
 for seed in 42 43; do
   for lr in 4e-3 8e-3 2e-3; do
-    sweep "--optimizers adamw --params mup --widths 1024 --lrs $lr --seeds $seed" \
-      "-warmup 100 -logit_factor 4 -lr_of embedding=0.5"
+    sweep data "--optimizers adamw --params mup --widths 1024 --lrs $lr --seeds $seed" \
+      "$GPT2_ADAMW -lr_of embedding=0.5"
   done
 done
+sweep partner "--optimizers adamw --params mup --widths 1024 --lrs 4e-3,8e-3,2e-3 --seeds 42,43" "$GPT2_ADAMW"

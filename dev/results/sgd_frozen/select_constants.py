@@ -237,11 +237,9 @@ def main(argv: list[str]) -> int:
         device = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").replace("\n", ", ") or "CPU"
         commit = os.environ.get("COMMIT") or output_of("git", "rev-parse", "--short", "HEAD") or "unknown"
         date, seconds = datetime.datetime.now(datetime.timezone.utc).date(), f"{runs.seconds():.0f}"
-        words = {"@DEVICE@": device, "@DATE@": str(date), "@COMMIT@": commit, "@SECONDS@": seconds}
-        readme = (HERE / "README.md").read_text()
-        for name, value in words.items():
-            readme = readme.replace(name, value)
-        (out / "README.md").write_text(readme)
+        about = f"Device: {device}. Date: {date}. Commit: {commit}. Seconds of the last call: {seconds}."
+        readme = [about if line.startswith("Device: ") else line for line in (HERE / "README.md").read_text().splitlines()]
+        (out / "README.md").write_text("\n".join(readme) + "\n")
     print("\n".join(report))
     print(f"sgd_frozen: {runs.seconds():.0f} s, {'all done' if done else 'not done'}")
     return 0
