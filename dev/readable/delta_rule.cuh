@@ -1,5 +1,5 @@
 // The gated delta rule to be read: token by token, in float, forward and backward in time, one line of code
-// for one of the equations. Same arguments as gdn/kernels/delta_rule/delta_rule.cuh, which is fast. For row i of the
+// for one of the equations. Same arguments as gdn/kernels/delta_rule, which is fast. For row i of the
 // state S [dk,dv] and column j, S_0 = 0:
 //   S~_ij = e^g S_ij                       error_j = v_j - sum_i S~_ij k_i       u_j = beta error_j
 //   S_ij  = S~_ij + k_i u_j                o_j = s sum_i S_ij q_i                arXiv 2412.06464, eq. 10

@@ -1,4 +1,4 @@
-// Tests of the gated delta rule on the GPU (gdn/kernels/delta_rule/delta_rule.cuh) against the recurrence on the CPU in
+// Tests of the gated delta rule on the GPU (gdn/kernels/delta_rule) against the recurrence on the CPU in
 // double, over head sizes, lengths, grouped heads and regimes of decay and write strength. The yardstick of
 // every output is an oracle: the recurrence in float with its results rounded to bf16. Ours may err twice as
 // much as that.
