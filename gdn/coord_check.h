@@ -19,7 +19,7 @@
 // as input is not among them: the embedding's change is its update. Where W_emb is the head too,
 // "update:lm_head" is that of the logits of tokens that the batch does not have as input: the rows of the
 // others were also moved as an embedding, by what h is not aligned with, which adds a part d^-1/2 (under SGD
-// with embeddings of kBaseStd the larger one up to d = 1024) to the output's Theta(1). "grad:dt_bias" is the
+// with embeddings of kBaseStd the larger one at d = 128 and 256) to the output's Theta(1). "grad:dt_bias" is the
 // gradient at the gate's input a, summed over tokens.
 #pragma once
 

@@ -30,8 +30,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     table.parse(int(words.size()), arguments.data());
     gdn::Options restored;
     gdn::OptionTable other(restored);
-    for (const auto& [name, value] : table.values()) other.restore(name, value);
-    fuzz::require(other.values() == table.values());
+    for (const auto& [name, value] : table.chosen()) other.restore(name, value);
+    fuzz::require(other.chosen() == table.chosen());
     const int heads = options.heads || options.head_dim ? options.heads : 6;
     gdn::make_config(options.width, options.base_width, options.layers, heads, options.head_dim,
                      options.value_expansion, 256, gdn::Parametrization::mup);
