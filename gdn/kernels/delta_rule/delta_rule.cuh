@@ -61,7 +61,8 @@ constexpr int kProbeThreads = 64;
 static __global__ void __launch_bounds__(kProbeThreads) arch_probe_kernel() {}
 
 // True if this GPU runs code compiled for sm_90a.
-// In such code prepare_kernel and the passes on mma.sync are empty: they are never launched where this is true.
+// In such code prepare_kernel and the passes on mma.sync are empty: they are never launched where this is
+// true.
 inline bool has_wgmma() {
   cudaFuncAttributes attributes;
   cuda_check(cudaFuncGetAttributes(&attributes, arch_probe_kernel));
