@@ -469,7 +469,7 @@ int run_on(Device& dev, Options& o, OptionTable& table) {
   }
   run.start_fresh();
   const std::string folder = make_run_folder(o.output);
-  lock = FolderLock(folder);
+  if (!lock.tried()) lock = FolderLock(folder);
   require_free(folder, automatic);  // by now
   return run.train(folder);
 }

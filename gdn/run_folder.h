@@ -40,6 +40,7 @@ class FolderLock {
     std::swap(file_, other.file_);
     return *this;
   }
+  bool tried() const { return file_ >= 0; }
   ~FolderLock() {
     if (file_ >= 0) close(file_);
   }

@@ -652,7 +652,7 @@ TEST_CASE("program: -resume derives defaults anew, keeps those of the device, an
   CHECK(longer.err.find("-B was 8, is 16") == std::string::npos);
   const std::string manifest = read_file(folder.path / "out" / "step_00000040" / "checkpoint.json");
   CHECK(manifest.find("\"warmup\": \"4\"") != std::string::npos);
-  for (const char* part : {"\"commit\"", "\"date\"", "\"host\"", "\"d.bin\"", "\"bytes\": 9024"}) {
+  for (const char* part : {"\"commit\"", "\"date\"", "\"host\"", "\"d.bin\"", "\"bytes\":9024"}) {
     CAPTURE(part);
     CHECK(manifest.find(part) != std::string::npos);
   }
@@ -711,6 +711,11 @@ TEST_CASE("program: one run a folder, and nothing that is not this program's is 
     CHECK(o.err.find("log.csv") != std::string::npos);
     CHECK(read_file(folder.path / "mine" / "log.csv") == "my,own,table\n1,2,3\n");
   }
+  fs::create_directory(folder.path / "killed");  // as a run leaves it that is killed before its first checkpoint
+  REQUIRE(run(folder, tiny + "-n 1 -o other").code == 0);
+  fs::copy_file(folder.path / "other" / "log.csv", folder.path / "killed" / "log.csv");
+  CHECK(run(folder, tiny + "-n 2 -o killed").code == 1);
+  CHECK(run(folder, tiny + "-n 2 -resume auto -o killed").code == 0);
   fs::create_directories(folder.path / "notes" / "step_00000002");
   write_file(folder.path / "notes" / "step_00000002" / "notes.txt", "kept");
   fs::create_directories(folder.path / "notes" / "step_00000001.tmp");
@@ -830,7 +835,7 @@ int fsync(int d) {
       CHECK(f.err.find(std::string(part) == "log.csv" ? "log.csv: cannot be written"
                                                       : "checkpoint not saved") != std::string::npos);
       const std::string log = read_file(folder.path / out / "log.csv");
-      CHECK(std::count(log.begin(), log.end(), '\n') == 2 + 30);
+      CHECK(std::count(log.begin(), log.end(), '\n') == 2 + 30 + 1);  // and the last validation
       CHECK(run(folder, "-d cpu -gen 2 -load " + out + "/step_00000030").code == 0);
     }
 }
@@ -888,7 +893,9 @@ TEST_CASE("program: what a terminal gets is printable, and a step's line fits it
     if (width) CHECK(int(line.size()) <= width);
     CHECK(line.find("loss 0.3175 (floor 0.2950)") == (width == 40 ? std::string::npos : size_t(23)));
   }
-  CHECK(Reporter::step_line(r, 100, 79).find("tokens/s") != std::string::npos);
+  r.step = 12;
+  r.steps = 2000;
+  CHECK(Reporter::step_line(r, 15, 79).find("1850000 tokens/s") != std::string::npos);
 }
 
 }  // namespace
