@@ -13,7 +13,7 @@ namespace gdn {
 inline void sleep_while_waiting(char** argv) {
   for (const char* chosen : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"})
     if (std::getenv(chosen)) return;
-  if (setenv("GOMP_SPINCOUNT", "20000", 1) == 0) execv("/proc/self/exe", argv);  // goes on where that fails
+  if (setenv("GOMP_SPINCOUNT", "1000", 1) == 0) execv("/proc/self/exe", argv);  // goes on where that fails
 }
 
 }  // namespace gdn
