@@ -1,11 +1,10 @@
-// CUDA on a CPU, as far as the kernels of the gated delta rule need it (ptx_emulated.h has the instructions).
-// A thread is a fiber; the threads of a block take turns and switch where they wait for each other or
-// exchange registers. Blocks run one after another.
+// CUDA on a CPU, as far as the kernels of the gated delta rule need it (ptx_emulated.h has the instructions). A thread
+// is a fiber; the threads of a block take turns and switch where they wait for each other or exchange registers. Blocks
+// run one after another.
 //
-// It shows what a kernel computes, on machines without a GPU, not its speed. Asynchronous work (cp.async,
-// TMA, wgmma) is done at once, or, if `late`, at the wait, with what registers and memory hold then. Which
-// warp goes on is decided against the kernel (run_block). So a missing wait or barrier mostly shows in one of
-// the two.
+// It shows what a kernel computes, on machines without a GPU, not its speed. Asynchronous work (cp.async, TMA, wgmma)
+// is done at once, or, if `late`, at the wait, with what registers and memory hold then. Which warp goes on is decided
+// against the kernel (run_block). So a missing wait or barrier mostly shows in one of the two.
 #pragma once
 
 #include <setjmp.h>
@@ -211,8 +210,7 @@ inline void wait(Barrier& barrier) {
 // Of `threads` of the block's: bar.sync, bar.arrive
 inline Barrier& named_barrier(int which, int threads) {
   Barrier& barrier = named_barriers[which];
-  if (barrier.count > 0 && barrier.size != threads)
-    throw std::logic_error("a named barrier with two numbers of threads");
+  if (barrier.count > 0 && barrier.size != threads) throw std::logic_error("a named barrier with two numbers of threads");
   barrier.size = threads;
   return barrier;
 }
@@ -230,8 +228,7 @@ inline bool any_of(int which, int threads, bool x) {
 
 // An mbarrier and the TMA loads it waits for, by its address.
 struct MBarrier {
-  int arrivals, missing, bytes,
-      parity;  // of the current phase: arrivals that are missing, bytes still to come
+  int arrivals, missing, bytes, parity;  // of the current phase: arrivals that are missing, bytes still to come
   std::deque<std::function<void()>> loads;
 };
 inline std::map<const uint64_t*, MBarrier> mbarriers;
@@ -295,11 +292,10 @@ inline void run_block(int threads, const std::function<void()>& call) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, run_fiber, 0);
   }
-  // One warp, another in each block, goes as far as barriers let it; only then others move, first those of
-  // its warpgroup: it is seen to overtake wherever nothing keeps it from it. Late, chance picks who moves.
+  // One warp, another in each block, goes as far as barriers let it; only then others move, first those of its
+  // warpgroup: it is seen to overtake wherever nothing keeps it from it. Late, chance picks who moves.
   static unsigned blocks, chance = 1;
-  const int warps = (threads + 31) / 32, in_fours = (warps + 3) / 4 * 4,
-            leader = int(blocks++ % unsigned(warps));
+  const int warps = (threads + 31) / 32, in_fours = (warps + 3) / 4 * 4, leader = int(blocks++ % unsigned(warps));
   for (int left = threads, stuck = 0; left > 0;) {
     const int64_t before = steps;
     for (int turn = 0; turn < in_fours && steps == before; turn++) {
@@ -324,8 +320,7 @@ inline void run_block(int threads, const std::function<void()>& call) {
     if (!fiber.copies.work.empty() || !fiber.products.work.empty() || !fiber.stores.work.empty())
       throw std::logic_error("copies or products that nobody waited for");
   for (const auto& [at, barrier] : mbarriers)
-    if (!barrier.loads.empty() || barrier.bytes != 0)
-      throw std::logic_error("TMA loads that nobody waited for");
+    if (!barrier.loads.empty() || barrier.bytes != 0) throw std::logic_error("TMA loads that nobody waited for");
   for (const Barrier& barrier : named_barriers)
     if (barrier.count != 0) throw std::logic_error("a named barrier that never completed");
 }
@@ -342,6 +337,7 @@ inline void launch(Dim grid, int threads, const std::function<void()>& call) {
 }
 
 }  // namespace emulator
+
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 inline void __syncwarp() { emulator::wait(emulator::warp_barriers[threadIdx.x / 32]); }

@@ -10,7 +10,7 @@
 #include "gdn/kernels/delta_rule/sm90/gradients.cuh"
 #include "gdn/kernels/delta_rule/sm90/passes.cuh"
 #include "gdn/kernels/delta_rule/solve.cuh"
-#include "gdn/tests/inputs.h"
+
 #include "gdn/tests/relative_error.h"
 
 namespace gdn {
@@ -43,7 +43,17 @@ Inputs random_inputs(const MixerShape& shape, float decay) {
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> uniform;
   Inputs in;
-  for (float x : gdn_tests::random_qkv<float>(shape, random)) in.qkv.push_back(__float2bfloat16_rn(x));
+  for (int m = 0; m < shape.rows(); m++) {
+    std::vector<float> row(size_t(shape.conv_channels()));
+    for (float& x : row) x = normal(random);
+    for (int h = 0; h < 2 * shape.heads_k; h++) {  // q and k of length 1
+      float* head = row.data() + h * shape.head_dim_k;
+      float squares = 0;
+      for (int i = 0; i < shape.head_dim_k; i++) squares += head[i] * head[i];
+      for (int i = 0; i < shape.head_dim_k; i++) head[i] /= std::sqrt(squares);
+    }
+    for (float x : row) in.qkv.push_back(__float2bfloat16_rn(x));
+  }
   for (int i = 0; i < shape.rows() * shape.value_dim(); i++)
     in.d_o.push_back(__float2bfloat16_rn(normal(random)));
   for (int i = 0; i < shape.rows() * shape.heads_v; i++) {
@@ -189,11 +199,57 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   const GradientInputs gradient_inputs = {qkv, d_o, saved, adjoints, G};
   std::vector<float> dg(in.g.size(), unset), dbeta(in.g.size(), unset);
   const int work_tiles = chunks * shape.heads_k * shape.batch;
-  if (gradient_shared_bytes(dk, PW, H > shape.heads_k, buffers) > int(sizeof shared)) std::abort();
-  emulator::shared_memory = shared;
-  emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, gradient_threads(PW), [&] {
-    gradients_kernel<PW>(dqkv.data(), dg.data(), dbeta.data(), gradient_inputs, size, work_tiles, buffers, s);
-  });
+  // Hopper's kernel where it takes these sizes
+  const auto launch_sm90_gradients = [&](auto tiles_k, auto grouped) {
+    constexpr int kTiles = decltype(tiles_k)::value;
+    constexpr bool kGrouped = decltype(grouped)::value;
+    const int64_t T = shape.tokens, C = shape.conv_channels(), values = shape.value_dim();
+    const auto map = [](const void* at, int rank, int rows, std::array<int64_t, 4> sizes,
+                        std::array<int64_t, 4> strides) {
+      CUtensorMap m = {static_cast<unsigned char*>(const_cast<void*>(at)), rank, rows, {}, {}};
+      for (int i = 0; i < rank; i++) m.size[i] = sizes[size_t(i)], m.stride[i] = strides[size_t(i)];
+      return m;
+    };
+    const auto keys = [&](const void* at) {
+      return map(at, 4, 2, {dk, 2 * shape.heads_k, T, shape.batch}, {1, dk, C, T * C});
+    };
+    const auto value_tensor = [&](const void* at) {
+      return map(at, 4, 2, {dv, H, T, shape.batch}, {1, dv, values, T * values});
+    };
+    const auto state_tensor = [&](const void* at) {
+      return map(at, 3, 1, {dk, dv, int64_t(count), 1}, {1, dk, int64_t(dk) * dv, 0});
+    };
+    const GradientTensors tensors = {keys(qkv),
+                                     keys(dqkv.data()),
+                                     value_tensor(d_o),
+                                     value_tensor(errors.data()),
+                                     value_tensor(x.data()),
+                                     state_tensor(states.data()),
+                                     state_tensor(d_states.data())};
+    const GateInputs gate_inputs = {G, exponents.data(), d_exponents.data()};
+    if (GradientLayout<kTiles, kGrouped>::kBytes > int(sizeof tiles)) std::abort();
+    emulator::shared_memory = tiles;
+    emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, kGradientThreads, [&] {
+      gradients_sm90_kernel<kTiles, kGrouped>(tensors, dg.data(), dbeta.data(), gate_inputs, size, work_tiles,
+                                              s);
+    });
+  };
+  if (warpgroups && dv % 64 == 0 && (H == shape.heads_k || dk <= 128)) {
+    constexpr int kTiles = DK <= 64 ? 1 : DK <= 128 ? 2 : 4;
+    using Tiles = std::integral_constant<int, kTiles>;
+    if constexpr (kTiles <= 2)
+      H > shape.heads_k ? launch_sm90_gradients(Tiles(), std::true_type())
+                        : launch_sm90_gradients(Tiles(), std::false_type());
+    else
+      launch_sm90_gradients(Tiles(), std::false_type());
+  } else {
+    emulator::shared_memory = shared;
+    if (gradient_shared_bytes(dk, PW, H > shape.heads_k, buffers) > int(sizeof shared)) std::abort();
+    emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, gradient_threads(PW), [&] {
+      gradients_kernel<PW>(dqkv.data(), dg.data(), dbeta.data(), gradient_inputs, size, work_tiles, buffers,
+                           s);
+    });
+  }
 
   Results results = outputs(shape, to_double(o), to_double(dqkv), to_double(dg), to_double(dbeta));
   results.of[kStates] = state(states, exponents), results.of[kErrors] = value(errors, exponents);
@@ -210,7 +266,9 @@ void expect(bool good, const char* what, const char* name, double error, double 
 
 template <int DK>
 void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int split_chunks, float decay) {
-  const MixerShape shape = gdn_tests::make_shape(batch, tokens, heads_k, heads_v, dk, dv);
+  MixerShape shape;
+  shape.batch = batch, shape.tokens = tokens, shape.heads_k = heads_k, shape.heads_v = heads_v;
+  shape.head_dim_k = dk, shape.head_dim_v = dv;
   const Inputs in = random_inputs(shape, decay);
 
   Cpu<double> cpu;
@@ -249,7 +307,7 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
       std::printf(" %s %.1e", kNames[i], relative_error(cut.of[i], whole.of[i]));
     std::printf("\n");
     for (int i = 0; i < kOutputs; i++) {
-      // 1.66e-3 is what rounding to bf16 alone costs; gdn/tests/test_cuda_delta_rule.cu allows twice that
+      // 1.66e-3 is what rounding to bf16 alone costs; gdn/tests/test_cuda_delta_rule.h allows twice that
       const double bound = 1.3 * 1.66e-3;
       for (const Results* results : {&whole, &cut}) {
         const double error = relative_error(results->of[i], reference.of[i]);

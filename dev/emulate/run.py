@@ -4,8 +4,8 @@
     python3 dev/emulate/run.py
 
 It compiles gdn/kernels/delta_rule/ with g++ -DGDN_EMULATED, which makes gdn/kernels/ptx.cuh take its functions from
-ptx_emulated.h. Covered: prepare_kernel and the passes on mma.sync and on wgmma (passes with one and with two consumer
-warpgroups), sequence splits, and gradients_kernel (on mma.sync). So a wrong index or equation is found on a machine without a GPU; and most missing
+ptx_emulated.h. Covered: prepare_kernel, the passes and the gradients on mma.sync and on wgmma (passes with one and with two
+consumer warpgroups), and sequence splits. So a wrong index or equation is found on a machine without a GPU; and most missing
 waits and barriers, for there are two runs whose bits must be the same: in one, asynchronous work (cp.async, TMA, wgmma) is
 done at once and one warp runs ahead of all others as far as barriers let it; in the other it is done as late as a wait
 allows, and chance picks which warp moves. Three minutes.
