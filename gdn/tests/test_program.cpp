@@ -711,7 +711,8 @@ TEST_CASE("program: one run a folder, and nothing that is not this program's is 
     CHECK(o.err.find("log.csv") != std::string::npos);
     CHECK(read_file(folder.path / "mine" / "log.csv") == "my,own,table\n1,2,3\n");
   }
-  fs::create_directory(folder.path / "killed");  // as a run leaves it that is killed before its first checkpoint
+  fs::create_directory(folder.path /
+                       "killed");  // as a run leaves it that is killed before its first checkpoint
   REQUIRE(run(folder, tiny + "-n 1 -o other").code == 0);
   fs::copy_file(folder.path / "other" / "log.csv", folder.path / "killed" / "log.csv");
   CHECK(run(folder, tiny + "-n 2 -o killed").code == 1);
@@ -731,9 +732,12 @@ TEST_CASE("program: a kill at any of 200 moments loses nothing that was saved, a
   uint64_t random = 88172645463325252ull;
   int64_t saved = -1;
   for (int kills = 0; kills < 200; kills++) {
+    fs::remove(folder.path / ".out");
     Started started(folder, kTiny + std::string("-n 1000000 -save 1 -keep 2 -resume auto -o out"),
                     "export OMP_NUM_THREADS=1");
     random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+    // half of them while it starts, half while it saves after each step, however slow the machine is
+    if (kills % 2) wait_for(folder.path / ".out", "saved ");
     std::this_thread::sleep_for(std::chrono::milliseconds(random % 160));
     kill(started.child, SIGKILL);
     const int code = started.wait();
