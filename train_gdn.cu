@@ -90,7 +90,7 @@ class Run {
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
     targets_.resize(inputs_.size());
     codec_ = std::make_unique<TextCodec>(config.vocab, o_.vocabulary, document_start(o_));
-    prompt_ = codec_->tokens(o_.prompt);
+    if (o_.sample_every) prompt_ = codec_->tokens(o_.prompt);
     record_ = {{"data", data_record(o_, loader_.source(), validation_ ? &validation_->source() : nullptr)},
                {"program", program_record()}};
   }

@@ -18,6 +18,7 @@
 //   range_push(name, layer), range_pop()                    profiler ranges (NVTX on the GPU, nothing on the CPU)
 #pragma once
 
+#include <malloc.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -48,13 +49,18 @@ struct Cpu {
   void* allocate(size_t bytes, const char* what, const char* remedy) {
     void* p = nullptr;
     // More than the machine has is refused here: the kernel would grant it, and kill the process that uses it.
-    if (bytes > physical_memory() || posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
+    const size_t memory = physical_memory();
+    if (bytes > memory || in_use_ > memory - bytes || posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
       throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB asked for " + what +
                                "; " + remedy);
     allocated[what] += bytes;
+    in_use_ += malloc_usable_size(p);
     return p;
   }
-  void release(void* p) { std::free(p); }
+  void release(void* p) {
+    in_use_ -= malloc_usable_size(p);
+    std::free(p);
+  }
   void upload(void* device, const void* host, size_t bytes) { std::memcpy(device, host, bytes); }
   void download(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
   void download_later(void* host, const void* device, size_t bytes) { std::memcpy(host, device, bytes); }
@@ -86,6 +92,9 @@ struct Cpu {
 
   void range_push(const char*, int) {}
   void range_pop() {}
+
+ private:
+  size_t in_use_ = 0;  // bytes
 };
 
 // Owns `size` elements of T on a device.

@@ -41,10 +41,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fuzz::write("run/step_00000000" + std::string(names[i]), i == which ? bytes : good[i]);
   if (weights_alone)
     for (int i : {0, 3}) fs::remove(step + names[i]);
-  fuzz::expect_runtime_error_at_most([&] {
+  fuzz::may_fail([&] {
     const gdn::Checkpoint checkpoint =
         gdn::open_any_checkpoint(weights_alone ? step : fuzz::folder() + "/run");
-    fuzz::expect_runtime_error_at_most([&] { gdn::read_counters(checkpoint); });
+    fuzz::may_fail([&] { gdn::read_counters(checkpoint); });
     const gdn::ModelConfig config = gdn::read_config(checkpoint);
     if (make_parameter_table(config).size > 1 << 16) return;
     Cpu dev;

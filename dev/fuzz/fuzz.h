@@ -43,9 +43,9 @@ inline void require(bool condition) {
   if (!condition) abort();
 }
 
-// Runs a call, whose errors are one line each.
+// Runs a call that may throw std::runtime_error with a message, and nothing else.
 template <class Call>
-void expect_runtime_error_at_most(const Call& call) {
+void may_fail(const Call& call) {
   try {
     call();
   } catch (const std::runtime_error& e) {

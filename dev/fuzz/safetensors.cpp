@@ -6,7 +6,7 @@
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size == 0) return 0;
   const std::string bytes(reinterpret_cast<const char*>(data + 1), size - 1);
-  fuzz::expect_runtime_error_at_most([&] {
+  fuzz::may_fail([&] {
     gdn::SafetensorsFile file;
     if (data[0] % 4 == 0) {
       const float x[3] = {1, 2, 3};
@@ -18,7 +18,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       file = gdn::SafetensorsFile(fuzz::write("model.safetensors", bytes));
     }
     for (const std::string& name : file.names())
-      fuzz::expect_runtime_error_at_most([&] {
+      fuzz::may_fail([&] {
         const std::vector<float> values = gdn::stored_values<float>(file.at(name), "file");
         for (float x : values) fuzz::require(std::isfinite(x) || file.at(name).dtype == "F64");
       });

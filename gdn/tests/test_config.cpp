@@ -166,6 +166,17 @@ TEST_CASE("config: sizes that the tensors do not have take no memory") {
         path + "/model.safetensors: tensor 'model.embeddings.weight' is missing");
 }
 
+TEST_CASE("config: more memory than the machine has is refused, not granted and then missing") {
+  Cpu<float> dev;
+  const size_t most = physical_memory() / 10 * 6;
+  CHECK(contains(error_of([&] { dev.allocate(physical_memory() + 1, "a model", "choose a smaller one"); }),
+                 " MiB asked for a model; choose a smaller one"));
+  void* p = dev.allocate(most, "half", "");
+  CHECK(contains(error_of([&] { dev.allocate(most, "half", ""); }), "out of memory: "));
+  dev.release(p);
+  dev.release(dev.allocate(most, "half", ""));
+}
+
 TEST_CASE("config: tensors that the model does not have, or has in another shape, end the load by name") {
   const TemporaryFolder folder;
   const std::string config = "{" + kSmall + R"(, "vocab_size": 64, "tie_word_embeddings": true})";
