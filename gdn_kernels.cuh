@@ -1,6 +1,6 @@
 // The face of the GPU layers: what gdn/cpu_layers.h has for the CPU, under the same names with the same
 // arguments. The equations are written there; here stand shapes and types, and in gdn/kernels/*.cuh each
-// kernel with its floor and what it reached.
+// kernel with its lower bound and its measured time. The gated delta rule's equations: dev/doc/delta_rule.md.
 //
 // Conventions
 //   act (bf16): activations, their gradients, the weights of Linear and embedding. float: everything else.
@@ -11,10 +11,10 @@
 //   multiples of 16, dk <= 256, dv <= 512. Others throw one line. Every result is the same bits from run to
 //   run: sums that cross blocks go through scratch in a fixed order.
 //   To a profiler each layer is an NVTX range of its own name.
-//   Floors are the bytes a layer must move, each input read and each output written once. "The copy rate" is
-//   3.005 TB/s, read + write, of a device-to-device copy on the NVIDIA H100 on which all times were measured
-//   (dev/bench_layers.cu, dev/bench_delta_rule.cu; dev/results/2026-11-26_h100). A layer's time includes its
-//   second stage.
+//   Floors are the bytes a layer must move, each input read and each output written once. Times and percents in
+//   gdn/kernels/*.cuh are of an NVIDIA H100 and of its own measured copy rate, 3.005 TB/s, read + write, of a
+//   device-to-device copy (dev/bench_layers.cu; dev/results/2026-11-26_h100), unless the comment names another
+//   card and record. A layer's time includes its second stage.
 #pragma once
 
 #include <cstddef>

@@ -64,10 +64,11 @@ int main(int argc, char** argv) {
   doctest::Context context(argc, argv);
   const std::string reason = no_gpu();
   if (!reason.empty()) {
-    doctest::Context listing(argc, argv);
+    std::vector<const char*> arguments(argv, argv + argc);
+    arguments.push_back("--list-test-cases");
+    doctest::Context listing(int(arguments.size()), arguments.data());
     std::ostream nowhere(nullptr);
     listing.setCout(&nowhere);
-    listing.setOption("list-test-cases", true);
     listing.run();
     context.addFilter("test-suite-exclude", gdn_tests::kGpuSuite);
   }

@@ -17,45 +17,20 @@
 
 #include "../gdn_kernels.cuh"
 #include "../gdn/kernels/delta_rule.cuh"
+#include "../gdn/tests/inputs.h"
 
 namespace {
 
 using namespace gdn;
+using namespace gdn_tests;
 
 constexpr double kBandwidth = 3.0e12, kRate = 600e12;
 
-MixerShape make_shape(int batch, int tokens, int heads_k, int heads_v, int dk, int dv) {
-  MixerShape shape;
-  shape.batch = batch, shape.tokens = tokens;
-  shape.heads_k = heads_k, shape.heads_v = heads_v;
-  shape.head_dim_k = dk, shape.head_dim_v = dv;
-  return shape;
-}
-
-template <class T>
-Buffer<Cuda, T> upload(Cuda& device, const std::vector<T>& x) {
-  Buffer<Cuda, T> buffer(device, x.size(), "a benchmark");
-  device.upload(buffer.get(), x.data(), buffer.bytes());
-  device.synchronize();
-  return buffer;
-}
-
-// qkv with q and k of length 1 per head.
-std::vector<act> random_qkv(const MixerShape& shape) {
+// qkv with q and k of length 1 per head, as bf16.
+std::vector<act> qkv_of(const MixerShape& shape) {
   std::mt19937 random(1);
-  std::normal_distribution<float> normal;
-  const int C = shape.conv_channels(), dk = shape.head_dim_k;
-  std::vector<float> row(C);
-  std::vector<act> qkv(size_t(shape.rows()) * C);
-  for (int m = 0; m < shape.rows(); m++) {
-    for (float& x : row) x = normal(random);
-    for (int head = 0; head < 2 * shape.heads_k; head++) {
-      float length = 0;
-      for (int i = 0; i < dk; i++) length += row[head * dk + i] * row[head * dk + i];
-      for (int i = 0; i < dk; i++) row[head * dk + i] /= std::sqrt(length);
-    }
-    for (int i = 0; i < C; i++) qkv[size_t(m) * C + i] = __float2bfloat16_rn(row[i]);
-  }
+  std::vector<act> qkv;
+  for (float x : random_qkv<float>(shape, random)) qkv.push_back(__float2bfloat16_rn(x));
   return qkv;
 }
 
@@ -119,7 +94,7 @@ void report(const char* name, double ms, const Cost& cost) {
 }
 
 void bench(Cuda& device, const MixerShape& shape, int runs) {
-  const auto qkv = upload(device, random_qkv(shape));
+  const auto qkv = upload(device, qkv_of(shape));
   const size_t values = size_t(shape.rows()) * shape.value_dim(),
                gate_count = size_t(shape.rows()) * shape.heads_v;
   const auto d_o = upload(device, random_act(values));
@@ -154,8 +129,8 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
   const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch.get(), shape);
-  const delta_rule::Pieces whole = {1, shape.chunks(), nullptr, nullptr};
+  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch.get(), shape);
+  const delta_rule::Splits whole = {1, shape.chunks(), nullptr, nullptr};
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
@@ -180,24 +155,24 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
   time("prepare_kernel", prepare,
        [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });
   time("forward_pass_kernel", forward_pass,
-       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, pieces); });
+       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, splits); });
   time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
-       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, pieces); });
+       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, splits); });
   time("backward_pass_kernel", backward_pass, [&] {
-    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, pieces,
+    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, splits,
                               scratch.get());
   });
-  if (pieces.count > 1) {
-    std::printf("  %d pieces of %d chunks\n", pieces.count, pieces.chunks);
+  if (splits.count > 1) {
+    std::printf("  %d splits of %d chunks\n", splits.count, splits.chunks);
     const Cost states_forward = {keys / 2 + value + matrices / 2,  // k, v and N
                                  chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
     const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
     time("forward_states", states_forward,
-         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, pieces, true); });
+         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, splits, true); });
     time("backward_states", states_backward,
-         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, pieces); });
-    time("join_pieces_kernel", {0, 2.0 * shape.batch * shape.heads_v * (pieces.count - 2) * dk * dk * dv},
-         [&] { delta_rule::join_pieces(device, shape, pieces, false); });
+         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, splits); });
+    time("merge_splits_kernel", {0, 2.0 * shape.batch * shape.heads_v * (splits.count - 2) * dk * dk * dv},
+         [&] { delta_rule::merge_splits(device, shape, splits, false); });
     time("forward pass, not cut", forward_pass,
          [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, whole); });
     time("backward pass, not cut", backward_pass, [&] {

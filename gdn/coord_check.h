@@ -41,7 +41,7 @@ constexpr int kCoordSteps[] = {0, 1, 2, 4, 8};
 
 // ---- What mup.h derives, as slopes of log(size) against log(d) -------------------------------------------
 //
-// The one table that test_coord_check.h and scripts/coord_check.py judge by: a slope may leave its range by
+// The one table that test_coord_check.cpp and scripts/coord_check.py judge by: a slope may leave its range by
 // the judge's tolerance. The derivation is for widths far above the number of tokens: in (W_t - W_0) x the
 // update that token t made meets the input of another token s through x_t . x_s, of which d coordinates with
 // independent signs make a part d^-1/2. With M tokens these parts add up to (M/d)^1/2 of the token's own, so

@@ -67,7 +67,7 @@ struct Cuda {
   cublasLtHandle_t cublaslt = nullptr;
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
   std::string name;
-  int multiprocessors = 0;
+  int sm_count = 0;
   size_t memory_bytes = 0;
   std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
   std::map<std::tuple<int, int, int, int>, MatmulPlan>
@@ -83,7 +83,7 @@ struct Cuda {
     cudaDeviceProp properties;
     cuda_check(cudaGetDeviceProperties(&properties, 0));
     name = properties.name;
-    multiprocessors = properties.multiProcessorCount;
+    sm_count = properties.multiProcessorCount;
     memory_bytes = properties.totalGlobalMem;
     try {
       cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));

@@ -377,7 +377,7 @@ inline void copy(void* to, const void* from, size_t bytes, bool valid) {
   });
 }
 // cp.async.wait_all: of those in no group, too
-inline void copies_arrived() {
+inline void cp_async_wait_all() {
   copies().close();
   copies().do_all_but(0);
 }

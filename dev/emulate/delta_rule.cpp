@@ -1,5 +1,5 @@
-// The gated delta rule in the emulator (run.py), against the CPU's layer in double: o and all gradients; and cut into
-// pieces against not cut: these, and what the passes leave for gradients_kernel.
+// The gated delta rule in the emulator (run.py), against the CPU's layer in double: o and all gradients; and
+// cut into splits against not cut: these, and what the passes leave for gradients_kernel.
 #include <cstdio>
 #include <limits>
 #include <random>
@@ -9,6 +9,7 @@
 #include "gdn/kernels/delta_rule_gradients.cuh"
 #include "gdn/kernels/delta_rule_passes_wgmma.cuh"
 
+#include "../../gdn/tests/inputs.h"
 #include "../../gdn/tests/relative_error.h"
 
 namespace gdn {
@@ -41,18 +42,9 @@ Inputs random_inputs(const MixerShape& shape, float decay) {
   std::normal_distribution<float> normal;
   std::uniform_real_distribution<float> uniform;
   Inputs in;
-  for (int m = 0; m < shape.rows(); m++) {
-    std::vector<float> row(size_t(shape.conv_channels()));
-    for (float& x : row) x = normal(random);
-    for (int h = 0; h < 2 * shape.heads_k; h++) {  // q and k of length 1
-      float* head = row.data() + h * shape.head_dim_k;
-      float squares = 0;
-      for (int i = 0; i < shape.head_dim_k; i++) squares += head[i] * head[i];
-      for (int i = 0; i < shape.head_dim_k; i++) head[i] /= std::sqrt(squares);
-    }
-    for (float x : row) in.qkv.push_back(__float2bfloat16_rn(x));
-  }
-  for (int i = 0; i < shape.rows() * shape.value_dim(); i++) in.d_o.push_back(__float2bfloat16_rn(normal(random)));
+  for (float x : gdn_tests::random_qkv<float>(shape, random)) in.qkv.push_back(__float2bfloat16_rn(x));
+  for (int i = 0; i < shape.rows() * shape.value_dim(); i++)
+    in.d_o.push_back(__float2bfloat16_rn(normal(random)));
   for (int i = 0; i < shape.rows() * shape.heads_v; i++) {
     in.g.push_back(-decay * uniform(random));
     in.beta.push_back(uniform(random));
@@ -80,27 +72,29 @@ Doubles columns_of(const Doubles& x, int columns, int first, int end) {
   return part;
 }
 
-Results outputs(const MixerShape& shape, const Doubles& o, const Doubles& dqkv, const Doubles& dg, const Doubles& dbeta) {
+Results outputs(const MixerShape& shape, const Doubles& o, const Doubles& dqkv, const Doubles& dg,
+                const Doubles& dbeta) {
   const int C = shape.conv_channels(), keys = shape.key_dim();
-  return {{o, columns_of(dqkv, C, 0, keys), columns_of(dqkv, C, keys, 2 * keys), columns_of(dqkv, C, 2 * keys, C), dg,
-           dbeta}};
+  return {{o, columns_of(dqkv, C, 0, keys), columns_of(dqkv, C, keys, 2 * keys),
+           columns_of(dqkv, C, 2 * keys, C), dg, dbeta}};
 }
 
 // groups: a block's warpgroups in the passes, 0: the kernels on mma.sync
 template <int DK>
-Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, int groups) {
+Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int groups) {
   const bool warpgroups = groups > 0;
   const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, chunks = shape.chunks();
-  const Sizes size = {shape.tokens, shape.heads_k, H, dk, dv, chunks, shape.conv_channels(), H / shape.heads_k};
+  const Sizes size = {shape.tokens,          shape.heads_k,    H, dk, dv, chunks,
+                      shape.conv_channels(), H / shape.heads_k};
   const size_t count = size_t(shape.batch) * H * chunks;
   const float s = 1 / std::sqrt(float(dk)), unset = std::numeric_limits<float>::quiet_NaN();
 
-  Pieces pieces = {divide_up(chunks, piece_chunks), piece_chunks, nullptr, nullptr};
-  const size_t heads = size_t(shape.batch) * H * pieces.count;
-  std::vector<float> boundaries(heads * dv * dk, unset), transitions(heads * 2 * dk * dk, unset);
-  pieces.boundaries = boundaries.data(), pieces.transitions = transitions.data();
+  Splits splits = {divide_up(chunks, split_chunks), split_chunks, nullptr, nullptr};
+  const size_t heads = size_t(shape.batch) * H * splits.count;
+  std::vector<float> boundary_states(heads * dv * dk, unset), transitions(heads * 2 * dk * dk, unset);
+  splits.boundary_states = boundary_states.data(), splits.transitions = transitions.data();
 
-  std::vector<__half> matrices(count * 2 * kSquare), states(count * dk * dv), d_states(states.size());
+  std::vector<__half> matrices(count * 2 * kMatrixElements), states(count * dk * dv), d_states(states.size());
   std::vector<__half> errors(in.d_o.size()), x(in.d_o.size());
   std::vector<float> gates(count * kGates);
   std::vector<int> exponents(count * dv / 16), d_exponents(exponents.size());
@@ -113,60 +107,64 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, int gro
 
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
   std::memset(tiles, 0x7f, sizeof tiles);
-  const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(pieces.count);
-  emulator::shared_memory = warpgroups ? tiles : shared;
+  const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(splits.count);
+  emulator::shared_memory = tiles;  // of prepare_kernel
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
     if (warpgroups)
-      prepare_warpgroup_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
+      prepare_sm90_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
     else
       prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
   });
+  emulator::shared_memory = warpgroups ? tiles : shared;
   const int warps = 4, threads = 32 * warps;
-  const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)), slices_k = unsigned(divide_up(dk, 16 * warps));
-  const emulator::Dim join = {unsigned(divide_up(dv, kJoinRows)), h, b};
+  const unsigned slices_v = unsigned(divide_up(dv, 16 * warps)),
+                 slices_k = unsigned(divide_up(dk, 16 * warps));
+  const emulator::Dim join = {unsigned(divide_up(dv, kMergeRows)), h, b};
   if (n > 1) {
     emulator::launch({slices_v + slices_k, h, b * (n - 1)}, threads, [&] {
       if (warpgroups)
-        forward_state_warpgroup_kernel<DK>(qkv, N, G, size, pieces, int(slices_v));
+        forward_state_sm90_kernel<DK>(qkv, N, G, size, splits, int(slices_v));
       else
-        forward_state_kernel<DK>(qkv, N, G, size, pieces, int(slices_v));
+        forward_state_kernel<DK>(qkv, N, G, size, splits, int(slices_v));
     });
-    emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<join_columns(DK), false>(pieces, size); });
+    emulator::launch(join, kMergeThreads,
+                     [&] { merge_splits_kernel<merge_columns(DK), false>(splits, size); });
   }
   const unsigned slices = groups == 2 ? unsigned(divide_up(dv, 128)) : slices_v;
   const int in_block = warpgroups ? pass_threads(DK, groups) : threads;
   emulator::launch({slices, h, b * n}, in_block, [&] {
     if (groups == 2)
-      forward_pass_warpgroup_kernel<DK, 2>(o.data(), saved, qkv, N, G, size, pieces, s);
+      forward_pass_sm90_kernel<DK, 2>(o.data(), saved, qkv, N, G, size, splits, s);
     else if (warpgroups)
-      forward_pass_warpgroup_kernel<DK, 1>(o.data(), saved, qkv, N, G, size, pieces, s);
+      forward_pass_sm90_kernel<DK, 1>(o.data(), saved, qkv, N, G, size, splits, s);
     else
-      forward_pass_kernel<DK>(o.data(), saved, qkv, N, G, size, pieces, s);
+      forward_pass_kernel<DK>(o.data(), saved, qkv, N, G, size, splits, s);
   });
-  std::fill(boundaries.begin(), boundaries.end(), unset);
+  std::fill(boundary_states.begin(), boundary_states.end(), unset);
   std::fill(transitions.begin(), transitions.end(), unset);
   if (n > 1) {
     emulator::launch({slices_k, h, b * (n - 1)}, threads, [&] {  // transitions alone
       if (warpgroups)
-        forward_state_warpgroup_kernel<DK>(qkv, N, G, size, pieces, 0);
+        forward_state_sm90_kernel<DK>(qkv, N, G, size, splits, 0);
       else
-        forward_state_kernel<DK>(qkv, N, G, size, pieces, 0);
+        forward_state_kernel<DK>(qkv, N, G, size, splits, 0);
     });
     emulator::launch({slices_v, h, b * (n - 1)}, warpgroups ? pass_threads(DK, 1) : threads, [&] {
       if (warpgroups)
-        backward_pass_warpgroup_kernel<DK, 1, true>(nullptr, {}, d_o, qkv, N, G, size, pieces, s);
+        backward_pass_sm90_kernel<DK, 1, true>(nullptr, {}, d_o, qkv, N, G, size, splits, s);
       else
-        backward_pass_kernel<DK, true>(nullptr, {}, d_o, qkv, N, G, size, pieces, s);
+        backward_pass_kernel<DK, true>(nullptr, {}, d_o, qkv, N, G, size, splits, s);
     });
-    emulator::launch(join, kJoinThreads, [&] { join_pieces_kernel<join_columns(DK), true>(pieces, size); });
+    emulator::launch(join, kMergeThreads,
+                     [&] { merge_splits_kernel<merge_columns(DK), true>(splits, size); });
   }
   emulator::launch({slices, h, b * n}, in_block, [&] {
     if (groups == 2)
-      backward_pass_warpgroup_kernel<DK, 2, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
+      backward_pass_sm90_kernel<DK, 2, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, splits, s);
     else if (warpgroups)
-      backward_pass_warpgroup_kernel<DK, 1, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
+      backward_pass_sm90_kernel<DK, 1, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, splits, s);
     else
-      backward_pass_kernel<DK, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, pieces, s);
+      backward_pass_kernel<DK, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, splits, s);
   });
 
   const auto state = [&](const std::vector<__half>& of, const std::vector<int>& e) {
@@ -177,8 +175,10 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, int gro
   const auto value = [&](const std::vector<__half>& of, const std::vector<int>& e) {
     Doubles y;
     for (size_t i = 0; i < of.size(); i++) {
-      const size_t j = i % dv, head = i / dv % H, t = i / dv / H % shape.tokens, at = i / dv / H / shape.tokens;
-      y.push_back(std::ldexp(__half2float(of[i]), -e[(((at * H + head) * chunks + t / kChunk) * dv + j) / 16]));
+      const size_t j = i % dv, head = i / dv % H, t = i / dv / H % shape.tokens,
+                   at = i / dv / H / shape.tokens;
+      y.push_back(
+          std::ldexp(__half2float(of[i]), -e[(((at * H + head) * chunks + t / kChunk) * dv + j) / 16]));
     }
     return y;
   };
@@ -187,11 +187,11 @@ Results run(const MixerShape& shape, const Inputs& in, int piece_chunks, int gro
   const GradientBuffers buffers = {3, 1};
   const GradientInputs gradient_inputs = {qkv, d_o, saved, adjoints, G};
   std::vector<float> dg(in.g.size(), unset), dbeta(in.g.size(), unset);
-  const int items = chunks * shape.heads_k * shape.batch;
+  const int work_tiles = chunks * shape.heads_k * shape.batch;
   if (gradient_shared_bytes(dk, PW, H > shape.heads_k, buffers) > int(sizeof shared)) std::abort();
   emulator::shared_memory = shared;
-  emulator::launch({unsigned(std::min(items, 2)), 1, 1}, gradient_threads(PW), [&] {
-    gradients_kernel<PW>(dqkv.data(), dg.data(), dbeta.data(), gradient_inputs, size, items, buffers, s);
+  emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, gradient_threads(PW), [&] {
+    gradients_kernel<PW>(dqkv.data(), dg.data(), dbeta.data(), gradient_inputs, size, work_tiles, buffers, s);
   });
 
   Results results = outputs(shape, to_double(o), to_double(dqkv), to_double(dg), to_double(dbeta));
@@ -208,25 +208,24 @@ void expect(bool good, const char* what, const char* name, double error, double 
 }
 
 template <int DK>
-void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int piece_chunks, float decay) {
-  MixerShape shape;
-  shape.batch = batch, shape.tokens = tokens, shape.heads_k = heads_k, shape.heads_v = heads_v;
-  shape.head_dim_k = dk, shape.head_dim_v = dv;
+void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int split_chunks, float decay) {
+  const MixerShape shape = gdn_tests::make_shape(batch, tokens, heads_k, heads_v, dk, dv);
   const Inputs in = random_inputs(shape, decay);
 
   Cpu<double> cpu;
-  const Doubles qkv = to_double(in.qkv), g = to_double(in.g), beta = to_double(in.beta), d_o = to_double(in.d_o);
+  const Doubles qkv = to_double(in.qkv), g = to_double(in.g), beta = to_double(in.beta),
+                d_o = to_double(in.d_o);
   Doubles o(d_o.size()), dqkv(qkv.size()), dg(g.size()), dbeta(g.size());
   Doubles kept(gated_delta_rule_saved_bytes(cpu, shape) / sizeof(double));
   const double s = 1 / std::sqrt(float(dk));
   gated_delta_rule_forward(cpu, o.data(), kept.data(), qkv.data(), g.data(), beta.data(), shape, s, nullptr);
-  gated_delta_rule_backward(cpu, dqkv.data(), dg.data(), dbeta.data(), d_o.data(), kept.data(), qkv.data(), g.data(),
-                            beta.data(), shape, s, nullptr);
+  gated_delta_rule_backward(cpu, dqkv.data(), dg.data(), dbeta.data(), d_o.data(), kept.data(), qkv.data(),
+                            g.data(), beta.data(), shape, s, nullptr);
   const Results reference = outputs(shape, o, dqkv, dg, dbeta);
 
   for (const int groups : {0, 1, 2}) {
     if (groups == 2 && dv <= 64) continue;
-    const auto in_pieces_of = [&](int chunks) {
+    const auto in_splits_of = [&](int chunks) {
       emulator::late = true;
       const Results late = run<DK>(shape, in, chunks, groups);
       emulator::late = false;
@@ -238,17 +237,18 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
       }
       return results;
     };
-    const Results whole = in_pieces_of(shape.chunks()), cut = in_pieces_of(piece_chunks);
+    const Results whole = in_splits_of(shape.chunks()), cut = in_splits_of(split_chunks);
     const char* const kernels = groups == 0 ? "mma.sync" : groups == 1 ? "wgmma" : "wgmma, 2";
-    std::printf("%-8s B=%d T=%d Hk=%d Hv=%d dk=%d dv=%d, decay %g: ", kernels, batch, tokens, heads_k, heads_v, dk, dv,
-                double(decay));
+    std::printf("%-8s B=%d T=%d Hk=%d Hv=%d dk=%d dv=%d, decay %g: ", kernels, batch, tokens, heads_k,
+                heads_v, dk, dv, double(decay));
     for (int i = 0; i < kOutputs; i++)
       std::printf("%s %.2e ", kNames[i], relative_error(whole.of[i], reference.of[i]));
-    std::printf("\n  in %d pieces:", divide_up(shape.chunks(), piece_chunks));
-    for (int i = 0; i < kResults; i++) std::printf(" %s %.1e", kNames[i], relative_error(cut.of[i], whole.of[i]));
+    std::printf("\n  in %d splits:", divide_up(shape.chunks(), split_chunks));
+    for (int i = 0; i < kResults; i++)
+      std::printf(" %s %.1e", kNames[i], relative_error(cut.of[i], whole.of[i]));
     std::printf("\n");
     for (int i = 0; i < kOutputs; i++) {
-      // 1.66e-3 is what rounding to bf16 alone costs; gdn/tests/test_cuda_delta_rule.h allows twice that
+      // 1.66e-3 is what rounding to bf16 alone costs; gdn/tests/test_cuda_delta_rule.cu allows twice that
       const double bound = 1.3 * 1.66e-3;
       for (const Results* results : {&whole, &cut}) {
         const double error = relative_error(results->of[i], reference.of[i]);
@@ -274,7 +274,8 @@ int main() {
   check<128>(1, 400, 1, 1, 128, 128, 2, 0.01f);
   check<128>(2, 40, 1, 1, 128, 128, 1, 0.01f);
   check<128>(1, 190, 1, 1, 112, 128, 1, 0.01f);
-  check<128>(1, 150, 1, 1, 128, 144, 2, 8.f);  // the state fades within a chunk; warps and warpgroups without columns
+  check<128>(1, 150, 1, 1, 128, 144, 2,
+             8.f);  // the state fades within a chunk; warps and warpgroups without columns
   check<192>(1, 270, 1, 1, 176, 64, 1, 0.01f);
   check<256>(1, 270, 1, 1, 256, 32, 2, 0.01f);
   std::printf("%s\n", failures == 0 ? "all as expected" : "FAILED");

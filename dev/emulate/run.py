@@ -29,33 +29,33 @@ MMA = {
     "mma_bf16": "emulator::mma(c, a, b0, b1, false);",
     "mma_fp16": "emulator::mma(c, a, b0, b1, true);",
     "transpose_8x8": "return emulator::transpose_8x8(x);",
-    "copy_16_bytes": "emulator::copy(to, from, 16, valid);",
-    "store_16_bytes": "const uint32_t words[4] = {x, y, z, w}; std::memcpy(to, words, 16);",
-    "copy_4_bytes": "emulator::copy(to, from, 4, true);",
-    "copies_issued": "emulator::copies().close();",
-    "copies_arrived": "emulator::copies_arrived();",
-    "copies_arrived_but_one": "emulator::copies().do_all_but(1);",
+    "cp_async_16": "emulator::copy(to, from, 16, valid);",
+    "st_global_v4": "const uint32_t words[4] = {x, y, z, w}; std::memcpy(to, words, 16);",
+    "cp_async_4": "emulator::copy(to, from, 4, true);",
+    "cp_async_commit": "emulator::copies().close();",
+    "cp_async_wait_all": "emulator::cp_async_wait_all();",
+    "cp_async_wait_all_but_one": "emulator::copies().do_all_but(1);",
     "fast_exp2": "return std::exp2(x);",
-    "meet": "emulator::wait(emulator::meeting(meeting, threads));",
-    "any_of_meeting": "return emulator::any_of(meeting, threads, x);",
-    "pass_by": "emulator::arrive(emulator::meeting(meeting, threads));",
+    "named_barrier_sync": "emulator::wait(emulator::meeting(id, threads));",
+    "named_barrier_any": "return emulator::any_of(id, threads, x);",
+    "named_barrier_arrive": "emulator::arrive(emulator::meeting(id, threads));",
 }
 WGMMA = {
-    "products_begin": "",
-    "products_issued": "emulator::products().close();",
-    "products_done": "emulator::products().do_all_but(pending);",
-    "publish_to_products": "",
-    "pin": "",
-    "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kByN, kSign);",
-    "wgmma_32": "emulator::wgmma(d, 4, a, b, add, kMajor == kByN, kSign);",
+    "wgmma_fence": "",
+    "wgmma_commit_group": "emulator::products().close();",
+    "wgmma_wait_group": "emulator::products().do_all_but(pending);",
+    "fence_proxy_async": "",
+    "wgmma_fence_operand": "",
+    "wgmma_64": "emulator::wgmma(d, 8, a, b, add, kMajor == kMajorMN, kSign);",
+    "wgmma_32": "emulator::wgmma(d, 4, a, b, add, kMajor == kMajorMN, kSign);",
     "wgmma_32_bf16": "emulator::wgmma_bf16(d, 4, a, b, add);",
     "wgmma_32_bf16_shared": "emulator::wgmma_bf16(d, 4, a, b, add);",
 }
 PASSES = {
-    "thread_again": "return int(threadIdx.x);",
+    "reload_thread_idx": "return int(threadIdx.x);",
     "keep": "",
-    "give_registers": "",
-    "take_registers": "",
+    "warpgroup_reg_dealloc": "",
+    "warpgroup_reg_alloc": "",
 }
 
 
@@ -69,7 +69,7 @@ def replace_bodies(text: str, bodies: dict[str, str]) -> str:
             while depth:
                 depth += {"{": 1, "}": -1}.get(text[end], 0)
                 end += 1
-            if name != "pin" and head is not heads[0]:
+            if name != "wgmma_fence_operand" and head is not heads[0]:
                 continue
             text = text[: head.end()] + " " + body + " " + text[end - 1 :]
     return text
@@ -85,7 +85,7 @@ def emulated(name: str) -> str:
         text = replace_bodies(text, WGMMA)
     if name == "delta_rule_passes_wgmma.cuh":
         text = replace_bodies(text, PASSES)
-        text = text[: text.index("// ---- whether these kernels can run")] + "}\n}\n"
+        text = text[: text.index("// ---- whether this build's wgmma kernels can run")] + "}\n}\n"
     if "asm volatile(" in text and name != "delta_rule_mma.cuh":
         sys.exit(f"run.py: {name} has assembly that is not replaced")
     return text

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the golden files that test_gdn reads (gdn/tests/golden/*.safetensors, gdn/tests/test_golden.h).
+"""Writes the golden files that test_gdn reads (gdn/tests/golden/*.safetensors, gdn/tests/test_golden.cpp).
 
     python3 dev/torch/golden.py            writes them        (needs torch, transformers >= 5, safetensors)
     python3 dev/torch/golden.py --check    says whether those in the repository are the same numbers

@@ -9,18 +9,18 @@ namespace delta_rule {
 constexpr int kRecurrentParts = 8, kRecurrentThreads = 128;
 constexpr int kRecurrentColumns = kRecurrentThreads / kRecurrentParts, kRecurrentRows = 256 / kRecurrentParts;
 
-// Over the eight lanes that share a column.
+// Sum over the eight lanes that share a column of the state.
 __device__ inline float sum_of_parts(float x) {
   x = sum_of_quad(x);
   return x + __shfl_xor_sync(~0u, x, 4);
 }
 
-// Token by token; o_t, u_t, S_t as in gdn/cpu_delta_rule.h, state [B,Hv,dk,dv] fp32 in and out. One block: 16
+// The recurrence of gdn/cpu_delta_rule.h, token by token; state [B,Hv,dk,dv] fp32 in and out. One CTA: 16
 // columns of dv of a value head. Eight lanes share a column of the state, each with every eighth row in
 // registers.
 //
-// Floor for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB: 0.017 ms at the copy
-// rate. Reached: 0.035 ms, 48% of floor (H100, dev/results/2026-11-28_h100).
+// Lower bound for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB. H200: 0.035 ms
+// (dev/results/2026-11-29_h200_third).
 static __global__ void __launch_bounds__(kRecurrentThreads)
     recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
                      float s) {
@@ -66,30 +66,30 @@ static __global__ void __launch_bounds__(kRecurrentThreads)
 
 void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
                     float s, const Prepared& to) {
-  const bool warpgroup = has_warpgroup_products();
+  const bool warpgroup = has_wgmma();
   const int dk = shape.head_dim_k,
             bytes = warpgroup ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
-  const auto kernel = warpgroup ? prepare_warpgroup_kernel : prepare_kernel;
+  const auto kernel = warpgroup ? prepare_sm90_kernel : prepare_kernel;
   allow_shared_bytes(kernel, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
-  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta,
-                                                          sizes(shape), s);
+  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta, sizes(shape),
+                                                          s);
   launched("prepare_kernel");
 }
 
-// The most buffers that fit `limit` bytes of shared memory, or no stages. A third stage would reach two items
-// ahead where an item is one step, and there are q and k of two.
+// The most stages and copies of q and k that fit in `limit` bytes of shared memory; {0, 0} if none do. A
+// third stage would reach two work tiles ahead where a tile is one step, and there are q and k of two.
 inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
   const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
   const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
-  for (const GradientBuffers buffers : {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2},
-                                        GradientBuffers{2, 1}})
+  for (const GradientBuffers buffers :
+       {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2}, GradientBuffers{2, 1}})
     if (gradient_shared_bytes(dk, PW, group > 1, buffers) <= limit && (steps > 1 || buffers.stages == 2))
       return buffers;
   return {0, 0};
 }
 
-// The shared memory a block may have where `blocks` are to share a multiprocessor, which keeps 1 KiB for each.
+// Shared memory of each of `blocks` CTAs that share an SM, which reserves 1 KiB for each.
 inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
 
 template <int PW>
@@ -103,22 +103,22 @@ void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const Gr
   }
   const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k, buffers);
   allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
-  const int items = shape.chunks() * shape.heads_k * shape.batch;
-  const int grid = std::min(items, blocks * device.multiprocessors);
-  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(dqkv, dg, dbeta, in, sizes(shape),
-                                                                            items, buffers, s);
+  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
+  const int grid = std::min(work_tiles, blocks * device.sm_count);
+  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(
+      dqkv, dg, dbeta, in, sizes(shape), work_tiles, buffers, s);
   launched("gradients_kernel");
 }
 
-// Passes over dk as wide as shared memory allows.
+// Slices of dk as wide as shared memory allows.
 void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
                       const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
   const int dk = shape.head_dim_k;
-  if (has_warpgroup_products() && takes_warpgroup_gradients(shape)) {
+  if (has_wgmma() && has_sm90_gradients(shape)) {
     const auto launch = [&](auto tiles, auto grouped) {
-      launch_warpgroup_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
-                                                                                   shape, sizes(shape), s);
+      launch_sm90_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
+                                                                              shape, sizes(shape), s);
     };
     const auto with_group = [&](auto tiles) {
       if (shape.heads_v > shape.heads_k) return launch(tiles, std::true_type());
@@ -138,15 +138,15 @@ void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
 
 }  // namespace delta_rule
 
-// What the forward keeps for the backward: the states at the chunks' starts [B,Hv,chunks,dv,dk] and E
-// [B,T,Hv,dv], fp16, and their exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates.
+// Layout of `saved`: states at the chunks' starts [B,Hv,chunks,dv,dk] and E [B,T,Hv,dv], fp16, and their
+// exponents [B,Hv,chunks,dv/16]; N and P [B,Hv,chunks,2,64,64], fp16, and gates.
 size_t gated_delta_rule_saved_bytes(Cuda&, const MixerShape& shape) {
   return delta_rule::saved_bytes(shape);
 }
 
 size_t gated_delta_rule_scratch_bytes(Cuda& device, const MixerShape& shape) {
-  return delta_rule::scratch_before_pieces(shape) + delta_rule::transitions_bytes(device, shape) +
-         delta_rule::boundaries_bytes(device, shape);
+  return delta_rule::scratch_before_splits(shape) + delta_rule::transitions_bytes(device, shape) +
+         delta_rule::boundary_states_bytes(device, shape);
 }
 
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
@@ -156,31 +156,32 @@ void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const act* qkv,
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Prepared prepared = delta_rule::prepared_at(saved, scratch, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch, shape);
+  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch, shape);
   delta_rule::prepare(device, qkv, g, beta, shape, s, prepared);
-  if (pieces.count > 1) {
-    delta_rule::forward_states(device, qkv, shape, prepared, pieces, true);
-    delta_rule::join_pieces(device, shape, pieces, false);
+  if (splits.count > 1) {
+    delta_rule::forward_states(device, qkv, shape, prepared, splits, true);
+    delta_rule::merge_splits(device, shape, splits, false);
   }
-  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, pieces);
+  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, splits);
 }
 
 // dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
 void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
-                                      const void* saved, const act* qkv, const float* /*g*/, const float* /*beta*/,
-                                      const MixerShape& shape, float s, void* scratch) {
+                                      const void* saved, const act* qkv, const float* /*g*/,
+                                      const float* /*beta*/, const MixerShape& shape, float s,
+                                      void* scratch) {
   Range<Cuda> range(device, __func__);
   delta_rule::sizes(shape);
   if (shape.rows() == 0) return;
   const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
   const delta_rule::Prepared prepared = delta_rule::prepared_at(const_cast<void*>(saved), nullptr, shape);
-  const delta_rule::Pieces pieces = delta_rule::pieces_at(device, scratch, shape);
-  if (pieces.count > 1) {  // transitions again: kept, they would take memory in every layer of every model
-    delta_rule::forward_states(device, qkv, shape, prepared, pieces, false);
-    delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
-    delta_rule::join_pieces(device, shape, pieces, true);
+  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch, shape);
+  if (splits.count > 1) {  // transitions again: kept, they would take memory in every layer of every model
+    delta_rule::forward_states(device, qkv, shape, prepared, splits, false);
+    delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, splits);
+    delta_rule::merge_splits(device, shape, splits, true);
   }
-  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, pieces, scratch);
+  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, splits, scratch);
   delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, prepared.gates, scratch);
 }
 

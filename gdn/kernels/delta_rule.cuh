@@ -1,56 +1,44 @@
-// The gated delta rule on tensor cores, in chunks of 64 tokens: the equations of gdn/cpu_delta_rule.h,
-// rearranged so that what is rounded is only ever a correction, and to fp16 (11 bits), not bf16 (8): numbers
-// that fp16's range does not hold go times a power of two (delta_rule_mma.cuh: range_exponent).
-//
-//   L_ij = D_ij (k_i . k_j), i > j      N = (I + L diag(beta))^-1 L      P_ij = s D_ij (q_i . k_j), i >= j
-// Then (I + A)^-1 = I - diag(beta) N, with A = diag(beta) L: neither the identity nor beta is inside a
-// rounded matrix, and nothing is divided by beta. With E the error each token writes (Vn = diag(beta) E):
-//   R = V - e^G K S_0                        E = R - N (beta R)
-//   O = s e^G Q S_0 + P (beta E)             S_C = e^{G_C} S_0 + K^T (e^{G_C - G} beta E)
-//   dVn = P^T dO + e^{G_C - G} K dS_C        X = dVn - N^T (beta dVn)            dV = beta X
-//   dS_0 = e^{G_C} dS_C + Q^T (s e^G dO) - K^T (beta e^G X)                      dbeta_i = X_i . E_i
-// and dq, dk, dg from dO E^T, X E^T, dO S_0^T, X S_0^T, E dS_C^T (gradients_kernel).
+// The gated delta rule on tensor cores, in chunks of 64 tokens. dev/doc/delta_rule.md states the algorithm
+// with the equation numbers used here. Rearranged so that only small corrections are rounded (never I or
+// beta), to fp16 with a power-of-two scale factor per 16 columns, since fp16 has 3 bits more than bf16 but
+// little range.
 //
 // Four kernels, cut where the parallelism changes:
-//   prepare_kernel        N, P, gates          chunks x value heads x sequences     delta_rule_prepare.cuh
-//   forward_pass_kernel   o, S_0, E            sequences x value heads x dv slices  delta_rule_passes.cuh
-//   backward_pass_kernel  dv, dS_C, X          the same, chunks in reverse          delta_rule_passes.cuh
-//   gradients_kernel      dq, dk, dg, dbeta    chunks x key heads x sequences       delta_rule_gradients.cuh
-// Where the passes would leave multiprocessors without a block, they take pieces of a sequence side by side
-// (delta_rule_pieces.cuh).
+//   kernel                computes   writes          one CTA each                 fla's kernels
+//   prepare_kernel        (1)-(3)    N, P, gates     chunk, value head, sequence  kkt, solve_tril
+//   forward_pass_kernel   (F1)-(F4)  o, S_0, E       dv slice, head, sequence     fwd_h, fwd_o
+//   backward_pass_kernel  (B1)-(B3)  dv, dS_C, X     the same, chunks in reverse  bwd_dv_local, bwd_dhu
+//   gradients_kernel      (G1)-(G5)  dq dk dg dbeta  chunk, key head, sequence    bwd_dqkwg, bwd_wy
+// On Hopper prepare_sm90_kernel, *_pass_sm90_kernel and, for most head sizes, gradients_sm90_kernel take
+// their places (wgmma, TMA); elsewhere all run on mma.sync. Where a pass has fewer CTAs than the GPU holds,
+// sequences are split (splits.cuh). The state and its gradient stay in fp32 registers for the whole sequence
+// or split. There are no atomics: results have the same bits in every run.
 //
-// The state and its gradient live in fp32 registers through a whole sequence. No atomics: the same bits every
-// run.
+// Times in ms on an H200 (dev/bench_delta_rule, dev/results/2026-11-29_h200_third). The forward saves N, P
+// and the gates, so the backward is two kernels. (With 16/32 heads the clock falls under load: the single
+// kernels, timed after the whole, take longer than it.)
+//    B     T  Hk  Hv   dk   dv   prepare  forward pass  backward pass  gradients   forward  backward
+//   32  1024   6   6   32   64   0.036    0.063         0.067          0.112       0.093    0.174
+//   32  1024   6   6   64  128   0.038    0.113         0.112          0.138       0.149    0.243
+//   32  1024   6   6   96  192   0.044    0.180         0.186          0.193       0.222    0.380
+//   32  1024   6   6  128  256   0.049    0.206         0.207          0.255       0.247    0.444
+//    8  4096  16  32  128  128   0.198    0.538         0.571          0.968       0.712    1.369
+//   32  1024   6   6  192  384   0.060    0.449         0.455          0.579       0.478    1.014
+//    8  1024   6   6  256  512   0.029    0.202         0.209          0.202       0.229    0.407
 //
-// On Hopper prepare_kernel's q.k and k.k, the passes (delta_rule_passes_wgmma.cuh) and, where dk is at most 128
-// or value heads have key heads of their own, the gradients (delta_rule_gradients_wgmma.cuh) are warpgroup
-// products.
-//
-// Reached on an H200 (dev/bench_delta_rule.cu, dev/results/2026-11-29_h200_third), in ms; in brackets the
-// percent of the floor at an H100's copy rate, which the H200's memory exceeds. The forward saves N, P and the
-// gates, with which the backward is two kernels. (With 16/32 heads the clock falls under the load: the kernels,
-// timed after the whole, take longer than it.)
-//    B     T  Hk  Hv   dk   dv   prepare     forward pass  backward pass  gradients   forward  backward
-//   32  1024   6   6   32   64   0.036 (70)  0.063 (87)    0.067 (81)     0.112 (45)    0.093     0.174
-//   32  1024   6   6   64  128   0.038 (87)  0.113 (89)    0.112 (90)     0.138 (85)    0.149     0.243
-//   32  1024   6   6   96  192   0.044 (95)  0.180 (86)    0.186 (83)     0.193 (104)   0.222     0.380
-//   32  1024   6   6  128  256   0.049 (103) 0.206 (106)   0.207 (106)    0.255 (119)   0.247     0.444
-//    8  4096  16  32  128  128   0.198 (90)  0.538 (116)   0.571 (110)    0.968 (83)    0.712     1.369
-//   32  1024   6   6  192  384   0.060 (111) 0.449 (82)    0.455 (81)     0.579 (96)    0.478     1.014
-//    8  1024   6   6  256  512   0.029 (72)  0.202 (68)    0.209 (66)     0.202 (108)   0.229     0.407
-//
-// What has to be kept was decided by emulating every rounding in double against the float64 recurrence, over
-// decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated keys, dk 32 to
-// 128, T to 1024. Error over that of an oracle, the float recurrence rounded to bf16, in the worst regime:
+// Which numbers may be rounded was decided by emulating every rounding in double against the float64
+// recurrence, over decay (initial, -0.001, down to -50 a token), beta (near 0, near 1, to 2) and correlated
+// keys, dk 32 to 128, T to 1024. Error divided by that of an oracle, the float recurrence rounded to bf16,
+// worst regime:
 //                                                                        o    dq   dk   dv   dg   dbeta
 //   every operand and everything stored in one bf16                     6.1  2.9  3.7  4.7  3.9  4.8
-//   operands high + low bf16; S_0, dS_C, E, X stored in one bf16        1.0  1.7  1.9  1.0  3    1.4
-//   operands high + low bf16; S_0 alone stored in one bf16              1.0  1.4  1.2  1.0  1.6  0.01
-//   everything high + low bf16                                          1.0  1.0  1.0  1.0  0.01 0.01
-// Measured (dev/torch/accuracy.py, 7 regimes of decay and beta, T = 1000, error over that of the float64
-// result rounded to bf16; dg and dbeta, which come out in fp32, as if they were bf16 too):
-//   operands and everything stored fp16 times powers of two (this)      1.08 1.08 1.12 1.06 0.5  0.5
-// q, k, v, do are bf16 already; in fp16 q and k lose what lies below 2^-24.
+//   operands hi + lo bf16; S_0, dS_C, E, X stored in one bf16           1.0  1.7  1.9  1.0  3    1.4
+//   operands hi + lo bf16; S_0 alone stored in one bf16                 1.0  1.4  1.2  1.0  1.6  0.01
+//   everything hi + lo bf16                                             1.0  1.0  1.0  1.0  0.01 0.01
+// As measured (dev/torch/accuracy.py, 7 regimes of decay and beta, T = 1000, error divided by that of the
+// float64 result rounded to bf16; dg and dbeta, which are fp32, as if they were bf16, too):
+//   operands and everything stored in fp16 with scale factors (this)    1.08 1.08 1.12 1.06 0.5  0.5
+// q, k, v, do are bf16 on input; converted to fp16, q and k lose what lies below 2^-24.
 #pragma once
 
 #include <algorithm>
@@ -68,7 +56,7 @@ namespace delta_rule {
 
 inline Sizes sizes(const MixerShape& shape) {
   require_head_dims(shape);
-  return {shape.tokens,     shape.heads_k,  shape.heads_v,        shape.head_dim_k,
+  return {shape.tokens,     shape.heads_k,  shape.heads_v,         shape.head_dim_k,
           shape.head_dim_v, shape.chunks(), shape.conv_channels(), shape.heads_v / shape.heads_k};
 }
 
@@ -86,7 +74,7 @@ inline size_t exponents_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * (shape.head_dim_v / 16) * sizeof(int));
 }
 inline size_t matrices_bytes(const MixerShape& shape) {
-  return aligned(chunk_count(shape) * 2 * kSquare * sizeof(__half));
+  return aligned(chunk_count(shape) * 2 * kMatrixElements * sizeof(__half));
 }
 inline size_t gates_bytes(const MixerShape& shape) {
   return aligned(chunk_count(shape) * kGates * sizeof(float));
@@ -96,41 +84,41 @@ inline size_t pass_bytes(const MixerShape& shape) {
 }
 inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(shape) + gates_bytes(shape); }
 
-// Blocks of a pass that the GPU holds at once.
-inline int pass_slots(const Cuda& device, const MixerShape& shape) {
-  return device.multiprocessors * pass_blocks(shape.head_dim_k);
+// CTAs of a pass that the GPU holds at once (occupancy x SMs).
+inline int resident_ctas(const Cuda& device, const MixerShape& shape) {
+  return device.sm_count * pass_blocks(shape.head_dim_k);
 }
-// How the passes cut a sequence where blocks of 64 columns of dv leave multiprocessors without one.
-inline Pieces cut(const Cuda& device, const MixerShape& shape) {
+// Splits of a sequence if CTAs of 64 columns of dv leave SMs idle.
+inline Splits choose_splits(const Cuda& device, const MixerShape& shape) {
   const int64_t blocks = int64_t(shape.batch) * shape.heads_v * divide_up(shape.head_dim_v, 64);
-  return cut_into_pieces(shape.chunks(), blocks, pass_slots(device, shape));
+  return choose_splits(shape.chunks(), blocks, resident_ctas(device, shape));
 }
-inline size_t most_pieces(const Cuda& device, const MixerShape& shape) {
+inline size_t max_splits(const Cuda& device, const MixerShape& shape) {
   const int slices = divide_up(shape.head_dim_v, 64);
-  return size_t(most_pieces(shape.rows(), shape.heads_v, slices, pass_slots(device, shape)));
+  return size_t(max_splits(shape.rows(), shape.heads_v, slices, resident_ctas(device, shape)));
 }
-inline size_t boundaries_bytes(const Cuda& device, const MixerShape& shape) {
-  return aligned(most_pieces(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
+inline size_t boundary_states_bytes(const Cuda& device, const MixerShape& shape) {
+  return aligned(max_splits(device, shape) * shape.head_dim_k * shape.head_dim_v * sizeof(float));
 }
 inline size_t transitions_bytes(const Cuda& device, const MixerShape& shape) {
-  return aligned(most_pieces(device, shape) * 2 * shape.head_dim_k * shape.head_dim_k * sizeof(float));
+  return aligned(max_splits(device, shape) * 2 * shape.head_dim_k * shape.head_dim_k * sizeof(float));
 }
 
 inline size_t saved_bytes(const MixerShape& shape) { return pass_bytes(shape) + prepared_bytes(shape); }
-// In front of the pieces' matrices: what the backward pass leaves, or what a forward that saves nothing
-// needs.
-inline size_t scratch_before_pieces(const MixerShape& shape) {
+// Scratch in front of the splits' matrices: what the backward pass leaves, or what a forward that saves
+// nothing needs.
+inline size_t scratch_before_splits(const MixerShape& shape) {
   return std::max(pass_bytes(shape), prepared_bytes(shape));
 }
-inline Pieces pieces_at(const Cuda& device, void* scratch, const MixerShape& shape) {
-  Pieces pieces = cut(device, shape);
-  char* transitions = static_cast<char*>(scratch) + scratch_before_pieces(shape);
-  pieces.transitions = reinterpret_cast<float*>(transitions);
-  pieces.boundaries = reinterpret_cast<float*>(transitions + transitions_bytes(device, shape));
-  return pieces;
+inline Splits splits_at(const Cuda& device, void* scratch, const MixerShape& shape) {
+  Splits splits = choose_splits(device, shape);
+  char* transitions = static_cast<char*>(scratch) + scratch_before_splits(shape);
+  splits.transitions = reinterpret_cast<float*>(transitions);
+  splits.boundary_states = reinterpret_cast<float*>(transitions + transitions_bytes(device, shape));
+  return splits;
 }
 
-// What a pass leaves: the forward's in `saved`, the backward's, laid out alike, in scratch.
+// Pointers into what a pass leaves: the forward's in `saved`; the backward's, same layout, in scratch.
 inline Saved saved_at(void* saved, const MixerShape& shape) {
   if (!saved) return {};
   char* errors = static_cast<char*>(saved) + states_bytes(shape);
@@ -139,11 +127,11 @@ inline Saved saved_at(void* saved, const MixerShape& shape) {
 }
 inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
   const Saved at = saved_at(scratch, shape);
-  return {at.states, at.errors, at.exponents};
+  return {at.states, at.E, at.exponents};
 }
 
-// What prepare_kernel leaves for both passes: behind the forward's states in `saved`, in scratch where nothing
-// is saved.
+// Output of prepare_kernel, input of both passes: in `saved` behind the forward's states, in scratch if
+// nothing is saved.
 struct Prepared {
   __half* matrices;
   float* gates;
@@ -164,42 +152,43 @@ void with_head_dim_k(int dk, const Launch& launch) {
   launch(std::integral_constant<int, 256>());
 }
 
-// Warps of a pass's block, 16 columns of dv each: many, for they share loads, but as few as it takes to fit
-// shared memory and to give every multiprocessor a block; and slices of equal size.
-inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int pieces) {
+// Warps of a CTA of the mma.sync passes, 16 columns of dv each: many, for they share loads, but no more than
+// fit in shared memory and leave every SM a CTA; slices of equal size.
+inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int splits) {
   const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
   const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
   int warps = std::min(kMaxPassWarps, tiles);
   while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
-  while (warps > (pieces > 1 ? 4 : 1) &&
-         shape.batch * pieces * shape.heads_v * slices(warps) < device.multiprocessors)
+  while (warps > (splits > 1 ? 4 : 1) &&
+         shape.batch * splits * shape.heads_v * slices(warps) < device.sm_count)
     warps = (warps + 1) / 2;
   return slices(slices(warps));
 }
 
-// Warpgroups of a pass's block where there are warpgroup products, 64 columns of dv each: two, for they share
-// loads and a block of two takes 1.5 times as long as one of one, not twice; or one, where that leaves so many
-// more blocks to share the work that it ends earlier.
-inline int pass_groups(const Cuda& device, const MixerShape& shape, int pieces) {
+// Consumer warpgroups of a CTA of the wgmma passes, 64 columns of dv each. Two share loads, and a CTA of two
+// takes 1.5 times as long as one of one, not twice; one, where the larger number of CTAs finishes in fewer
+// waves.
+inline int pass_groups(const Cuda& device, const MixerShape& shape, int splits) {
   const int slices = divide_up(shape.head_dim_v, 64);
-  const int64_t slots = int64_t(device.multiprocessors) * pass_blocks(shape.head_dim_k);
-  const auto rounds = [&](int groups) {
-    return divide_up<int64_t>(int64_t(shape.batch) * pieces * shape.heads_v * divide_up(slices, groups), slots);
+  const int64_t resident = int64_t(device.sm_count) * pass_blocks(shape.head_dim_k);
+  const auto waves = [&](int groups) {
+    return divide_up<int64_t>(int64_t(shape.batch) * splits * shape.heads_v * divide_up(slices, groups),
+                              resident);
   };
-  return 2 * rounds(1) < 3 * rounds(2) ? 1 : 2;
+  return 2 * waves(1) < 3 * waves(2) ? 1 : 2;
 }
 
-// The kernels' launches, in objects of their own (delta_rule_launch.cuh): those of one compiled dk,
+// The kernels' launches, in objects of their own. Those of one compiled dk (delta_rule_head_dim.cu):
 template <int DK>
 struct Passes {
-  static void join_pieces(Cuda&, const MixerShape&, const Pieces&, bool backward);
-  static void forward_states(Cuda&, const act* qkv, const MixerShape&, const Prepared&, const Pieces&, bool ends);
+  static void merge_splits(Cuda&, const MixerShape&, const Splits&, bool backward);
+  static void forward_states(Cuda&, const act* qkv, const MixerShape&, const Prepared&, const Splits&, bool ends);
   static void backward_states(Cuda&, const act* d_o, const act* qkv, const MixerShape&, float s, const Prepared&,
-                              const Pieces&);
+                              const Splits&);
   static void forward_pass(Cuda&, act* o, const Saved&, const act* qkv, const MixerShape&, float s,
-                           const Prepared&, const Pieces&);
+                           const Prepared&, const Splits&);
   static void backward_pass(Cuda&, act* dqkv, const act* d_o, const act* qkv, const MixerShape&, float s,
-                            const Prepared&, const Pieces&, void* scratch);
+                            const Prepared&, const Splits&, void* scratch);
 };
 extern template struct Passes<32>;
 extern template struct Passes<64>;
@@ -208,48 +197,47 @@ extern template struct Passes<128>;
 extern template struct Passes<192>;
 extern template struct Passes<256>;
 
-// and those of every dk.
+// Those of every dk (delta_rule.cu):
 void prepare(Cuda&, const act* qkv, const float* g, const float* beta, const MixerShape&, float s,
              const Prepared& to);
 void gradients(Cuda&, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved&, const act* qkv,
                const MixerShape&, float s, const float* gates, void* scratch);
 
-// From transitions and ends from zero: the states at all pieces' starts, or (backward) their gradients at the
-// ends.
-inline void join_pieces(Cuda& device, const MixerShape& shape, const Pieces& pieces, bool backward) {
-  if (pieces.count < 3) return;
+// From M and B of all splits: the states at the splits' starts, or (backward) their gradients at the ends.
+inline void merge_splits(Cuda& device, const MixerShape& shape, const Splits& splits, bool backward) {
+  if (splits.count < 3) return;
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::join_pieces(device, shape, pieces, backward);
+    Passes<decltype(head_dim)::value>::merge_splits(device, shape, splits, backward);
   });
 }
 
-// Transitions, and with `ends` the ends from zero.
+// Transitions M of the splits, and with `ends` also their final states B.
 inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
-                           const Pieces& pieces, bool ends) {
+                           const Splits& splits, bool ends) {
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_states(device, qkv, shape, prepared, pieces, ends);
+    Passes<decltype(head_dim)::value>::forward_states(device, qkv, shape, prepared, splits, ends);
   });
 }
 
-// Of all pieces but the first, dS at the start from 0 at the end.
+// dS at the start of all splits but the first, from 0 at their end.
 inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
-                            const Prepared& prepared, const Pieces& pieces) {
+                            const Prepared& prepared, const Splits& splits) {
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_states(device, d_o, qkv, shape, s, prepared, pieces);
+    Passes<decltype(head_dim)::value>::backward_states(device, d_o, qkv, shape, s, prepared, splits);
   });
 }
 
 inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
-                         float s, const Prepared& prepared, const Pieces& pieces) {
+                         float s, const Prepared& prepared, const Splits& splits) {
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_pass(device, o, saved, qkv, shape, s, prepared, pieces);
+    Passes<decltype(head_dim)::value>::forward_pass(device, o, saved, qkv, shape, s, prepared, splits);
   });
 }
 
 inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
-                          float s, const Prepared& prepared, const Pieces& pieces, void* scratch) {
+                          float s, const Prepared& prepared, const Splits& splits, void* scratch) {
   with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, pieces, scratch);
+    Passes<decltype(head_dim)::value>::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, splits, scratch);
   });
 }
 

@@ -1,10 +1,10 @@
-// The gated delta rule, last kernel of the backward: the gradients of q, k, beta and g of a chunk, once the
-// passes have left the state at its start (S0), the gradient of the state at its end (dS), E and X.
+// Gradients of q, k, beta and g, all chunks at once, on mma.sync: (G1)-(G5) of dev/doc/delta_rule.md, from
+// the state at a chunk's start (S0), the gradient of the state at its end (dS), E and X.
 //
-// Units. Of each 16 columns j of dv, S0 and E are times 2^a_j, dS and X times 2^b_j. With c = min_j (a_j + b_j),
-// do is taken times 2^(c - a_j), X and E dS^T times 2^(c - a_j - b_j): then all products with columns of dv as
-// their inner dimension are times 2^c, and no operand is larger than it was. Within the chunk's [64,64]
-// matrices one more power of two, `range`, keeps what becomes an fp16 operand below 16.
+// Scale factors. For columns j of dv, in groups of 16, S0 and E are stored times 2^a_j, dS and X times 2^b_j.
+// With c = min_j (a_j + b_j), dO is scaled by 2^(c - a_j), X and E dS^T by 2^(c - a_j - b_j): then every
+// product that sums over dv carries 2^c, and no operand grows. The chunk's [64,64] matrices dqk and dkk carry
+// one more power of two, `scale`, which keeps their entries, fp16 operands, below 16.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -12,20 +12,20 @@
 namespace gdn {
 namespace delta_rule {
 
-// Warps: four strips of 16 tokens times so many parts of the columns; as few as registers allow.
-__host__ __device__ constexpr int gradient_parts(int PW) { return PW == 128 ? 4 : 2; }
-__host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_parts(PW); }
-// Blocks a multiprocessor has room for.
+// Warps: four m-tiles of 16 tokens times gradient_n_splits splits of the columns; as few as registers allow.
+__host__ __device__ constexpr int gradient_n_splits(int PW) { return PW == 128 ? 4 : 2; }
+__host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_n_splits(PW); }
+// CTAs that fit in an SM.
 __host__ __device__ constexpr int gradient_blocks(int PW) { return PW > 64 ? 1 : 2; }
-constexpr int kMaxGradientParts = 4;
+constexpr int kMaxNSplits = 4;
 constexpr int kStep = 32;                // columns of dv a step takes
 constexpr int kTokenStride = kStep + 8;  // row strides in shared memory
 constexpr int kTokenThreads = kChunk * kStep / 8;
 
-// What a step needs, in shared memory.
+// One stage of the cp.async pipeline: kStep columns of dv.
 struct GradientStage {
   act* d_o;                   // [64, kTokenStride]; arrives as bf16 and becomes fp16, in the units above
-  __half *errors, *x;         // the same shape; x arrives times 2^b_j
+  __half *E, *x;              // the same shape; x arrives times 2^b_j
   __half *states, *d_states;  // [kStep, PW + 8]
 };
 
@@ -35,16 +35,15 @@ __host__ __device__ constexpr int gradient_stage_bytes(int PW) {
 __host__ __device__ constexpr int key_stride(int dk, int PW) { return (dk + PW - 1) / PW * PW + 8; }
 __host__ __device__ constexpr int keys_bytes(int dk, int PW) { return 2 * 2 * kChunk * key_stride(dk, PW); }
 
-// What a segment, a value head's share of a chunk, has besides: gates [4,64] and the exponents a_j, b_j. Copied
-// up to three segments ahead.
-constexpr int kSegments = 4, kMaxColumnGroups = 32;
-constexpr int kSegmentBytes = 4 * (kGates + 2 * kMaxColumnGroups);
+// A head tile is one value head's part of a work tile. Its gates [4,64] and exponents a_j, b_j are prefetched
+// up to three head tiles ahead.
+constexpr int kHeadTiles = 4, kMaxColumnGroups = 32;
+constexpr int kHeadTileBytes = 4 * (kGates + 2 * kMaxColumnGroups);
 
-// Floats of SmallSums: rows, columns, reads, writes 4 times 64 tokens each, and per warp <S0,dS> and its
-// largest product.
-constexpr int kSmallSums = (3 * kMaxGradientParts + 4 + 1) * kChunk;
+// Floats of DgSums: rows, columns, reads, writes with 4 x 64 each; per warp <S0,dS> and its largest product.
+constexpr int kDgSums = (3 * kMaxNSplits + 4 + 1) * kChunk;
 
-// Stages of steps in flight, and whether the next chunk's q and k are copied ahead.
+// Stages of the pipeline; and copies of q and k, 2 if those of the next chunk are prefetched.
 struct GradientBuffers {
   int stages, keys;
 };
@@ -52,7 +51,7 @@ struct GradientBuffers {
 __host__ __device__ constexpr int gradient_shared_bytes(int dk, int PW, bool grouped,
                                                         GradientBuffers buffers) {
   return buffers.stages * gradient_stage_bytes(PW) + buffers.keys * keys_bytes(dk, PW) +
-         2 * 2 * kChunk * kSquareStride + kSegments * kSegmentBytes + 4 * (kMaxColumnGroups + kSmallSums) +
+         2 * 2 * kChunk * kMatrixStride + kHeadTiles * kHeadTileBytes + 4 * (kMaxColumnGroups + kDgSums) +
          (grouped ? 2 * kChunk * PW * 4 : 0);
 }
 
@@ -67,61 +66,62 @@ template <int PW>
 __device__ inline GradientStage gradient_stage(unsigned char* shared, int index) {
   GradientStage stage;
   stage.d_o = reinterpret_cast<act*>(shared + index * gradient_stage_bytes(PW));
-  stage.errors = reinterpret_cast<__half*>(stage.d_o + kChunk * kTokenStride);
-  stage.x = stage.errors + kChunk * kTokenStride;
+  stage.E = reinterpret_cast<__half*>(stage.d_o + kChunk * kTokenStride);
+  stage.x = stage.E + kChunk * kTokenStride;
   stage.states = stage.x + kChunk * kTokenStride;
   stage.d_states = stage.states + kStep * (PW + 8);
   return stage;
 }
 
-struct Segment {
-  float* gates;                      // [4,64]
-  int *exponents, *d_exponents;      // a_j, b_j
+struct HeadTile {
+  float* gates;                  // [4,64]
+  int *exponents, *d_exponents;  // a_j, b_j
 };
 
-__device__ inline Segment segment_at(unsigned char* segments, int index) {
-  Segment segment;
-  segment.gates = reinterpret_cast<float*>(segments + index % kSegments * kSegmentBytes);
-  segment.exponents = reinterpret_cast<int*>(segment.gates + kGates);
-  segment.d_exponents = segment.exponents + kMaxColumnGroups;
-  return segment;
+__device__ inline HeadTile head_tile_at(unsigned char* head_tiles, int index) {
+  HeadTile head_tile;
+  head_tile.gates = reinterpret_cast<float*>(head_tiles + index % kHeadTiles * kHeadTileBytes);
+  head_tile.exponents = reinterpret_cast<int*>(head_tile.gates + kGates);
+  head_tile.d_exponents = head_tile.exponents + kMaxColumnGroups;
+  return head_tile;
 }
 
-// A block's place in its work: items (a chunk of a key head) gridDim.x apart; in an item passes over dk, in a
-// pass the value heads that share the key head, in a head steps over dv.
+// Position of a CTA in its work. A work tile is a chunk of a key head of a sequence; the CTA takes tiles
+// gridDim.x apart. Loop order in a tile: dk in slices of PW columns, value heads that share the key head, dv
+// in steps.
 struct GradientCursor {
-  int item, items_before, segment;  // segment: how many came before
-  int column, head, e;              // of dk, in the group, of dv
-  int chunk, key_head, sequence;    // of the item
+  int work_tile, tiles_before, head_tile;  // head_tile: how many came before
+  int column, head, e;                     // of dk, in the group, of dv
+  int chunk, key_head, sequence;           // of the work_tile
 
-  __device__ void start(int first_item, const Sizes& size) {
-    item = first_item;
-    items_before = segment = column = head = e = 0;
+  __device__ void start(int first_work_tile, const Sizes& size) {
+    work_tile = first_work_tile;
+    tiles_before = head_tile = column = head = e = 0;
     locate(size);
   }
   __device__ void locate(const Sizes& size) {
-    chunk = item % size.chunks;
-    key_head = item / size.chunks % size.heads_k;
-    sequence = item / (size.chunks * size.heads_k);
+    chunk = work_tile % size.chunks;
+    key_head = work_tile / size.chunks % size.heads_k;
+    sequence = work_tile / (size.chunks * size.heads_k);
   }
 
-  // Whether q and k are new here, and whether the next step has other gates.
-  __device__ bool starts_item() const { return column == 0 && head == 0 && e == 0; }
-  __device__ bool ends_segment(const Sizes& size) const { return e + kStep >= size.dv; }
+  // True at a work tile's first step, where q and k change.
+  __device__ bool starts_work_tile() const { return column == 0 && head == 0 && e == 0; }
+  __device__ bool ends_head_tile(const Sizes& size) const { return e + kStep >= size.dv; }
 
   template <int PW>
   __device__ void advance(const Sizes& size) {
     e += kStep;
     if (e < size.dv) return;
     e = 0;
-    segment++;
+    head_tile++;
     if (++head < size.value_heads_per_key) return;
     head = 0;
     column += PW;
     if (column < size.dk) return;
     column = 0;
-    items_before++;
-    item += gridDim.x;
+    tiles_before++;
+    work_tile += gridDim.x;
     locate(size);
   }
 
@@ -132,7 +132,7 @@ struct GradientCursor {
   }
 };
 
-// The block starts copying q and k, [64, ld] each.
+// The CTA issues cp.async of q and k, [64, ld] each.
 __device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
   const act* inputs = in.qkv + at.row(size) * size.channels;
@@ -141,19 +141,19 @@ __device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const
   copy_tile(q + kChunk * ld, ld, inputs + size.k_column(hk), size.channels, ld, n, size.dk);
 }
 
-__device__ inline void copy_segment(const Segment& segment, const GradientInputs& in, const Sizes& size,
-                                    const GradientCursor& at) {
+__device__ inline void copy_head_tile(const HeadTile& head_tile, const GradientInputs& in, const Sizes& size,
+                                      const GradientCursor& at) {
   const int64_t number = at.number(size), first = number * (size.dv / 16);
   for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
-    copy_16_bytes(segment.gates + 4 * i, in.gates + number * kGates + 4 * i, true);
+    cp_async_16(head_tile.gates + 4 * i, in.gates + number * kGates + 4 * i, true);
   for (int i = threadIdx.x; i < size.dv / 16; i += blockDim.x) {
-    copy_4_bytes(segment.exponents + i, in.saved.exponents + first + i);
-    copy_4_bytes(segment.d_exponents + i, in.adjoints.exponents + first + i);
+    cp_async_4(head_tile.exponents + i, in.saved.exponents + first + i);
+    cp_async_4(head_tile.d_exponents + i, in.adjoints.exponents + first + i);
   }
 }
 
-// This thread's eight numbers of a step's [64, kStep] tiles; of two halves of a block the first has do and E,
-// the last X.
+// The eight elements of a step's [64, kStep] tiles that this thread loads. With two threads per vector the
+// first takes dO and E (first), the second X (last).
 struct TokenVector {
   int row, column;
   bool first, last;
@@ -165,7 +165,7 @@ __device__ inline TokenVector token_vector() {
   return {thread / (kStep / 8), 8 * (thread % (kStep / 8)), half == 0, half == kHalves - 1};
 }
 
-// The block starts copying columns [e, e + kStep) of dv, and of dk those from the cursor's column on.
+// The CTA issues cp.async of one step: columns [e, e + kStep) of dv, columns of dk from the cursor's on.
 template <int PW>
 __device__ inline void copy_step(const GradientStage& stage, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
@@ -176,10 +176,10 @@ __device__ inline void copy_step(const GradientStage& stage, const GradientInput
                              : 0;
   const int to = vector.row * kTokenStride + vector.column;
   if (vector.first) {
-    copy_16_bytes(stage.d_o + to, in.d_o + from, valid);
-    copy_16_bytes(stage.errors + to, in.saved.errors + from, valid);
+    cp_async_16(stage.d_o + to, in.d_o + from, valid);
+    cp_async_16(stage.E + to, in.saved.E + from, valid);
   }
-  if (vector.last) copy_16_bytes(stage.x + to, in.adjoints.x + from, valid);
+  if (vector.last) cp_async_16(stage.x + to, in.adjoints.x + from, valid);
 
   constexpr int kVectors = PW / 8, kThreads = gradient_threads(PW);
   const int64_t state_at = (at.number(size) * size.dv + at.e) * size.dk + at.column;
@@ -190,26 +190,26 @@ __device__ inline void copy_step(const GradientStage& stage, const GradientInput
     if (kStep * kVectors % kThreads != 0 && i >= kStep * kVectors) break;
     const bool inside = at.e + row < size.dv && at.column + column < size.dk;
     const int offset = inside ? row * size.dk + column : 0;
-    copy_16_bytes(stage.states + row * (PW + 8) + column, states + offset, inside);
-    copy_16_bytes(stage.d_states + row * (PW + 8) + column, d_states + offset, inside);
+    cp_async_16(stage.states + row * (PW + 8) + column, states + offset, inside);
+    cp_async_16(stage.d_states + row * (PW + 8) + column, d_states + offset, inside);
   }
 }
 
-// 2^e, zero where that is less than a float's smallest normal number
+// 2^e; 0 if that is below the smallest normal float.
 __device__ inline float small_power_of_two(int e) { return e < -126 ? 0.f : power_of_two(e); }
 
-// A step's do and X, as this thread copied them, get their units (c: see above).
+// Scales a step's dO and X in shared memory, each thread the elements that it copied; c as in the file's
+// comment.
 template <int PW>
-__device__ inline void step_into_units(const GradientStage& stage, const Segment& segment, const Sizes& size,
-                                       int e, int c) {
+__device__ inline void scale_step(const GradientStage& stage, const HeadTile& head_tile, const Sizes& size,
+                                  int e, int c) {
   const TokenVector vector = token_vector<PW>();
   const int column = e + vector.column, to = vector.row * kTokenStride + vector.column;
   if (column >= size.dv) return;  // zeros
-  const int a = segment.exponents[column / 16];
+  const int a = head_tile.exponents[column / 16];
   if (vector.first) to_fp16(stage.d_o + to, small_power_of_two(c - a));
   if (vector.last) {
-    const __half2 factor =
-        __float2half2_rn(small_power_of_two(c - a - segment.d_exponents[column / 16]));
+    const __half2 factor = __float2half2_rn(small_power_of_two(c - a - head_tile.d_exponents[column / 16]));
     __half2 x[4];
     *reinterpret_cast<uint4*>(x) = *reinterpret_cast<const uint4*>(stage.x + to);
 #pragma unroll
@@ -218,16 +218,16 @@ __device__ inline void step_into_units(const GradientStage& stage, const Segment
   }
 }
 
-// A warp's accumulators: 16 tokens (rows) against kTokens tokens, or against kColumns columns of dk.
+// A warp's accumulators: 16 tokens (rows) by kTokens tokens, and by kColumns columns of dk.
 template <int PW>
-struct GradientSums {
-  static constexpr int kTokens = kChunk / gradient_parts(PW), kColumns = PW / gradient_parts(PW);
+struct Sm80GradientSums {
+  static constexpr int kTokens = kChunk / gradient_n_splits(PW), kColumns = PW / gradient_n_splits(PW);
   static constexpr int kTokenTiles = kTokens / 8, kColumnTiles = kColumns / 8;
   float d_oE[kTokenTiles][4], XE[kTokenTiles][4];                          // dO E^T, X E^T
   float d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];  // dO S0^T, X S0^T, E dS^T
 };
 
-// Sum of x y over a lane's share of a 16x16 block.
+// This lane's part of the sum over a 16x16 block of x y; x, y: fp16 fragments.
 __device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t (&y)[4]) {
   float sum = 0.f;
 #pragma unroll
@@ -239,23 +239,24 @@ __device__ inline float dot_of_fragments(const uint32_t (&x)[4], const uint32_t 
   return sum;
 }
 
-// One step's products, k = kStep columns of dv; and into states_dot this thread's share of <S0, dS>: of the
-// blocks that all strips read, each takes some. factors: 2^(c - a_j - b_j) of the step's first column on.
+// The products of one step, K = kStep columns of dv; and states_dot += this thread's part of <S0, dS>, whose
+// blocks are divided among the m-tiles. factors: 2^(c - a_j - b_j) from the step's first column on.
 template <int PW>
-__device__ inline void add_step(GradientSums<PW>& sums, float& states_dot, const GradientStage& stage,
-                                const float* factors, int strip, int part) {
-  using Sums = GradientSums<PW>;
+__device__ inline void add_step(Sm80GradientSums<PW>& sums, float& states_dot, const GradientStage& stage,
+                                const float* factors, int m_tile, int n_split) {
+  using Sums = Sm80GradientSums<PW>;
   constexpr uint32_t kTile = 2 * kChunk * kTokenStride, kState = 2 * kStep * (PW + 8);
-  const uint32_t a = walk_rows(stage.d_o + 16 * strip * kTokenStride, kTokenStride);
-  const uint32_t b = walk_columns(stage.errors + Sums::kTokens * part * kTokenStride, kTokenStride);
-  const uint32_t states = walk_rows(stage.states + part * Sums::kColumns, PW + 8);
+  const uint32_t a = lane_address_rows_first(stage.d_o + 16 * m_tile * kTokenStride, kTokenStride);
+  const uint32_t b =
+      lane_address_columns_first(stage.E + Sums::kTokens * n_split * kTokenStride, kTokenStride);
+  const uint32_t states = lane_address_rows_first(stage.states + n_split * Sums::kColumns, PW + 8);
 #pragma unroll
   for (int e = 0; e < kStep; e += 16) {
-    uint32_t d_o[4], x[4], errors[4];
+    uint32_t d_o[4], x[4], E[4];
     ldmatrix(d_o, a + 2 * e);
-    ldmatrix(errors, a + kTile + 2 * e);
+    ldmatrix(E, a + kTile + 2 * e);
     ldmatrix(x, a + 2 * kTile + 2 * e);
-    if (Sums::kTokens * part < 16 * (strip + 1)) {  // else all above the diagonal
+    if (Sums::kTokens * n_split < 16 * (m_tile + 1)) {  // else all above the diagonal
 #pragma unroll
       for (int t = 0; t < Sums::kTokens / 16; t++) {
         uint32_t other[4];
@@ -267,8 +268,8 @@ __device__ inline void add_step(GradientSums<PW>& sums, float& states_dot, const
     const float factor = factors[e / 16];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&errors[i]), __float2half2_rn(factor));
-      errors[i] = *reinterpret_cast<const uint32_t*>(&scaled);
+      const __half2 scaled = __hmul2(*reinterpret_cast<__half2*>(&E[i]), __float2half2_rn(factor));
+      E[i] = *reinterpret_cast<const uint32_t*>(&scaled);
     }
 #pragma unroll
     for (int t = 0; t < Sums::kColumns / 16; t++) {
@@ -277,27 +278,26 @@ __device__ inline void add_step(GradientSums<PW>& sums, float& states_dot, const
       ldmatrix_transposed(ds, states + kState + 2 * (e * (PW + 8) + 16 * t));
       mma_pair(sums.d_oS[2 * t], sums.d_oS[2 * t + 1], d_o, s);
       mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], x, s);
-      mma_pair(sums.EdS[2 * t], sums.EdS[2 * t + 1], errors, ds);
-      if ((2 * t + e / 16) % 4 == strip) states_dot += factor * dot_of_fragments(s, ds);
+      mma_pair(sums.EdS[2 * t], sums.EdS[2 * t + 1], E, ds);
+      if ((2 * t + e / 16) % 4 == m_tile) states_dot += factor * dot_of_fragments(s, ds);
     }
   }
 }
 
-// Sums of one value head that become dg, in shared memory; each entry has one writer. All but the last two are
-// times `range`.
-struct SmallSums {
-  float* rows;      // sums over j of M_ij (gradients_within_chunk), [parts][64]
-  float* columns;   // sums over i, [4][64] by strip
-  float* reads;     // q . dq + k . dk where S0 is read, [parts][64]
-  float* writes;    // k . dk where it enters S_C, [parts][64]
-  float* states;    // <S0, dS> [warps]
-  float* largest;   // bounds of dqk and dkk [warps]
+// Partial sums of one value head for dg, in shared memory, one writer an entry; rows to writes carry `scale`.
+struct DgSums {
+  float* rows;     // sums over j of M_ij (intra_chunk_gradients), [parts][64]
+  float* columns;  // sums over i, [4][64] by m_tile
+  float* reads;    // q . dq + k . dk where S0 is read, [parts][64]
+  float* writes;   // k . dk where it enters S_C, [parts][64]
+  float* states;   // <S0, dS> [warps]
+  float* largest;  // bounds of dqk and dkk [warps]
 };
 
-__device__ inline SmallSums small_sums(float* at) {
-  constexpr int kParts = kMaxGradientParts * kChunk, kStrips = 4 * kChunk, kWarps = 4 * kMaxGradientParts;
-  float* states = at + 3 * kParts + kStrips;
-  return {at, at + kParts, at + kParts + kStrips, at + 2 * kParts + kStrips, states, states + kWarps};
+__device__ inline DgSums dg_sums_at(float* at) {
+  constexpr int kNSplits = kMaxNSplits * kChunk, kMTiles = 4 * kChunk, kWarps = 4 * kMaxNSplits;
+  float* states = at + 3 * kNSplits + kMTiles;
+  return {at, at + kNSplits, at + kNSplits + kMTiles, at + 2 * kNSplits + kMTiles, states, states + kWarps};
 }
 
 __device__ inline float sum_of_quad(float x) {
@@ -310,45 +310,45 @@ __device__ inline float sum_of_column(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// The block's power of two, as an exponent, that brings dqk and dkk below 16; beta is at most 2. Every warp
-// leaves its largest products first.
+// Each warp leaves an upper bound on its entries of dqk and dkk (beta <= 2) for scale_exponent_of_block, the
+// exponent of the block's power of two that brings the largest of them into [8, 16).
 template <int PW>
-__device__ inline void leave_largest(const SmallSums& small, const GradientSums<PW>& sums, float s) {
+__device__ inline void leave_largest(const DgSums& dg_sums, const Sm80GradientSums<PW>& sums, float s) {
   float d_oE = 0.f, XE = 0.f;
 #pragma unroll
-  for (int t = 0; t < GradientSums<PW>::kTokenTiles; t++) {
+  for (int t = 0; t < Sm80GradientSums<PW>::kTokenTiles; t++) {
     d_oE = largest_of(sums.d_oE[t], d_oE);
     XE = largest_of(sums.XE[t], XE);
   }
   const uint32_t bits = __reduce_max_sync(~0u, __float_as_uint(fmaxf(2 * s * d_oE, 4 * XE)));
-  if (threadIdx.x % 32 == 0) small.largest[threadIdx.x / 32] = __uint_as_float(bits);
+  if (threadIdx.x % 32 == 0) dg_sums.largest[threadIdx.x / 32] = __uint_as_float(bits);
 }
-__device__ inline int range_of_block(const SmallSums& small) {
-  const float mine = small.largest[threadIdx.x % (blockDim.x / 32)];
+__device__ inline int scale_exponent_of_block(const DgSums& dg_sums) {
+  const float mine = dg_sums.largest[threadIdx.x % (blockDim.x / 32)];
   const int bits = int(__reduce_max_sync(~0u, __float_as_uint(mine)));
   return bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
 }
 
-// From dO E^T and X E^T the gradients of q.k and k.k within the chunk, into `squares`: dqk, dkk as fp16 [2][64,
-// kSquareStride], times range; the row and column sums of M; dbeta_i = X_i . E_i (null: not wanted).
-//   dqk_ij = s beta_j D_ij (dO_i . E_j), i >= j      dkk_ij = -beta_i beta_j D_ij (X_i . E_j), i > j
-//   M_ij = dqk_ij (q_i . k_j) + dkk_ij (k_i . k_j)
+// (G2) and the sums of M for (G5): from dO E^T and X E^T, dqk and dkk times scale as fp16 [2][64,
+// kMatrixStride] into score_gradients; row and column sums of M into dg_sums; (G1) dbeta_i = X_i . E_i unless
+// dbeta is null.
 template <int PW>
-__device__ inline void gradients_within_chunk(__half* squares, const SmallSums& small, float* dbeta,
-                                              int dbeta_stride, int n, const GradientSums<PW>& sums,
-                                              const act* q, const act* k, int ld, int dk, const float* gates,
-                                              float s, float range, float unit, int strip, int part) {
-  constexpr int kTokens = GradientSums<PW>::kTokens;
+__device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSums& dg_sums, float* dbeta,
+                                             int dbeta_stride, int n, const Sm80GradientSums<PW>& sums,
+                                             const act* q, const act* k, int ld, int dk, const float* gates,
+                                             float s, float scale, float unit, int m_tile, int n_split) {
+  constexpr int kTokens = Sm80GradientSums<PW>::kTokens;
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
-  const float *beta = gates + kBeta * kChunk, *G = gates + kLogDecay * kChunk;
+  const float *beta = gates + kBeta * kChunk, *G = gates + kCumulativeLogDecay * kChunk;
   float row_sum[2] = {};
 #pragma unroll
   for (int pair = 0; pair < kTokens / 16; pair++) {  // 16 columns
     float qk[2][4] = {}, kk[2][4] = {};
-    const int first = kTokens * part + 16 * pair;
-    if (first <= 16 * strip) {
-      const uint32_t q_rows = walk_rows(q + 16 * strip * ld, ld), k_rows = walk_rows(k + 16 * strip * ld, ld);
-      const uint32_t k_columns = walk_columns(k + first * ld, ld);
+    const int first = kTokens * n_split + 16 * pair;
+    if (first <= 16 * m_tile) {
+      const uint32_t q_rows = lane_address_rows_first(q + 16 * m_tile * ld, ld),
+                     k_rows = lane_address_rows_first(k + 16 * m_tile * ld, ld);
+      const uint32_t k_columns = lane_address_columns_first(k + first * ld, ld);
       for (int e = 0; e < dk; e += 16) {
         uint32_t a_q[4], a_k[4], b[4];
         ldmatrix(a_q, q_rows + 2 * e);
@@ -365,8 +365,8 @@ __device__ inline void gradients_within_chunk(__half* squares, const SmallSums& 
       float column_sum[2] = {}, dqk[4], dkk[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const int i = 16 * strip + g + 8 * (e / 2), j = first + 8 * t + c + e % 2;
-        const float decay = i >= j ? range * expf(fminf(G[i] - G[j], 0.f)) : 0.f;
+        const int i = 16 * m_tile + g + 8 * (e / 2), j = first + 8 * t + c + e % 2;
+        const float decay = i >= j ? scale * expf(fminf(G[i] - G[j], 0.f)) : 0.f;
         dqk[e] = i >= j ? s * beta[j] * decay * d_oE[e] : 0.f;
         dkk[e] = i > j ? -beta[i] * beta[j] * decay * XE[e] : 0.f;
         if (i == j && i < n && dbeta) dbeta[int64_t(i) * dbeta_stride] = unit * XE[e];
@@ -377,37 +377,37 @@ __device__ inline void gradients_within_chunk(__half* squares, const SmallSums& 
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const float sum = sum_of_column(column_sum[e]);
-        if (g == 0) small.columns[strip * kChunk + first + 8 * t + c + e] = sum;
-        uint32_t* at = reinterpret_cast<uint32_t*>(squares + (16 * strip + g + 8 * e) * kSquareStride +
-                                                   first + 8 * t + c);
+        if (g == 0) dg_sums.columns[m_tile * kChunk + first + 8 * t + c + e] = sum;
+        uint32_t* at = reinterpret_cast<uint32_t*>(
+            score_gradients + (16 * m_tile + g + 8 * e) * kMatrixStride + first + 8 * t + c);
         at[0] = pack_fp16(dqk[2 * e], dqk[2 * e + 1]);
-        at[kChunk * kSquareStride / 2] = pack_fp16(dkk[2 * e], dkk[2 * e + 1]);
+        at[kChunk * kMatrixStride / 2] = pack_fp16(dkk[2 * e], dkk[2 * e + 1]);
       }
     }
   }
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const float sum = sum_of_quad(row_sum[e]);
-    if (lane % 4 == 0) small.rows[part * kChunk + 16 * strip + g + 8 * e] = sum;
+    if (lane % 4 == 0) dg_sums.rows[n_split * kChunk + 16 * m_tile + g + 8 * e] = sum;
   }
 }
 
-// Scales the products with the states by their gates: range dq into d_oS, range dk into XS; and their dots with
-// q and k. q, k: fp16, at the pass's first column.
+// Gradients through S_0 and dS_C, the first terms of (G3) and (G4): scales d_oS to scale*dq and XS to
+// scale*dk in place, and leaves q.dq, k.dk for dg. q, k: fp16, at the slice's first column of dk.
 template <int PW>
-__device__ inline void gradients_through_states(GradientSums<PW>& sums, const SmallSums& small, const act* q,
-                                                const act* k, int ld, const float* gates, float s, float range,
-                                                int strip, int part) {
+__device__ inline void inter_chunk_gradients(Sm80GradientSums<PW>& sums, const DgSums& dg_sums, const act* q,
+                                             const act* k, int ld, const float* gates, float s, float scale,
+                                             int m_tile, int n_split) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int e = 0; e < 2; e++) {  // row g, row g + 8
-    const int i = 16 * strip + lane / 4 + 8 * e;
-    const float beta = gates[kBeta * kChunk + i], from_start = range * gates[kFromStart * kChunk + i];
-    const float to_end = range * gates[kToEnd * kChunk + i];
+    const int i = 16 * m_tile + lane / 4 + 8 * e;
+    const float beta = gates[kBeta * kChunk + i], from_start = scale * gates[kDecayFromStart * kChunk + i];
+    const float to_end = scale * gates[kDecayToEnd * kChunk + i];
     float reads = 0.f, writes = 0.f;
 #pragma unroll
-    for (int t = 0; t < GradientSums<PW>::kColumnTiles; t++) {
-      const int at = i * ld + part * GradientSums<PW>::kColumns + 8 * t + 2 * (lane % 4);
+    for (int t = 0; t < Sm80GradientSums<PW>::kColumnTiles; t++) {
+      const int at = i * ld + n_split * Sm80GradientSums<PW>::kColumns + 8 * t + 2 * (lane % 4);
       const float2 q_i = unpack_fp16(*reinterpret_cast<const uint32_t*>(q + at));
       const float2 k_i = unpack_fp16(*reinterpret_cast<const uint32_t*>(k + at));
       float *dq = &sums.d_oS[t][2 * e], *dk = &sums.XS[t][2 * e];
@@ -424,28 +424,30 @@ __device__ inline void gradients_through_states(GradientSums<PW>& sums, const Sm
     reads = sum_of_quad(reads);
     writes = sum_of_quad(writes);
     if (lane % 4 == 0) {
-      small.reads[part * kChunk + i] = reads;
-      small.writes[part * kChunk + i] = writes;
+      dg_sums.reads[n_split * kChunk + i] = reads;
+      dg_sums.writes[n_split * kChunk + i] = writes;
     }
   }
 }
 
-// dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K;  q, k at the pass's first column
+// Intra-chunk terms of (G3) and (G4): dq += dqk K, dk += dqk^T Q + (dkk + dkk^T) K; q, k as above the slice
+// of dk.
 template <int PW>
-__device__ inline void add_products_within_chunk(GradientSums<PW>& sums, const __half* squares, const act* q,
-                                                 const act* k, int ld, int strip, int part) {
-  constexpr uint32_t kSquareBytes = 2 * kChunk * kSquareStride;
-  constexpr int kColumns = GradientSums<PW>::kColumns;
-  const uint32_t rows = walk_rows(squares + 16 * strip * kSquareStride, kSquareStride);
-  const uint32_t columns = walk_columns(squares + 16 * strip, kSquareStride);
-  const uint32_t q_rows = walk_rows(q + part * kColumns, ld), k_rows = walk_rows(k + part * kColumns, ld);
+__device__ inline void add_intra_chunk_products(Sm80GradientSums<PW>& sums, const __half* score_gradients,
+                                                const act* q, const act* k, int ld, int m_tile, int n_split) {
+  constexpr uint32_t kMatrixBytes = 2 * kChunk * kMatrixStride;
+  constexpr int kColumns = Sm80GradientSums<PW>::kColumns;
+  const uint32_t rows = lane_address_rows_first(score_gradients + 16 * m_tile * kMatrixStride, kMatrixStride);
+  const uint32_t columns = lane_address_columns_first(score_gradients + 16 * m_tile, kMatrixStride);
+  const uint32_t q_rows = lane_address_rows_first(q + n_split * kColumns, ld),
+                 k_rows = lane_address_rows_first(k + n_split * kColumns, ld);
 #pragma unroll
   for (int p = 0; p < 4; p++) {  // 16 tokens to sum over
-    const uint32_t from_rows = rows + 2 * 16 * p, from_columns = columns + 2 * 16 * p * kSquareStride;
+    const uint32_t from_rows = rows + 2 * 16 * p, from_columns = columns + 2 * 16 * p * kMatrixStride;
     uint32_t dqk[4], dkk[4], b[4];
-    if (p <= strip) {
+    if (p <= m_tile) {
       ldmatrix(dqk, from_rows);
-      ldmatrix(dkk, from_rows + kSquareBytes);
+      ldmatrix(dkk, from_rows + kMatrixBytes);
 #pragma unroll
       for (int t = 0; t < kColumns / 16; t++) {
         ldmatrix_transposed(b, k_rows + 2 * (16 * p * ld + 16 * t));
@@ -453,9 +455,9 @@ __device__ inline void add_products_within_chunk(GradientSums<PW>& sums, const _
         mma_pair(sums.XS[2 * t], sums.XS[2 * t + 1], dkk, b);
       }
     }
-    if (p >= strip) {
+    if (p >= m_tile) {
       ldmatrix_transposed(dqk, from_columns);
-      ldmatrix_transposed(dkk, from_columns + kSquareBytes);
+      ldmatrix_transposed(dkk, from_columns + kMatrixBytes);
 #pragma unroll
       for (int t = 0; t < kColumns / 16; t++) {
         ldmatrix_transposed(b, q_rows + 2 * (16 * p * ld + 16 * t));
@@ -467,32 +469,32 @@ __device__ inline void add_products_within_chunk(GradientSums<PW>& sums, const _
   }
 }
 
-// dg_t = sum_{i >= t} dG_i, dG_i = rows_i - columns_i + reads_i - writes_i, and at the chunk's end all writes
-// and e^{G_C} <S0, dS>. One warp, two tokens a lane; `add`: onto an earlier pass's columns of dk. All sums but
-// <S0, dS> are times range; unit takes the result out of it.
+// (G5) by one warp, two tokens a lane: dg_t = sum_{i >= t} dG_i, dG_i = rows_i - columns_i + reads_i -
+// writes_i, plus all writes and e^{G_C} <S0, dS> at the chunk's end. `add`: adds to the result of an earlier
+// slice of dk. All sums but <S0, dS> carry scale; unit removes it.
 template <int PW>
-__device__ inline void finish_dg(float* dg, int stride, int n, const SmallSums& small, float end_decay,
-                                 float range, float unit, bool add) {
+__device__ inline void finish_dg(float* dg, int stride, int n, const DgSums& dg_sums, float end_decay,
+                                 float scale, float unit, bool add) {
   const int lane = threadIdx.x % 32;
   float dG[2], writes = 0.f;
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const int i = 2 * lane + e;
     float row = 0.f, read = 0.f, write = 0.f;
-    for (int part = 0; part < gradient_parts(PW); part++) {
-      row += small.rows[part * kChunk + i];
-      read += small.reads[part * kChunk + i];
-      write += small.writes[part * kChunk + i];
+    for (int n_split = 0; n_split < gradient_n_splits(PW); n_split++) {
+      row += dg_sums.rows[n_split * kChunk + i];
+      read += dg_sums.reads[n_split * kChunk + i];
+      write += dg_sums.writes[n_split * kChunk + i];
     }
-    for (int strip = 0; strip < 4; strip++) row -= small.columns[strip * kChunk + i];
+    for (int m_tile = 0; m_tile < 4; m_tile++) row -= dg_sums.columns[m_tile * kChunk + i];
     dG[e] = (add ? 0.f : row) + read - write;
     writes += write;
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) writes += __shfl_xor_sync(~0u, writes, step);
   float states = 0.f;
-  for (int warp = 0; warp < 4 * gradient_parts(PW); warp++) states += small.states[warp];
-  if (lane == 31) dG[1] += writes + range * end_decay * states;
+  for (int warp = 0; warp < 4 * gradient_n_splits(PW); warp++) states += dg_sums.states[warp];
+  if (lane == 31) dG[1] += writes + scale * end_decay * states;
   float sum = dG[0] + dG[1];  // becomes the sum from this lane's tokens to the chunk's end
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -507,14 +509,15 @@ __device__ inline void finish_dg(float* dg, int stride, int n, const SmallSums& 
   }
 }
 
-// running [tiles][4][threads] = or += x, and x becomes the sum
+// Adds x to group_sums [tiles][4][threads], the sums over the value heads of a group (or starts them with x),
+// and returns the sum in x.
 template <int Tiles>
-__device__ inline void accumulate(float* running, float (&x)[Tiles][4], bool first) {
+__device__ inline void accumulate_over_group(float* group_sums, float (&x)[Tiles][4], bool first) {
 #pragma unroll
   for (int t = 0; t < Tiles; t++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      float* at = running + (4 * t + e) * blockDim.x + threadIdx.x;
+      float* at = group_sums + (4 * t + e) * blockDim.x + threadIdx.x;
       if (!first) x[t][e] += *at;
       *at = x[t][e];
     }
@@ -528,7 +531,7 @@ __device__ inline void scale_tiles(float (&x)[Tiles][4], float factor) {
     for (int e = 0; e < 4; e++) x[t][e] *= factor;
 }
 
-// Writes a warp's rows [16 tokens, 8 Tiles] to `to`, row g at the strip's first token.
+// Stores a warp's rows [16 tokens, 8 Tiles] as bf16 to `to`, row g at the m-tile's first token.
 template <int Tiles>
 __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int valid_columns,
                                   const float (&x)[Tiles][4]) {
@@ -543,119 +546,118 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
     }
 }
 
-// Blocks take items, a chunk of a key head of a sequence, gridDim.x apart; in an item the value heads that share
-// the key head in order, dk in passes of PW columns. The next steps' inputs, over the ends of segments and items,
-// arrive meanwhile. With X, E, S0, dS as the passes left them:
-//   dqk = s (dO E^T) diag(beta) . D      dkk = -diag(beta) (X E^T) diag(beta) . D, strictly lower
-//   dq = s e^G dO S0^T + dqk K
-//   dk = -beta e^G X S0^T + e^{G_C - G} beta E dS^T + dqk^T Q + (dkk + dkk^T) K
-//   dbeta_i = X_i . E_i                                   dg: finish_dg
+// (G1)-(G5) for work tiles, a chunk of a key head of a sequence each. Persistent: a CTA takes tiles gridDim.x
+// apart; loads of the next steps cross the boundaries of head tiles and work tiles.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10 GB:
-// 0.302 ms at the copy rate; 71 GFLOP. Reached on an H100: 0.509 ms, 59%: issue slots 43%, a quarter of the
-// instructions in what follows the last step of an item. There delta_rule_gradients_wgmma.cuh takes its place but
-// where dv is no multiple of 64, or value heads share key heads of more than 128 columns.
+// Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10
+// GB; 71 GFLOP. H100: 0.509 ms (dev/results/2026-11-26_h100): issue slots 43%, a quarter of the instructions
+// after a work tile's last step. On Hopper it runs where gradients_sm90_kernel does not: dv no multiple of
+// 64, or shared key heads with dk > 128.
 template <int PW>
 __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
-    gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int items,
+    gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int work_tiles,
                      GradientBuffers buffers, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const int warp = threadIdx.x / 32, part = warp / 4, ld = key_stride(size.dk, PW);
-  const int strip = (warp + 3 * part) % 4;  // the four schedulers get strips of different lengths
+  const int warp = threadIdx.x / 32, n_split = warp / 4, ld = key_stride(size.dk, PW);
+  const int m_tile = (warp + 3 * n_split) % 4;  // the four schedulers get m_tiles of different lengths
   act* keys = reinterpret_cast<act*>(shared + buffers.stages * gradient_stage_bytes(PW));
-  __half* squares = reinterpret_cast<__half*>(keys + buffers.keys * 2 * kChunk * ld);
-  unsigned char* segments = reinterpret_cast<unsigned char*>(squares + 2 * kChunk * kSquareStride);
-  float* factors = reinterpret_cast<float*>(segments + kSegments * kSegmentBytes);
-  const SmallSums small = small_sums(factors + kMaxColumnGroups);
-  float* running = factors + kMaxColumnGroups + kSmallSums;  // dq, then dk
+  __half* score_gradients = reinterpret_cast<__half*>(keys + buffers.keys * 2 * kChunk * ld);
+  unsigned char* head_tiles = reinterpret_cast<unsigned char*>(score_gradients + 2 * kChunk * kMatrixStride);
+  float* factors = reinterpret_cast<float*>(head_tiles + kHeadTiles * kHeadTileBytes);
+  const DgSums dg_sums = dg_sums_at(factors + kMaxColumnGroups);
+  float* group_sums = factors + kMaxColumnGroups + kDgSums;  // dq, then dk
 
   GradientCursor now, next;
   now.start(blockIdx.x, size);
   next = now;
   int now_stage = 0, next_stage = 0;
   const auto keys_of = [&](const GradientCursor& at) {
-    return keys + (buffers.keys == 2 ? at.items_before % 2 : 0) * 2 * kChunk * ld;
+    return keys + (buffers.keys == 2 ? at.tiles_before % 2 : 0) * 2 * kChunk * ld;
   };
   const auto copy_next = [&] {
-    if (next.item < items) {
-      if (buffers.keys == 2 && next.starts_item()) copy_keys(keys_of(next), ld, in, size, next);
+    if (next.work_tile < work_tiles) {
+      if (buffers.keys == 2 && next.starts_work_tile()) copy_keys(keys_of(next), ld, in, size, next);
       copy_step<PW>(gradient_stage<PW>(shared, next_stage), in, size, next);
-      const bool last = next.ends_segment(size);
+      const bool last = next.ends_head_tile(size);
       next.advance<PW>(size);
-      if (last && next.item < items) copy_segment(segment_at(segments, next.segment), in, size, next);
+      if (last && next.work_tile < work_tiles)
+        copy_head_tile(head_tile_at(head_tiles, next.head_tile), in, size, next);
       if (++next_stage == buffers.stages) next_stage = 0;
     }
-    copies_issued();
+    cp_async_commit();
   };
-  copy_segment(segment_at(segments, 0), in, size, now);
-  copies_issued();
-  copies_arrived();
+  copy_head_tile(head_tile_at(head_tiles, 0), in, size, now);
+  cp_async_commit();
+  cp_async_wait_all();
   __syncthreads();
   for (int i = 1; i < buffers.stages; i++) copy_next();
 
-  while (now.item < items) {
-    const Segment segment = segment_at(segments, now.segment);
+  while (now.work_tile < work_tiles) {
+    const HeadTile head_tile = head_tile_at(head_tiles, now.head_tile);
     act *q = keys_of(now), *k = q + kChunk * ld;
-    if (now.starts_item()) {
+    if (now.starts_work_tile()) {
       if (buffers.keys == 1) {
-        __syncthreads();  // the item before is done
+        __syncthreads();  // the work_tile before is done
         copy_keys(q, ld, in, size, now);
-        copies_issued();
+        cp_async_commit();
       }
-      copies_arrived();
-      copied_to_fp16(q, ld, ld);
-      copied_to_fp16(k, ld, ld);
+      cp_async_wait_all();
+      convert_own_copies_to_fp16(q, ld, ld);
+      convert_own_copies_to_fp16(k, ld, ld);
     }
     const int lane = threadIdx.x % 32, groups = size.dv / 16;
-    const int both = lane < groups ? segment.exponents[lane] + segment.d_exponents[lane] : 1 << 20;
+    const int both = lane < groups ? head_tile.exponents[lane] + head_tile.d_exponents[lane] : 1 << 20;
     const int c = __reduce_min_sync(~0u, both);
-    if (warp == 0 && lane < kMaxColumnGroups) factors[lane] = lane < groups ? small_power_of_two(c - both) : 0.f;
-    GradientSums<PW> sums = {};
+    if (warp == 0 && lane < kMaxColumnGroups)
+      factors[lane] = lane < groups ? small_power_of_two(c - both) : 0.f;
+    Sm80GradientSums<PW> sums = {};
     float states = 0.f;
     for (int e = 0; e < size.dv; e += kStep) {
       if (buffers.stages == 3)
-        copies_arrived_but_one();
+        cp_async_wait_all_but_one();
       else
-        copies_arrived();
+        cp_async_wait_all();
       const GradientStage stage = gradient_stage<PW>(shared, now_stage);
-      step_into_units<PW>(stage, segment, size, e, c);
+      scale_step<PW>(stage, head_tile, size, e, c);
       __syncthreads();
       copy_next();
-      add_step<PW>(sums, states, stage, factors + e / 16, strip, part);
+      add_step<PW>(sums, states, stage, factors + e / 16, m_tile, n_split);
       if (++now_stage == buffers.stages) now_stage = 0;
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) states += __shfl_xor_sync(~0u, states, step);
-    if (lane == 0) small.states[warp] = states;
-    leave_largest<PW>(small, sums, s);
+    if (lane == 0) dg_sums.states[warp] = states;
+    leave_largest<PW>(dg_sums, sums, s);
     __syncthreads();
     const int hk = now.key_head, n = size.rows_in(now.chunk);
     const int64_t row = now.row(size), head_row = row * size.heads_v + now.value_head(size);
-    const int range_exponent = range_of_block(small);
-    const float range = power_of_two(range_exponent);
-    const float unit = power_of_two(-c), result_unit = small_power_of_two(-c - range_exponent);
-    gradients_through_states<PW>(sums, small, q + now.column, k + now.column, ld, segment.gates, s, range,
-                                 strip, part);
-    gradients_within_chunk<PW>(squares, small, now.column == 0 ? dbeta + head_row : nullptr, size.heads_v, n,
-                               sums, q, k, ld, size.dk, segment.gates, s, range, unit, strip, part);
+    const int scale_exponent = scale_exponent_of_block(dg_sums);
+    const float scale = power_of_two(scale_exponent);
+    const float unit = power_of_two(-c), result_unit = small_power_of_two(-c - scale_exponent);
+    inter_chunk_gradients<PW>(sums, dg_sums, q + now.column, k + now.column, ld, head_tile.gates, s, scale,
+                              m_tile, n_split);
+    intra_chunk_gradients<PW>(score_gradients, dg_sums, now.column == 0 ? dbeta + head_row : nullptr,
+                              size.heads_v, n, sums, q, k, ld, size.dk, head_tile.gates, s, scale, unit,
+                              m_tile, n_split);
     __syncthreads();
-    add_products_within_chunk<PW>(sums, squares, q + now.column, k + now.column, ld, strip, part);
+    add_intra_chunk_products<PW>(sums, score_gradients, q + now.column, k + now.column, ld, m_tile, n_split);
     scale_tiles(sums.d_oS, result_unit);
     scale_tiles(sums.XS, result_unit);
     const int group = size.value_heads_per_key;
     if (group > 1) {
-      accumulate(running, sums.d_oS, now.head == 0);
-      accumulate(running + kChunk * PW, sums.XS, now.head == 0);
+      accumulate_over_group(group_sums, sums.d_oS, now.head == 0);
+      accumulate_over_group(group_sums + kChunk * PW, sums.XS, now.head == 0);
     }
     if (now.head == group - 1) {
-      const int first = now.column + part * GradientSums<PW>::kColumns;
-      act* out = dqkv + (row + 16 * strip) * size.channels + first;
-      store_rows(out + size.q_column(hk), size.channels, n - 16 * strip, size.dk - first, sums.d_oS);
-      store_rows(out + size.k_column(hk), size.channels, n - 16 * strip, size.dk - first, sums.XS);
+      const int first = now.column + n_split * Sm80GradientSums<PW>::kColumns;
+      act* out = dqkv + (row + 16 * m_tile) * size.channels + first;
+      store_rows(out + size.q_column(hk), size.channels, n - 16 * m_tile, size.dk - first, sums.d_oS);
+      store_rows(out + size.k_column(hk), size.channels, n - 16 * m_tile, size.dk - first, sums.XS);
     }
     if (warp == 0)
-      finish_dg<PW>(dg + head_row, size.heads_v, n, small, segment.gates[kFromStart * kChunk + kChunk - 1],
-                    range, result_unit, now.column > 0);
+      finish_dg<PW>(dg + head_row, size.heads_v, n, dg_sums,
+                    head_tile.gates[kDecayFromStart * kChunk + kChunk - 1], scale, result_unit,
+                    now.column > 0);
     now.e = (size.dv - 1) / kStep * kStep;
     now.advance<PW>(size);
   }

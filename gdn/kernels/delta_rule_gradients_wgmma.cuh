@@ -1,24 +1,22 @@
-// The gated delta rule, last kernel of the backward on Hopper (sm_90a): the same equations, units, operands
-// and results as gradients_kernel (delta_rule_gradients.cuh), which runs everywhere else, on warpgroup
-// products and bulk tensor copies. For dv a multiple of 64 and, where value heads share key heads, dk <= 128.
+// Gradients of q, k, beta and g on Hopper (wgmma, TMA; sm_90a): (G1)-(G5) of dev/doc/delta_rule.md, with the
+// scale factors of the mma.sync kernel (sm80/gradients.cuh). For dv a multiple of 64 and, where value heads
+// share key heads, dk <= 128.
 //
-// A block has two warpgroups that compute and one warp that copies. One thread of the latter sends for tiles
-// of [64, 64], in the layout that products read (delta_rule_wgmma.cuh: 128-byte swizzle), as far ahead
-// as there is room; the copy engine finds the addresses, writes zeros past the ends of tokens and columns,
-// and tells a barrier in shared memory that a step has arrived. Another barrier tells the copying thread that
-// the warpgroups are done with it.
+// Warp specialization: two consumer warpgroups and one producer warp. One elected producer thread issues TMA
+// loads of [64,64] tiles (128-byte swizzle) into a ring of kStages stages with full/empty mbarriers. TMA
+// zero-fills rows past the last token and columns past dk.
 //
-// Both warpgroups have all 64 tokens and half of dk's columns; besides, the first has dO E^T, q k^T and dqk,
-// the second X E^T, k k^T and dkk. Operands that need their units (do, X, E) are A operands, which pass
-// through registers anyway; E of other tokens, S0 and dS are B operands as they arrive.
+// Both consumers have all 64 tokens and half of dk's columns; besides, warpgroup 0 computes dO E^T, q k^T and
+// dqk, warpgroup 1 X E^T, k k^T and dkk. Operands that have to be scaled (dO, X, E) are A operands and pass
+// through registers; E of the other tokens, S0 and dS are B operands and are used as they arrive.
 //
-// Beyond 128 columns of dk the accumulators do not fit, and a second pass over do, E and X takes the rest of
-// dk (with its share of dO E^T and X E^T again, which tensor cores have time for). dqk and dkk are the first
-// one's; the sums that become dg go on. S0 and dS, which nobody reads again, are the first to leave the L2
-// cache, so that it still has do, E and X.
+// Beyond 128 columns of dk the accumulators do not fit: the columns of dk are done in two slices, the second
+// of which reads dO, E and X again (and computes its share of dO E^T and X E^T again, for which tensor cores
+// have time). dqk and dkk are the first slice's; the sums for dg continue. S0 and dS, read once, are loaded
+// with the L2 policy evict_first, so that dO, E and X stay in the L2 cache.
 //
-// q and k arrive while the last steps of an item before run and are converted when they are first needed, at
-// the item's first epilogue; after its last, dq and dk lie in their place and a bulk copy writes them out.
+// q and k arrive during the last steps of the previous work tile and are converted to fp16 at the tile's
+// first epilogue; after its last, dq and dk replace them in shared memory and TMA stores write them out.
 #pragma once
 
 #include <cuda.h>
@@ -29,23 +27,24 @@
 namespace gdn {
 namespace delta_rule {
 
-// ---- barriers in shared memory and bulk copies
+// ---- mbarriers and TMA
 
-__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
+__device__ inline void mbarrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
 }
-__device__ inline void barrier_arrive(uint64_t* barrier) {
+__device__ inline void mbarrier_arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and the barrier waits for so many bytes of bulk copies.
-__device__ inline void barrier_expect(uint64_t* barrier, int bytes) {
+// mbarrier.arrive.expect_tx: arrives, and the phase also waits for `bytes` bytes of TMA loads.
+__device__ inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
-// Waits for the end of the barrier's phase of this parity; a fresh barrier has ended one of parity 1.
-__device__ inline void barrier_wait(uint64_t* barrier, int parity) {
+// Spins until the mbarrier's phase of this parity has completed; a fresh mbarrier counts parity 1 as
+// completed.
+__device__ inline void mbarrier_wait(uint64_t* barrier, int parity) {
   asm volatile(
       "{\n.reg .pred done;\nWAIT_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
@@ -54,54 +53,54 @@ __device__ inline void barrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 }
 
-// `bytes` neighbouring bytes, a multiple of 16, to shared memory.
-__device__ inline void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
+// TMA load of `bytes` contiguous bytes (a multiple of 16).
+__device__ inline void tma_load_1d(void* to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
-// What is read once leaves the L2 cache first.
-__device__ inline uint64_t read_once_policy() {
+// L2 cache policy evict_first, for data that is read once.
+__device__ inline uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// A tile of the tensor (columns, rows, matrix) to shared memory.
-__device__ inline void copy_tile_of_3(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
-                                      uint64_t* barrier, uint64_t policy) {
+// TMA load of a box of a 3D tensor (columns, rows, matrix), with an L2 policy.
+__device__ inline void tma_load_3d(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
+                                   uint64_t* barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
       "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(to)),
       "l"(tensor), "r"(column), "r"(row), "r"(matrix), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// A tile of the tensor (columns, head, token, sequence): 64 columns of 64 tokens.
-__device__ inline void copy_tile_of_4(void* to, const CUtensorMap* tensor, int column, int head, int token,
-                                      int sequence, uint64_t* barrier) {
+// TMA load of a box of a 4D tensor (columns, head, token, sequence): 64 columns of 64 tokens.
+__device__ inline void tma_load_4d(void* to, const CUtensorMap* tensor, int column, int head, int token,
+                                   int sequence, uint64_t* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
       "%4, %5}], [%6];" ::"r"(shared_address(to)),
       "l"(tensor), "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(barrier))
       : "memory");
 }
-__device__ inline void store_tile_of_4(const CUtensorMap* tensor, int column, int head, int token,
-                                       int sequence, const void* from) {
+__device__ inline void tma_store_4d(const CUtensorMap* tensor, int column, int head, int token, int sequence,
+                                    const void* from) {
   asm volatile(
       "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(
           tensor),
       "r"(column), "r"(head), "r"(token), "r"(sequence), "r"(shared_address(from))
       : "memory");
 }
-// Waits until this thread's bulk stores have read shared memory.
-__device__ inline void bulk_stores_read() {
+// Commits this thread's TMA stores and waits until they have read shared memory.
+__device__ inline void tma_store_wait_read() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 #define GDN_TILE(t) "+f"(d[t][0]), "+f"(d[t][1]), "+f"(d[t][2]), "+f"(d[t][3])
 
-// d [64,64] += a b, or = a b where not `add`; a from shared memory too: kByK [m][k], kByN [k][m]
+// d [64,64] = a b + (add ? d : 0), fp16, a and b in shared memory; a: kMajorK [m][k], kMajorMN [k][m].
 template <Major kA, Major kB>
 __device__ inline void wgmma_64_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
   asm volatile(
@@ -113,7 +112,7 @@ __device__ inline void wgmma_64_shared(float (*d)[4], uint64_t a, uint64_t b, in
       : GDN_TILE(0), GDN_TILE(1), GDN_TILE(2), GDN_TILE(3), GDN_TILE(4), GDN_TILE(5), GDN_TILE(6), GDN_TILE(7)
       : "l"(a), "l"(b), "r"(add), "n"(int(kA)), "n"(int(kB)));
 }
-// d [64,32] the same
+// d [64,32] = a b + (add ? d : 0), fp16, a and b in shared memory.
 template <Major kA, Major kB>
 __device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
   asm volatile(
@@ -127,89 +126,89 @@ __device__ inline void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, in
 
 #undef GDN_TILE
 
-// A warpgroup's columns of dk, 8 kTiles of them.
+// wgmma over a warpgroup's 8 kTiles columns of dk, B MN-major.
 template <int kTiles>
 __device__ inline void wgmma_columns(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, int add) {
   if constexpr (kTiles == 8)
-    wgmma_64<kByN>(d, a, b, add);
+    wgmma_64<kMajorMN>(d, a, b, add);
   else
-    wgmma_32<kByN>(d, a, b, add);
+    wgmma_32<kMajorMN>(d, a, b, add);
 }
 template <Major kA, int kTiles>
 __device__ inline void wgmma_columns_shared(float (&d)[kTiles][4], uint64_t a, uint64_t b) {
   if constexpr (kTiles == 8)
-    wgmma_64_shared<kA, kByN>(d, a, b, 1);
+    wgmma_64_shared<kA, kMajorMN>(d, a, b, 1);
   else
-    wgmma_32_shared<kA, kByN>(d, a, b, 1);
+    wgmma_32_shared<kA, kMajorMN>(d, a, b, 1);
 }
 
 // ---- shared memory
 
-constexpr int kComputeThreads = 256, kGradientThreads = kComputeThreads + 128;
-constexpr int kComputeRegisters = 240, kCopyRegisters = 24;
+constexpr int kConsumerThreads = 256, kGradientThreads = kConsumerThreads + 128;
+constexpr int kGradientConsumerRegisters = 240, kGradientProducerRegisters = 24;
 constexpr int kMaxGradientStages = 4;
 
-// Tensors as bulk copies see them: keys and their gradients (columns, heads, tokens, sequences), heads those
-// of q, then k; values the same, value heads; states (dk, dv, chunk).
+// TMA descriptors. keys, d_keys: (columns, heads of q then of k, tokens, sequences); d_o, E, x: (columns,
+// value heads, tokens, sequences); states, d_states: (dk, dv, chunk).
 struct GradientTensors {
-  CUtensorMap keys, d_keys, d_o, errors, x, states, d_states;
+  CUtensorMap keys, d_keys, d_o, E, x, states, d_states;
 };
 
 struct GradientBarriers {
-  uint64_t full[kMaxGradientStages], empty[kMaxGradientStages], segment_full[2], segment_empty[2], keys_full,
-      keys_empty;
+  uint64_t full[kMaxGradientStages], empty[kMaxGradientStages], head_tile_full[2], head_tile_empty[2],
+      keys_full, keys_empty;
 };
 
-// What a value head's share of a chunk has besides its steps.
-struct GradientSegment {
+// Shared-memory buffer of a head tile: a value head's gates and exponents for a chunk.
+struct HeadTileBuffer {
   float gates[kGates];
   int exponents[kMaxColumnGroups], d_exponents[kMaxColumnGroups];
 };
 
-// Sums that become dg (SmallSums says which), one writer each.
-struct WarpgroupSums {
+// Partial sums for dg, as in DgSums; one writer an entry.
+struct DgSumsSm90 {
   float rows[2][kChunk], columns[8][kChunk], reads[2][kChunk], writes[2][kChunk];
   float states[8], largest[8];
 };
 
-// The sums' range, a power of two that brings the largest entry of dO E^T and X E^T to 8, and what takes the
-// results out of it and of the products' unit 2^c.
-struct SumUnits {
-  float range, result;
-  __device__ SumUnits(const WarpgroupSums& small, int c) {
-    const int bits = int(__reduce_max_sync(~0u, __float_as_uint(small.largest[threadIdx.x % 8])));
+// scale: the power of two that brings the largest entry of dO E^T and X E^T into [8, 16). result: removes it
+// and the products' 2^c from a result.
+struct SumScales {
+  float scale, result;
+  __device__ SumScales(const DgSumsSm90& dg_sums, int c) {
+    const int bits = int(__reduce_max_sync(~0u, __float_as_uint(dg_sums.largest[threadIdx.x % 8])));
     const int exponent = bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
-    range = power_of_two(exponent);
+    scale = power_of_two(exponent);
     result = small_power_of_two(-c - exponent);
   }
 };
 
-// kTiles: of 64 columns of dk, at most two in a pass. kGrouped: value heads share key heads.
+// kTiles: number of 64-column tiles of dk, at most two in a slice. kGrouped: value heads share key heads.
 template <int kTiles, bool kGrouped>
 struct GradientLayout {
-  static_assert(kTiles <= 2 || (kTiles == 4 && !kGrouped), "running sums of two passes do not fit");
+  static_assert(kTiles <= 2 || (kTiles == 4 && !kGrouped), "group_sums sums of two passes do not fit");
   static constexpr int kPassTiles = kTiles < 2 ? 1 : 2, kPasses = kTiles / kPassTiles;
   static constexpr int kStages = kPassTiles == 2 ? (kGrouped || kPasses == 2 ? 2 : 3) : (kGrouped ? 3 : 4);
   static constexpr int kStageBytes = (3 + 2 * kPassTiles) * kTileBytes;
   static constexpr int kColumnTiles = 4 * kPassTiles;  // of a warpgroup in a pass
-  static constexpr int kKeys = kStages * kStageBytes, kSquares = kKeys + 2 * kTiles * kTileBytes;
-  // Sums over the group's heads, dq and dk: of a thread's accumulator tiles all but one.
-  static constexpr int kRunning = kSquares + 2 * kTileBytes;
-  static constexpr int kSegmentsAt =
-      kRunning + (kGrouped ? (2 * kColumnTiles - 1) * kComputeThreads * int(sizeof(float4)) : 0);
-  static constexpr int kSums = kSegmentsAt + 2 * int(sizeof(GradientSegment));
-  static constexpr int kBarriers = kSums + int(sizeof(WarpgroupSums));
+  static constexpr int kKeys = kStages * kStageBytes, kScoreGradients = kKeys + 2 * kTiles * kTileBytes;
+  // Sums of dq and dk over the group's value heads: all of a thread's accumulator tiles but one.
+  static constexpr int kGroupSums = kScoreGradients + 2 * kTileBytes;
+  static constexpr int kHeadTilesAt =
+      kGroupSums + (kGrouped ? (2 * kColumnTiles - 1) * kConsumerThreads * int(sizeof(float4)) : 0);
+  static constexpr int kSums = kHeadTilesAt + 2 * int(sizeof(HeadTileBuffer));
+  static constexpr int kBarriers = kSums + int(sizeof(DgSumsSm90));
   static constexpr int kBytes = kBarriers + int(sizeof(GradientBarriers));
 };
-static_assert(sizeof(GradientSegment) % 16 == 0 && sizeof(WarpgroupSums) % 16 == 0, "aligned as they lie");
+static_assert(sizeof(HeadTileBuffer) % 16 == 0 && sizeof(DgSumsSm90) % 16 == 0, "aligned as they lie");
 
-// An item: a chunk of a key head.
-struct GradientItem {
+// A work tile: a chunk of a key head of a sequence.
+struct WorkTile {
   int chunk, key_head, sequence;
-  __device__ GradientItem(int item, const Sizes& size)
-      : chunk(item % size.chunks),
-        key_head(item / size.chunks % size.heads_k),
-        sequence(item / size.chunks / size.heads_k) {}
+  __device__ WorkTile(int work_tile, const Sizes& size)
+      : chunk(work_tile % size.chunks),
+        key_head(work_tile / size.chunks % size.heads_k),
+        sequence(work_tile / size.chunks / size.heads_k) {}
 };
 
 struct GateInputs {
@@ -217,74 +216,73 @@ struct GateInputs {
   const int *exponents, *d_exponents;
 };
 
-// One thread: everything the warpgroups read, in their order.
+// Producer, one thread: issues every load in the consumers' order.
 template <int kTiles, bool kGrouped>
-__device__ inline void copy_items(unsigned char* shared, GradientBarriers& barriers,
-                                  GradientSegment* segments, const GradientTensors& tensors,
-                                  const GateInputs& in, const Sizes& size, int items) {
+__device__ inline void gradients_producer_loop(unsigned char* shared, GradientBarriers& barriers,
+                                               HeadTileBuffer* head_tiles, const GradientTensors& tensors,
+                                               const GateInputs& in, const Sizes& size, int work_tiles) {
   using Layout = GradientLayout<kTiles, kGrouped>;
   constexpr int kPassTiles = Layout::kPassTiles;
   const int group = size.value_heads_per_key, exponent_bytes = size.dv / 16 * int(sizeof(int));
   const int keys_after =
       min(Layout::kStages * 64, size.dv) - 64;  // the step after which q and k are sent for
-  const uint64_t read_once = read_once_policy();
-  int stage = 0, parity = 1, segment = 0, keys_parity = 1;
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const GradientItem at(item, size);
+  const uint64_t read_once = evict_first_policy();
+  int stage = 0, parity = 1, head_tile = 0, keys_parity = 1;
+  for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile += gridDim.x) {
+    const WorkTile at(work_tile, size);
     const int token = at.chunk * kChunk;
-    for (int head = 0; head < group; head++, segment++) {
+    for (int head = 0; head < group; head++, head_tile++) {
       const int value_head = at.key_head * group + head;
       const int number = int(size.chunk_number(at.sequence, value_head, at.chunk));
-      GradientSegment& to = segments[segment % 2];
-      uint64_t* full = &barriers.segment_full[segment % 2];
-      barrier_wait(&barriers.segment_empty[segment % 2], segment / 2 % 2 ^ 1);
-      barrier_expect(full, int(sizeof(to.gates)) + 2 * exponent_bytes);
-      bulk_copy(to.gates, in.gates + int64_t(number) * kGates, sizeof(to.gates), full);
-      bulk_copy(to.exponents, in.exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
-      bulk_copy(to.d_exponents, in.d_exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
+      HeadTileBuffer& to = head_tiles[head_tile % 2];
+      uint64_t* full = &barriers.head_tile_full[head_tile % 2];
+      mbarrier_wait(&barriers.head_tile_empty[head_tile % 2], head_tile / 2 % 2 ^ 1);
+      mbarrier_arrive_expect_tx(full, int(sizeof(to.gates)) + 2 * exponent_bytes);
+      tma_load_1d(to.gates, in.gates + int64_t(number) * kGates, sizeof(to.gates), full);
+      tma_load_1d(to.exponents, in.exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
+      tma_load_1d(to.d_exponents, in.d_exponents + int64_t(number) * (size.dv / 16), exponent_bytes, full);
       for (int pass = 0; pass < Layout::kPasses; pass++)
         for (int e = 0; e < size.dv; e += 64) {
           unsigned char* tile = shared + stage * Layout::kStageBytes;
           full = &barriers.full[stage];
-          barrier_wait(&barriers.empty[stage], parity);
-          barrier_expect(full, Layout::kStageBytes);
-          copy_tile_of_4(tile, &tensors.d_o, e, value_head, token, at.sequence, full);
-          copy_tile_of_4(tile + kTileBytes, &tensors.errors, e, value_head, token, at.sequence, full);
-          copy_tile_of_4(tile + 2 * kTileBytes, &tensors.x, e, value_head, token, at.sequence, full);
+          mbarrier_wait(&barriers.empty[stage], parity);
+          mbarrier_arrive_expect_tx(full, Layout::kStageBytes);
+          tma_load_4d(tile, &tensors.d_o, e, value_head, token, at.sequence, full);
+          tma_load_4d(tile + kTileBytes, &tensors.E, e, value_head, token, at.sequence, full);
+          tma_load_4d(tile + 2 * kTileBytes, &tensors.x, e, value_head, token, at.sequence, full);
 #pragma unroll
           for (int t = 0; t < kPassTiles; t++) {
             unsigned char *state = tile + (3 + t) * kTileBytes, *d_state = state + kPassTiles * kTileBytes;
             const int column = 64 * (pass * kPassTiles + t);
-            copy_tile_of_3(state, &tensors.states, column, e, number, full, read_once);
-            copy_tile_of_3(d_state, &tensors.d_states, column, e, number, full, read_once);
+            tma_load_3d(state, &tensors.states, column, e, number, full, read_once);
+            tma_load_3d(d_state, &tensors.d_states, column, e, number, full, read_once);
           }
           if (++stage == Layout::kStages) stage = 0, parity ^= 1;
           if (head == 0 && pass == 0 && e == keys_after) {
-            barrier_wait(&barriers.keys_empty, keys_parity);
+            mbarrier_wait(&barriers.keys_empty, keys_parity);
             keys_parity ^= 1;
-            barrier_expect(&barriers.keys_full, 2 * kTiles * kTileBytes);
+            mbarrier_arrive_expect_tx(&barriers.keys_full, 2 * kTiles * kTileBytes);
 #pragma unroll
             for (int t = 0; t < 2 * kTiles; t++)
-              copy_tile_of_4(shared + Layout::kKeys + t * kTileBytes, &tensors.keys, t % kTiles * 64,
-                             at.key_head + t / kTiles * size.heads_k, token, at.sequence,
-                             &barriers.keys_full);
+              tma_load_4d(shared + Layout::kKeys + t * kTileBytes, &tensors.keys, t % kTiles * 64,
+                          at.key_head + t / kTiles * size.heads_k, token, at.sequence, &barriers.keys_full);
           }
         }
     }
   }
 }
 
-// The threads that compute wait for each other.
-__device__ inline void compute_threads_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
+// Named barrier 1 of the two consumer warpgroups.
+__device__ inline void consumers_sync() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
 }
 
-// Byte offset of this lane's row in the warp's 16 rows of a tile, and of the i-th 16 columns there: for
-// ldmatrix an A operand, for stmatrix what `operand` packs.
+// Byte offset of this lane's row in the m-tile's 16 rows of a swizzled tile, plus the i-th 16 columns:
+// address for ldmatrix of an A fragment, and for stmatrix of a packed one.
 struct LaneRow {
   int row, half, swizzle;
-  __device__ explicit LaneRow(int strip)
-      : row(2 * kTileRow * (16 * strip + threadIdx.x % 16)),
+  __device__ explicit LaneRow(int m_tile)
+      : row(2 * kTileRow * (16 * m_tile + threadIdx.x % 16)),
         half(threadIdx.x % 32 / 16),
         swizzle(threadIdx.x % 8) {}
   __device__ int operator()(int columns_16) const { return row + 16 * ((2 * columns_16 + half) ^ swizzle); }
@@ -298,37 +296,38 @@ __device__ inline void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
 #endif
 }
 
-// A thread's accumulators: `square` is dO E^T or X E^T.
+// A consumer thread's accumulators. scores: dO E^T in warpgroup 0, X E^T in warpgroup 1.
 template <int kColumnTiles>
-struct WarpgroupGradients {
-  float square[8][4], d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];
+struct Sm90GradientSums {
+  float scores[8][4], d_oS[kColumnTiles][4], XS[kColumnTiles][4], EdS[kColumnTiles][4];
 };
 
 template <int kColumnTiles>
-__device__ inline void pin(WarpgroupGradients<kColumnTiles>& sums) {
-  pin(sums.square), pin(sums.d_oS), pin(sums.XS), pin(sums.EdS);
+__device__ inline void wgmma_fence_operand(Sm90GradientSums<kColumnTiles>& sums) {
+  wgmma_fence_operand(sums.scores), wgmma_fence_operand(sums.d_oS), wgmma_fence_operand(sums.XS),
+      wgmma_fence_operand(sums.EdS);
 }
 
-// Eight products of 16-bit words' halves.
+// Dot product of two vectors of eight fp16.
 __device__ inline float dot_of_vectors(const uint4& x, const uint4& y) {
   return dot_of_fragments({x.x, x.y, x.z, x.w}, {y.x, y.y, y.z, y.w});
 }
 
-// One step's products and this thread's share of <S0, dS>. The units' powers of two, of the column group of
-// this lane: d_o_unit, x_unit. kTiles: of the pass.
+// The wgmma of one step (64 columns of dv) and this thread's part of <S0, dS>. d_o_unit, x_unit: scale
+// factors of column group `lane`, broadcast by shuffles. kTiles: of the slice of dk.
 template <int kTiles>
-__device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& states_dot,
+__device__ inline void add_step(Sm90GradientSums<4 * kTiles>& sums, float& states_dot,
                                 const unsigned char* stage, const LaneRow& lane_row, int warpgroup,
                                 int column_group, float d_o_unit, float x_unit) {
   const uint32_t d_o_at = shared_address(stage);
   const unsigned char* states = stage + 3 * kTileBytes;
-  // kTiles 2: a tile is a warpgroup's; 1: half of it, four vectors
+  // kTiles 2: a tile per warpgroup; 1: half a tile, four 16-byte vectors
   const uint64_t own = kTiles == 2 ? warpgroup * kNextTile : warpgroup * 4;
-  const uint64_t errors = tile_descriptor(stage + kTileBytes), s = tile_descriptor(states) + own;
+  const uint64_t E = make_smem_desc(stage + kTileBytes), s = make_smem_desc(states) + own;
   const uint64_t ds = s + kTiles * kNextTile;
-  uint32_t d_o[4][4], x[4][4], e[4][4], square[4][4];
+  uint32_t d_o[4][4], x[4][4], e[4][4], score_fragments[4][4];
   float factors[4];
-  pin(sums);
+  wgmma_fence_operand(sums);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const uint32_t at = d_o_at + lane_row(i);
@@ -348,38 +347,42 @@ __device__ inline void add_step(WarpgroupGradients<4 * kTiles>& sums, float& sta
       e[i][r] = *reinterpret_cast<const uint32_t*>(&scaled_e);
     }
 #pragma unroll
-    for (int r = 0; r < 4; r++) square[i][r] = warpgroup == 0 ? d_o[i][r] : x[i][r];
-    pin(d_o[i]), pin(x[i]), pin(e[i]), pin(square[i]);
+    for (int r = 0; r < 4; r++) score_fragments[i][r] = warpgroup == 0 ? d_o[i][r] : x[i][r];
+    wgmma_fence_operand(d_o[i]), wgmma_fence_operand(x[i]), wgmma_fence_operand(e[i]),
+        wgmma_fence_operand(score_fragments[i]);
     const int add = column_group + i > 0;
-    products_begin();
-    wgmma_64<kByK>(sums.square, square[i], errors + i * kColumns16, add);
+    wgmma_fence();
+    wgmma_64<kMajorK>(sums.scores, score_fragments[i], E + i * kColumns16, add);
     wgmma_columns(sums.d_oS, d_o[i], s + i * kRows16, add);
     wgmma_columns(sums.XS, x[i], s + i * kRows16, add);
     wgmma_columns(sums.EdS, e[i], ds + i * kRows16, add);
-    products_issued();
+    wgmma_commit_group();
   }
-  // A thread takes vectors kComputeThreads apart: of rows in column groups warpgroup and warpgroup + 2.
+  // A thread takes vectors kConsumerThreads apart: their rows are in column groups warpgroup and warpgroup +
+  // 2.
 #pragma unroll
   for (int i = 0; i < 2 * kTiles; i++) {
-    const unsigned char* at = states + 16 * (threadIdx.x + i * kComputeThreads);
+    const unsigned char* at = states + 16 * (threadIdx.x + i * kConsumerThreads);
     const float dot = dot_of_vectors(*reinterpret_cast<const uint4*>(at),
                                      *reinterpret_cast<const uint4*>(at + kTiles * kTileBytes));
     states_dot += (warpgroup == 0 ? factors[i % 2 * 2] : factors[i % 2 * 2 + 1]) * dot;
   }
-  products_done<0>();
-  pin(sums), pin(d_o), pin(x), pin(e), pin(square);
+  wgmma_wait_group<0>();
+  wgmma_fence_operand(sums), wgmma_fence_operand(d_o), wgmma_fence_operand(x), wgmma_fence_operand(e),
+      wgmma_fence_operand(score_fragments);
 }
 
-// This thread's part of q and k becomes fp16.
+// Converts q and k to fp16 in place, each thread a part.
 template <int kTiles>
 __device__ inline void keys_to_fp16(unsigned char* keys) {
 #pragma unroll
-  for (int i = 0; i < 2 * kTiles * kTileBytes / 16 / kComputeThreads; i++)
-    to_fp16(keys + 16 * (threadIdx.x + i * kComputeThreads), 1.f);
-  publish_to_products();
+  for (int i = 0; i < 2 * kTiles * kTileBytes / 16 / kConsumerThreads; i++)
+    to_fp16(keys + 16 * (threadIdx.x + i * kConsumerThreads), 1.f);
+  fence_proxy_async();
 }
 
-// A warpgroup's columns of q and k, and of dq and dk in their place, in a pass: a tile, or half of one.
+// A warpgroup's columns of q and k, which dq and dk replace at the end, in a slice of dk: a tile, or half of
+// one.
 template <int kTiles, int kPassTiles>
 struct OwnColumns {
   unsigned char *q, *k;  // tiles
@@ -389,27 +392,26 @@ struct OwnColumns {
         k(q + kTiles * kTileBytes),
         first_16(kPassTiles == 2 ? 0 : 2 * warpgroup) {}
   __device__ uint64_t descriptor(const unsigned char* tile) const {
-    return tile_descriptor(tile) + first_16 * kColumns16;
+    return make_smem_desc(tile) + first_16 * kColumns16;
   }
 };
 
-// As the function of that name for the mma.sync kernel: range dq into d_oS, range dk into XS, and their dots.
-// `more`: the dots are added to an earlier pass's.
+// Gradients through S_0 and dS_C, the first terms of (G3) and (G4): scales d_oS to scale*dq and XS to
+// scale*dk in place, and leaves q.dq, k.dk for dg. `more`: adds them to those of an earlier slice of dk.
 template <int kTiles, int kPassTiles>
-__device__ inline void gradients_through_states(WarpgroupGradients<4 * kPassTiles>& sums,
-                                                WarpgroupSums& small,
-                                                const OwnColumns<kTiles, kPassTiles>& own,
-                                                const LaneRow& lane_row, const float* gates, float s,
-                                                float range, int strip, int warpgroup, bool more) {
-  const int lane = threadIdx.x % 32, row = 16 * strip + lane / 4;
+__device__ inline void inter_chunk_gradients(Sm90GradientSums<4 * kPassTiles>& sums, DgSumsSm90& dg_sums,
+                                             const OwnColumns<kTiles, kPassTiles>& own,
+                                             const LaneRow& lane_row, const float* gates, float s,
+                                             float scale, int m_tile, int warpgroup, bool more) {
+  const int lane = threadIdx.x % 32, row = 16 * m_tile + lane / 4;
   float d_o_factor[2], x_factor[2], e_factor[2], reads[2] = {}, writes[2] = {};
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const float beta = gates[kBeta * kChunk + row + 8 * e];
-    const float from_start = range * gates[kFromStart * kChunk + row + 8 * e];
+    const float from_start = scale * gates[kDecayFromStart * kChunk + row + 8 * e];
     d_o_factor[e] = s * from_start;
     x_factor[e] = -beta * from_start;
-    e_factor[e] = beta * (range * gates[kToEnd * kChunk + row + 8 * e]);
+    e_factor[e] = beta * (scale * gates[kDecayToEnd * kChunk + row + 8 * e]);
   }
 #pragma unroll
   for (int t = 0; t < 2 * kPassTiles; t++) {  // 16 columns
@@ -439,14 +441,14 @@ __device__ inline void gradients_through_states(WarpgroupGradients<4 * kPassTile
     reads[e] = sum_of_quad(reads[e]);
     writes[e] = sum_of_quad(writes[e]);
     if (lane % 4 == 0) {
-      float &read = small.reads[warpgroup][row + 8 * e], &write = small.writes[warpgroup][row + 8 * e];
+      float &read = dg_sums.reads[warpgroup][row + 8 * e], &write = dg_sums.writes[warpgroup][row + 8 * e];
       read = more ? read + reads[e] : reads[e];
       write = more ? write + writes[e] : writes[e];
     }
   }
 }
 
-// Each of two lanes kHalf * 2 apart keeps the sums of one half of x.
+// Halves the number of sums per lane: lanes 2 kHalf apart exchange, each keeps one half of x.
 template <int kHalf>
 __device__ inline void add_halves(float (&x)[16]) {
   const bool upper = threadIdx.x & (2 * kHalf);
@@ -456,7 +458,7 @@ __device__ inline void add_halves(float (&x)[16]) {
     x[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, 2 * kHalf);
   }
 }
-// Over the eight lanes 4 g + c of each c: lane 4 g + c ends with the sums of x[2 g] and x[2 g + 1].
+// Sums over the eight lanes 4 g + c of each c: lane 4 g + c returns the sums of x[2 g] and x[2 g + 1].
 __device__ inline float2 sums_of_columns(float (&x)[16]) {
   add_halves<8>(x);
   add_halves<4>(x);
@@ -464,24 +466,24 @@ __device__ inline float2 sums_of_columns(float (&x)[16]) {
   return make_float2(x[0], x[1]);
 }
 
-// From dO E^T and q k^T, or X E^T and k k^T: range dqk or range dkk into `square`, where only blocks on and
-// below the diagonal are ever written; the sums of M, which leave out i = j: there a row's and a column's
-// share of dG cancel.
+// (G1), (G2) and the sums of M for (G5). Warpgroup 0, from dO E^T and q k^T: scale*dqk. Warpgroup 1, from X
+// E^T and k k^T: scale*dkk, dbeta. Stored to score_gradient, blocks on and below the diagonal only. The sums
+// of M leave out i = j, where the row's and the column's share of dG cancel.
 template <int kColumnTiles>
-__device__ inline void gradients_within_chunk(unsigned char* square, WarpgroupSums& small, float* dbeta,
-                                              int dbeta_stride, int n,
-                                              const WarpgroupGradients<kColumnTiles>& sums,
-                                              const float (&products)[8][4], const LaneRow& lane_row,
-                                              const float* gates, float s, float range, float unit, int strip,
-                                              int warpgroup) {
-  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row = 16 * strip + g;
-  const float *beta = gates + kBeta * kChunk, *G = gates + kLogDecay * kChunk;
+__device__ inline void intra_chunk_gradients(unsigned char* score_gradient, DgSumsSm90& dg_sums, float* dbeta,
+                                             int dbeta_stride, int n,
+                                             const Sm90GradientSums<kColumnTiles>& sums,
+                                             const float (&products)[8][4], const LaneRow& lane_row,
+                                             const float* gates, float s, float scale, float unit, int m_tile,
+                                             int warpgroup) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row = 16 * m_tile + g;
+  const float *beta = gates + kBeta * kChunk, *G = gates + kCumulativeLogDecay * kChunk;
   const float G_i[2] = {G[row], G[row + 8]};
   const float coefficient[2] = {warpgroup == 0 ? s : -beta[row], warpgroup == 0 ? s : -beta[row + 8]};
   float row_sum[2] = {}, column_sum[16] = {};
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {  // 16 columns
-    if (pair <= strip) {
+    if (pair <= m_tile) {
       float x[2][4];
 #pragma unroll
       for (int t = 0; t < 2; t++) {
@@ -491,8 +493,8 @@ __device__ inline void gradients_within_chunk(unsigned char* square, WarpgroupSu
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int i = row + 8 * (e / 2), j = first + e % 2;
-          const float value = sums.square[2 * pair + t][e];
-          const float decay = range * expf(fminf(G_i[e / 2] - (e % 2 ? G_j.y : G_j.x), 0.f));
+          const float value = sums.scores[2 * pair + t][e];
+          const float decay = scale * expf(fminf(G_i[e / 2] - (e % 2 ? G_j.y : G_j.x), 0.f));
           const bool inside = i > j || (i == j && warpgroup == 0);
           x[t][e] = inside ? coefficient[e / 2] * (e % 2 ? beta_j.y : beta_j.x) * decay * value : 0.f;
           if (i == j && warpgroup == 1 && i < n) dbeta[int64_t(i) * dbeta_stride] = unit * value;
@@ -502,54 +504,56 @@ __device__ inline void gradients_within_chunk(unsigned char* square, WarpgroupSu
         }
       }
       uint32_t words[4];
-      operand(words, x[0], x[1]);
-      stmatrix(shared_address(square) + lane_row(pair), words);
+      pack_a_fragment(words, x[0], x[1]);
+      stmatrix(shared_address(score_gradient) + lane_row(pair), words);
     }
   }
-  *reinterpret_cast<float2*>(&small.columns[4 * warpgroup + strip][8 * g + c]) = sums_of_columns(column_sum);
+  *reinterpret_cast<float2*>(&dg_sums.columns[4 * warpgroup + m_tile][8 * g + c]) =
+      sums_of_columns(column_sum);
 #pragma unroll
   for (int e = 0; e < 2; e++) {
     const float sum = sum_of_quad(row_sum[e]);
-    if (lane % 4 == 0) small.rows[warpgroup][row + 8 * e] = sum;
+    if (lane % 4 == 0) dg_sums.rows[warpgroup][row + 8 * e] = sum;
   }
 }
 
-// Starts dq += dqk K      dk += dqk^T Q + (dkk + dkk^T) K, a warpgroup's columns
+// Issues the intra-chunk terms of (G3) and (G4), a warpgroup's columns: dq += dqk K, dk += dqk^T Q + (dkk +
+// dkk^T) K.
 template <int kTiles, int kPassTiles>
-__device__ inline void start_products_within_chunk(WarpgroupGradients<4 * kPassTiles>& sums,
-                                                   const unsigned char* squares,
-                                                   const OwnColumns<kTiles, kPassTiles>& own) {
-  const uint64_t dqk = tile_descriptor(squares), dkk = dqk + kNextTile;
+__device__ inline void start_intra_chunk_products(Sm90GradientSums<4 * kPassTiles>& sums,
+                                                  const unsigned char* score_gradients,
+                                                  const OwnColumns<kTiles, kPassTiles>& own) {
+  const uint64_t dqk = make_smem_desc(score_gradients), dkk = dqk + kNextTile;
   const uint64_t q = own.descriptor(own.q), k = own.descriptor(own.k);
-  pin(sums.d_oS), pin(sums.XS);
-  products_begin();
+  wgmma_fence_operand(sums.d_oS), wgmma_fence_operand(sums.XS);
+  wgmma_fence();
 #pragma unroll
   for (int p = 0; p < 4; p++) {  // 16 tokens to sum over
-    wgmma_columns_shared<kByK>(sums.d_oS, dqk + p * kColumns16, k + p * kRows16);
-    wgmma_columns_shared<kByN>(sums.XS, dqk + p * kRows16, q + p * kRows16);
-    wgmma_columns_shared<kByK>(sums.XS, dkk + p * kColumns16, k + p * kRows16);
-    wgmma_columns_shared<kByN>(sums.XS, dkk + p * kRows16, k + p * kRows16);
+    wgmma_columns_shared<kMajorK>(sums.d_oS, dqk + p * kColumns16, k + p * kRows16);
+    wgmma_columns_shared<kMajorMN>(sums.XS, dqk + p * kRows16, q + p * kRows16);
+    wgmma_columns_shared<kMajorK>(sums.XS, dkk + p * kColumns16, k + p * kRows16);
+    wgmma_columns_shared<kMajorMN>(sums.XS, dkk + p * kRows16, k + p * kRows16);
   }
-  products_issued();
+  wgmma_commit_group();
 }
 
-// dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i) + sum_{j < t} writes_j. One warp, two
-// tokens a lane. All sums but <S0, dS> are times range; unit takes the result out of it.
-__device__ inline void finish_dg(float* dg, int stride, int n, const WarpgroupSums& small, float end_decay,
-                                 float range, float unit) {
+// (G5) by one warp, two tokens a lane: dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i)
+// + sum_{j < t} writes_j. All sums but <S0, dS> carry scale; unit removes it.
+__device__ inline void finish_dg(float* dg, int stride, int n, const DgSumsSm90& dg_sums, float end_decay,
+                                 float scale, float unit) {
   const int lane = threadIdx.x % 32;
   const auto both = [&](const float* x) { return *reinterpret_cast<const float2*>(x + 2 * lane); };
-  float2 from = both(small.rows[0]), before = both(small.writes[0]);
+  float2 from = both(dg_sums.rows[0]), before = both(dg_sums.writes[0]);
   const auto add = [](float2& sum, float2 x, float sign) { sum.x += sign * x.x, sum.y += sign * x.y; };
-  add(from, both(small.rows[1]), 1.f);
+  add(from, both(dg_sums.rows[1]), 1.f);
 #pragma unroll
-  for (int i = 0; i < 8; i++) add(from, both(small.columns[i]), -1.f);
-  add(from, both(small.reads[0]), 1.f);
-  add(from, both(small.reads[1]), 1.f);
-  add(before, both(small.writes[1]), 1.f);
+  for (int i = 0; i < 8; i++) add(from, both(dg_sums.columns[i]), -1.f);
+  add(from, both(dg_sums.reads[0]), 1.f);
+  add(from, both(dg_sums.reads[1]), 1.f);
+  add(before, both(dg_sums.writes[1]), 1.f);
   float states = 0.f;
 #pragma unroll
-  for (int i = 0; i < 8; i++) states += small.states[i];
+  for (int i = 0; i < 8; i++) states += dg_sums.states[i];
   float after = from.x + from.y, writes = before.x + before.y;  // become sums from, and up to, this lane's
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -560,28 +564,29 @@ __device__ inline void finish_dg(float* dg, int stride, int n, const WarpgroupSu
   float later = __shfl_down_sync(~0u, after, 1), earlier = __shfl_up_sync(~0u, writes, 1);
   if (lane == 31) later = 0.f;
   if (lane == 0) earlier = 0.f;
-  const float whole = range * end_decay * states;
+  const float whole = scale * end_decay * states;
   const int i = 2 * lane;
   if (i < n) dg[int64_t(i) * stride] = unit * (whole + after + earlier);
   if (i + 1 < n) dg[int64_t(i + 1) * stride] = unit * (whole + (later + from.y) + (earlier + before.x));
 }
 
-// x += the running sum, which becomes that, unless this head is the group's last; its last tile is in `kept`.
+// x += the group_sums sum, which becomes that, unless this head is the group's last; its last tile is in
+// `last_tile`.
 template <int kColumnTiles>
-__device__ inline void accumulate(unsigned char* running, float (&kept)[4],
-                                  WarpgroupGradients<kColumnTiles>& sums, bool first, bool last) {
+__device__ inline void accumulate_over_group(unsigned char* group_sums, float (&last_tile)[4],
+                                             Sm90GradientSums<kColumnTiles>& sums, bool first, bool last) {
 #pragma unroll
   for (int t = 0; t < 2 * kColumnTiles; t++) {
     float(&x)[4] = t < kColumnTiles ? sums.d_oS[t] : sums.XS[t - kColumnTiles];
     if (t == 2 * kColumnTiles - 1) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        if (!first) x[e] += kept[e];
-        kept[e] = x[e];
+        if (!first) x[e] += last_tile[e];
+        last_tile[e] = x[e];
       }
       continue;
     }
-    float4* at = reinterpret_cast<float4*>(running) + t * kComputeThreads + threadIdx.x;
+    float4* at = reinterpret_cast<float4*>(group_sums) + t * kConsumerThreads + threadIdx.x;
     if (!first) {
       const float4 y = *at;
       x[0] += y.x, x[1] += y.y, x[2] += y.z, x[3] += y.w;
@@ -604,61 +609,60 @@ __device__ inline void stage_columns(unsigned char* tile, const LaneRow& lane_ro
   }
 }
 
-// What gradients_kernel computes and writes. Blocks take items gridDim.x apart.
+// (G1)-(G5) for work tiles; persistent, a CTA takes tiles gridDim.x apart.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: as gradients_kernel's, 0.302 ms at the copy rate. Reached on an
-// H100: 0.328 ms, 92%; of 16/32 heads of 128 91%, at (64, 128) 83%, at (32, 64), where an item is a single step
-// and its epilogue, 44%. At (256, 512), where do, E and X are read twice, 81% (76% where S0 and dS stay in the
-// L2 cache like all else; dev/bench_delta_rule, dev/results/2026-11-27_h100).
+// Lower bound: see gradients_kernel. H200 (dev/results/2026-11-29_h200_third): 0.255 ms at B=32, T=1024, H=6,
+// (128, 256); 0.968 with 16/32 heads of 128, B=8, T=4096. At (32, 64) a work tile is a single step and its
+// epilogue: 0.112 ms.
 template <int kTiles, bool kGrouped>
 __global__ void __launch_bounds__(kGradientThreads, 1)
-    gradients_warpgroup_kernel(const __grid_constant__ GradientTensors tensors, float* dg, float* dbeta,
-                               GateInputs in, Sizes size, int items, float s) {
+    gradients_sm90_kernel(const __grid_constant__ GradientTensors tensors, float* dg, float* dbeta,
+                          GateInputs in, Sizes size, int work_tiles, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = GradientLayout<kTiles, kGrouped>;
   extern __shared__ __align__(1024) unsigned char tiles[];
-  unsigned char *keys = tiles + Layout::kKeys, *squares = tiles + Layout::kSquares;
-  unsigned char* running = tiles + Layout::kRunning;
-  GradientSegment* segments = reinterpret_cast<GradientSegment*>(tiles + Layout::kSegmentsAt);
-  WarpgroupSums& small = *reinterpret_cast<WarpgroupSums*>(tiles + Layout::kSums);
+  unsigned char *keys = tiles + Layout::kKeys, *score_gradients = tiles + Layout::kScoreGradients;
+  unsigned char* group_sums = tiles + Layout::kGroupSums;
+  HeadTileBuffer* head_tiles = reinterpret_cast<HeadTileBuffer*>(tiles + Layout::kHeadTilesAt);
+  DgSumsSm90& dg_sums = *reinterpret_cast<DgSumsSm90*>(tiles + Layout::kSums);
   GradientBarriers& barriers = *reinterpret_cast<GradientBarriers*>(tiles + Layout::kBarriers);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Layout::kStages; i++) {
-      barrier_init(&barriers.full[i], 1);
-      barrier_init(&barriers.empty[i], kComputeThreads / 32);
+      mbarrier_init(&barriers.full[i], 1);
+      mbarrier_init(&barriers.empty[i], kConsumerThreads / 32);
     }
     for (int i = 0; i < 2; i++) {
-      barrier_init(&barriers.segment_full[i], 1);
-      barrier_init(&barriers.segment_empty[i], kComputeThreads);
+      mbarrier_init(&barriers.head_tile_full[i], 1);
+      mbarrier_init(&barriers.head_tile_empty[i], kConsumerThreads);
     }
-    barrier_init(&barriers.keys_full, 1);
-    barrier_init(&barriers.keys_empty, 1);
+    mbarrier_init(&barriers.keys_full, 1);
+    mbarrier_init(&barriers.keys_empty, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  clear_shared(squares, 2 * kTileBytes);
-  publish_to_products();
+  clear_shared(score_gradients, 2 * kTileBytes);
+  fence_proxy_async();
   __syncthreads();
-  if (threadIdx.x >= kComputeThreads) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyRegisters));
-    if (threadIdx.x == kComputeThreads)
-      copy_items<kTiles, kGrouped>(tiles, barriers, segments, tensors, in, size, items);
+  if (threadIdx.x >= kConsumerThreads) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kGradientProducerRegisters));
+    if (threadIdx.x == kConsumerThreads)
+      gradients_producer_loop<kTiles, kGrouped>(tiles, barriers, head_tiles, tensors, in, size, work_tiles);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kComputeRegisters));
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kGradientConsumerRegisters));
 
-    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), warpgroup = warp / 4, strip = warp % 4;
+    const int warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0), warpgroup = warp / 4, m_tile = warp % 4;
     const int lane = threadIdx.x % 32, groups = size.dv / 16;
     const int group = kGrouped ? size.value_heads_per_key : 1;
-    const LaneRow lane_row(strip);
-    int stage = 0, parity = 0, segment_count = 0, keys_parity = 0;
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-      const GradientItem at(item, size);
+    const LaneRow lane_row(m_tile);
+    int stage = 0, parity = 0, head_tile_count = 0, keys_parity = 0;
+    for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile += gridDim.x) {
+      const WorkTile at(work_tile, size);
       const int n = size.rows_in(at.chunk);
-      float kept[4] = {};
-      for (int head = 0; head < group; head++, segment_count++) {
-        const GradientSegment& segment = segments[segment_count % 2];
-        barrier_wait(&barriers.segment_full[segment_count % 2], segment_count / 2 % 2);
-        const int a = lane < groups ? segment.exponents[lane] : 0;
-        const int both = lane < groups ? a + segment.d_exponents[lane] : 1 << 20;
+      float last_tile[4] = {};
+      for (int head = 0; head < group; head++, head_tile_count++) {
+        const HeadTileBuffer& head_tile = head_tiles[head_tile_count % 2];
+        mbarrier_wait(&barriers.head_tile_full[head_tile_count % 2], head_tile_count / 2 % 2);
+        const int a = lane < groups ? head_tile.exponents[lane] : 0;
+        const int both = lane < groups ? a + head_tile.d_exponents[lane] : 1 << 20;
         const int c = __reduce_min_sync(~0u, both);
         const float d_o_unit = small_power_of_two(c - a), x_unit = small_power_of_two(c - both);
         const int value_head = at.key_head * group + head;
@@ -667,88 +671,88 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
         for (int pass = 0; pass < Layout::kPasses; pass++) {
           const bool last_pass = pass == Layout::kPasses - 1;
           const OwnColumns<kTiles, Layout::kPassTiles> own(keys, pass, warpgroup);
-          WarpgroupGradients<Layout::kColumnTiles> sums;
+          Sm90GradientSums<Layout::kColumnTiles> sums;
           for (int e = 0; e < groups; e += 4) {
-            barrier_wait(&barriers.full[stage], parity);
+            mbarrier_wait(&barriers.full[stage], parity);
             add_step<Layout::kPassTiles>(sums, states, tiles + stage * Layout::kStageBytes, lane_row,
                                          warpgroup, e, d_o_unit, x_unit);
             __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers.empty[stage]);
+            if (lane == 0) mbarrier_arrive(&barriers.empty[stage]);
             if (++stage == Layout::kStages) stage = 0, parity ^= 1;
           }
           if (pass == 0) {
             float largest = 0.f;
 #pragma unroll
-            for (int t = 0; t < 8; t++) largest = largest_of(sums.square[t], largest);
+            for (int t = 0; t < 8; t++) largest = largest_of(sums.scores[t], largest);
             const uint32_t bits =
                 __reduce_max_sync(~0u, __float_as_uint((warpgroup == 0 ? 2 * s : 4.f) * largest));
-            if (lane == 0) small.largest[warp] = __uint_as_float(bits);
+            if (lane == 0) dg_sums.largest[warp] = __uint_as_float(bits);
             if (head == 0) {
-              barrier_wait(&barriers.keys_full, keys_parity);
+              mbarrier_wait(&barriers.keys_full, keys_parity);
               keys_parity ^= 1;
               keys_to_fp16<kTiles>(keys);
             }
-            compute_threads_sync();
+            consumers_sync();
           }
           if (last_pass) {
             float sum = states;
 #pragma unroll
             for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (lane == 0) small.states[warp] = sum;
+            if (lane == 0) dg_sums.states[warp] = sum;
           }
-          const SumUnits units(small, c);
+          const SumScales units(dg_sums, c);
           if (pass == 0) {
             float products[8][4];  // q k^T or k k^T
-            const uint64_t k = tile_descriptor(keys + kTiles * kTileBytes);
-            const uint64_t rows = warpgroup == 0 ? tile_descriptor(keys) : k;
-            pin(products);
-            products_begin();
+            const uint64_t k = make_smem_desc(keys + kTiles * kTileBytes);
+            const uint64_t rows = warpgroup == 0 ? make_smem_desc(keys) : k;
+            wgmma_fence_operand(products);
+            wgmma_fence();
 #pragma unroll
             for (int i = 0; i < 4 * kTiles; i++)
-              wgmma_64_shared<kByK, kByK>(products, rows + columns_16(i), k + columns_16(i), i > 0);
-            products_issued();
-            gradients_through_states(sums, small, own, lane_row, segment.gates, s, units.range, strip,
-                                     warpgroup, false);
-            products_done<0>();
-            pin(products);
-            gradients_within_chunk(squares + warpgroup * kTileBytes, small, dbeta + head_row, size.heads_v, n,
-                                   sums, products, lane_row, segment.gates, s, units.range, power_of_two(-c),
-                                   strip, warpgroup);
-            publish_to_products();
+              wgmma_64_shared<kMajorK, kMajorK>(products, rows + columns_16(i), k + columns_16(i), i > 0);
+            wgmma_commit_group();
+            inter_chunk_gradients(sums, dg_sums, own, lane_row, head_tile.gates, s, units.scale, m_tile,
+                                  warpgroup, false);
+            wgmma_wait_group<0>();
+            wgmma_fence_operand(products);
+            intra_chunk_gradients(score_gradients + warpgroup * kTileBytes, dg_sums, dbeta + head_row,
+                                  size.heads_v, n, sums, products, lane_row, head_tile.gates, s, units.scale,
+                                  power_of_two(-c), m_tile, warpgroup);
+            fence_proxy_async();
           } else {
-            gradients_through_states(sums, small, own, lane_row, segment.gates, s, units.range, strip,
-                                     warpgroup, true);
+            inter_chunk_gradients(sums, dg_sums, own, lane_row, head_tile.gates, s, units.scale, m_tile,
+                                  warpgroup, true);
           }
-          compute_threads_sync();
+          consumers_sync();
 
-          start_products_within_chunk(sums, squares, own);
+          start_intra_chunk_products(sums, score_gradients, own);
           if (last_pass) {
             if (warp == 0)
-              finish_dg(dg + head_row, size.heads_v, n, small,
-                        segment.gates[kFromStart * kChunk + kChunk - 1], units.range, units.result);
-            barrier_arrive(&barriers.segment_empty[segment_count % 2]);
+              finish_dg(dg + head_row, size.heads_v, n, dg_sums,
+                        head_tile.gates[kDecayFromStart * kChunk + kChunk - 1], units.scale, units.result);
+            mbarrier_arrive(&barriers.head_tile_empty[head_tile_count % 2]);
           }
-          products_done<0>();
-          pin(sums.d_oS), pin(sums.XS);
+          wgmma_wait_group<0>();
+          wgmma_fence_operand(sums.d_oS), wgmma_fence_operand(sums.XS);
           scale_tiles(sums.d_oS, units.result);
           scale_tiles(sums.XS, units.result);
-          if (kGrouped) accumulate(running, kept, sums, head == 0, head == group - 1);
+          if (kGrouped) accumulate_over_group(group_sums, last_tile, sums, head == 0, head == group - 1);
           if (head == group - 1) {
-            compute_threads_sync();  // all are done with these columns of q and k
+            consumers_sync();  // all are done with these columns of q and k
             stage_columns(own.q, lane_row, own.first_16, sums.d_oS);
             stage_columns(own.k, lane_row, own.first_16, sums.XS);
-            publish_to_products();
+            fence_proxy_async();
           }
         }
         if (head == group - 1) {
-          compute_threads_sync();
+          consumers_sync();
           if (threadIdx.x == 0) {
 #pragma unroll
             for (int t = 0; t < 2 * kTiles; t++)
-              store_tile_of_4(&tensors.d_keys, t % kTiles * 64, at.key_head + t / kTiles * size.heads_k,
-                              at.chunk * kChunk, at.sequence, keys + t * kTileBytes);
-            bulk_stores_read();
-            barrier_arrive(&barriers.keys_empty);
+              tma_store_4d(&tensors.d_keys, t % kTiles * 64, at.key_head + t / kTiles * size.heads_k,
+                           at.chunk * kChunk, at.sequence, keys + t * kTileBytes);
+            tma_store_wait_read();
+            mbarrier_arrive(&barriers.keys_empty);
           }
         }
       }
@@ -759,8 +763,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
 
 // ---- launching
 
-// The tensor of 16-bit numbers with these sizes, columns first, and strides, in numbers, of all but the
-// columns; copied in boxes of 64 columns and 64 in dimension `rows`, swizzled.
+// TMA descriptor of a tensor of 16-bit elements: sizes, columns first; strides, in elements, of all
+// dimensions but the columns. Boxes have 64 columns and 64 in dimension `rows`, 128-byte swizzle.
 template <int kRank>
 CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int64_t (&strides)[kRank - 1],
                        int rows) {
@@ -796,15 +800,15 @@ CUtensorMap tensor_map(const void* at, const int64_t (&sizes)[kRank], const int6
   return map;
 }
 
-// Whether gradients_warpgroup_kernel takes these sizes.
-inline bool takes_warpgroup_gradients(const MixerShape& shape) {
+// True if gradients_sm90_kernel supports these head sizes.
+inline bool has_sm90_gradients(const MixerShape& shape) {
   const int widest = shape.heads_v > shape.heads_k ? 128 : 256;
   return shape.head_dim_k <= widest && shape.head_dim_v % 64 == 0;
 }
 
 template <int kTiles, bool kGrouped>
-void launch_warpgroup_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
-                                const MixerShape& shape, const Sizes& size, float s) {
+void launch_sm90_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
+                           const MixerShape& shape, const Sizes& size, float s) {
   const int64_t dk = shape.head_dim_k, dv = shape.head_dim_v, T = shape.tokens, B = shape.batch;
   const int64_t C = shape.conv_channels(), values = shape.value_dim();
   const auto keys = [&](const act* at) {
@@ -819,18 +823,18 @@ void launch_warpgroup_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta
   const GradientTensors tensors = {keys(in.qkv),
                                    keys(dqkv),
                                    value_tensor(in.d_o),
-                                   value_tensor(in.saved.errors),
+                                   value_tensor(in.saved.E),
                                    value_tensor(in.adjoints.x),
                                    states(in.saved.states),
                                    states(in.adjoints.d_states)};
   const GateInputs gates = {in.gates, in.saved.exponents, in.adjoints.exponents};
   constexpr int bytes = GradientLayout<kTiles, kGrouped>::kBytes;
-  const auto kernel = gradients_warpgroup_kernel<kTiles, kGrouped>;
+  const auto kernel = gradients_sm90_kernel<kTiles, kGrouped>;
   allow_shared_bytes(kernel, bytes, "the gated delta rule");
-  const int items = shape.chunks() * shape.heads_k * shape.batch;
-  kernel<<<std::min(items, device.multiprocessors), kGradientThreads, bytes, device.stream>>>(
-      tensors, dg, dbeta, gates, size, items, s);
-  launched("gradients_warpgroup_kernel");
+  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
+  kernel<<<std::min(work_tiles, device.sm_count), kGradientThreads, bytes, device.stream>>>(
+      tensors, dg, dbeta, gates, size, work_tiles, s);
+  launched("gradients_sm90_kernel");
 }
 
 }  // namespace delta_rule

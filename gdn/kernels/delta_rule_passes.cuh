@@ -1,12 +1,12 @@
-// The gated delta rule, the two sequential kernels: the state forward over the chunks, its gradient backward.
+// The two sequential kernels on mma.sync: (F1)-(F4) over the chunks forward, (B1)-(B3) over the chunks
+// backward (dev/doc/delta_rule.md). Used on every GPU but Hopper.
 //
 // Each warp owns 16 columns of the state and keeps them transposed, [16 of dv, dk], in fp32 accumulators for
-// the whole sequence. Transposed, every product of a chunk has the state, or the result of the product before
-// it, as its A operand, which registers hold already; B operands are q, k, N, P as they lie in shared memory.
-// Operands are fp16: q, k, N and P are small numbers by nature, and what a warp holds it keeps multiplied by
-// a power of two, 2^e, that brings its largest number near 1. In such units everything below runs; e is
-// constant within a chunk, changes rarely, and goes out with what is saved. Warps exchange nothing; a block's
-// warps share the loads.
+// the whole sequence. Transposed, every product of a chunk has the state, or the result of the previous
+// product, as its A operand, already in registers; B operands are Q, K, N, P in shared memory. Operands are
+// fp16: q, k, N and P are small numbers by nature; what a warp holds carries a power-of-two scale factor 2^e
+// that brings its largest magnitude near 1. e is constant within a chunk, changes rarely, and is stored with
+// what is saved. Warps exchange nothing; the warps of a CTA share the loads.
 #pragma once
 
 #include "delta_rule_pieces.cuh"
@@ -16,56 +16,57 @@ namespace delta_rule {
 
 constexpr int kMaxPassWarps = 8;
 
-// N and P in a stage: one tile of 64 rows of five 16x16 blocks. N_ij lies at (i, j); P_ij at (3 - i, 4 - i +
-// j), in what N's lower triangle leaves.
-constexpr int kTrianglesStride = 5 * 16 + 8, kTriangles = kChunk * kTrianglesStride;
-__device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kTrianglesStride + j); }
-__device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kTrianglesStride + 4 - i + j); }
+// N and P packed into one tile of 64 rows of five 16x16 blocks: block N_ij at (i, j), block P_ij at (3 - i, 4
+// - i + j), in the half that N's lower triangle leaves free.
+constexpr int kPackedStride = 5 * 16 + 8, kPackedElements = kChunk * kPackedStride;
+__device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kPackedStride + j); }
+__device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kPackedStride + 4 - i + j); }
 
-// What a pass needs of one chunk, in shared memory. `values` is v forward and do backward; its tile also
-// stages what a warp writes to global memory, each warp in its own 16 columns.
-struct PassStage {
-  act* q;           // [64, DK + 8], zeros from column dk on; arrives as bf16 and becomes fp16
-  act* k;           // the same
-  act* values;      // [64, 16 warps + 8]
-  __half* squares;  // N and P: [64, kTrianglesStride]
-  float* gates;     // [4, 64]
+// One stage of the cp.async pipeline: a chunk's inputs. `values` is V in the forward and dO in the backward;
+// its tile also stages results on their way to global memory, each warp in its own 16 columns.
+struct Sm80Stage {
+  act* q;            // [64, DK + 8], zeros from column dk on; arrives as bf16 and becomes fp16
+  act* k;            // the same
+  act* values;       // [64, 16 warps + 8]
+  __half* matrices;  // N and P: [64, kPackedStride]
+  float* gates;      // [4, 64]
 };
 
 __host__ __device__ constexpr int pass_stage_bytes(int DK, int warps) {
-  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + kTriangles) + 4 * kGates;
+  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + kPackedElements) + 4 * kGates;
 }
 
 template <int DK>
-__device__ inline PassStage pass_stage(unsigned char* shared, int index, int warps) {
-  PassStage stage;
+__device__ inline Sm80Stage pass_stage(unsigned char* shared, int index, int warps) {
+  Sm80Stage stage;
   stage.q = reinterpret_cast<act*>(shared + index * pass_stage_bytes(DK, warps));
   stage.k = stage.q + kChunk * (DK + 8);
   stage.values = stage.k + kChunk * (DK + 8);
-  stage.squares = reinterpret_cast<__half*>(stage.values + kChunk * (16 * warps + 8));
-  stage.gates = reinterpret_cast<float*>(stage.squares + kTriangles);
+  stage.matrices = reinterpret_cast<__half*>(stage.values + kChunk * (16 * warps + 8));
+  stage.gates = reinterpret_cast<float*>(stage.matrices + kPackedElements);
   return stage;
 }
 
-// A block of a pass: warps of one sequence and value head, a slice of dv, the chunks of one piece.
+// What a CTA of a pass works on: one sequence and value head, `warps` x 16 columns of dv, the chunks of one
+// split.
 struct PassBlock {
-  int b, h, hk, warps, first_column, piece, first_chunk, end_chunk;
+  int b, h, hk, warps, first_column, split, first_chunk, end_chunk;
 };
 
-// The block starts copying N and P: their 16x16 blocks on and below the diagonal, the only ones there are.
+// The CTA issues cp.async of N and P: the 16x16 blocks on and below the diagonal (prepare_kernel writes no
+// others).
 __device__ inline void copy_lower_blocks(__half* to, const __half* from) {
-  for (int i = threadIdx.x; i < 2 * kSquare / 8; i += blockDim.x) {
+  for (int i = threadIdx.x; i < 2 * kMatrixElements / 8; i += blockDim.x) {
     const int row = i / (kChunk / 8) % kChunk, column = 8 * (i % (kChunk / 8)), block_row = row / 16;
-    const int block = i < kSquare / 8 ? block_of_n(block_row, 0) : block_of_p(block_row, 0);
+    const int block = i < kMatrixElements / 8 ? block_of_n(block_row, 0) : block_of_p(block_row, 0);
     if (column / 16 <= block_row)
-      copy_16_bytes(to + block + row % 16 * kTrianglesStride + column, from + 8 * i, true);
+      cp_async_16(to + block + row % 16 * kPackedStride + column, from + 8 * i, true);
   }
 }
 
-// The block starts copying a chunk's inputs; values [B,T,..] with the given row stride, at the head's first
-// column.
+// The CTA issues cp.async of a chunk's inputs. values: at the head's first column, rows values_stride apart.
 template <int DK>
-__device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block, const Sizes& size,
+__device__ inline void copy_chunk(const Sm80Stage& stage, const PassBlock& block, const Sizes& size,
                                   int chunk, const act* qkv, const act* values, int64_t values_stride,
                                   const __half* matrices, const float* gates) {
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
@@ -75,21 +76,22 @@ __device__ inline void copy_chunk(const PassStage& stage, const PassBlock& block
   copy_tile(stage.k, DK + 8, inputs + size.k_column(block.hk), size.channels, size.dk, n, size.dk);
   copy_tile(stage.values, columns + 8, values + row * values_stride + block.first_column, values_stride,
             columns, n, size.dv - block.first_column);
-  copy_lower_blocks(stage.squares, matrices + number * 2 * kSquare);
+  copy_lower_blocks(stage.matrices, matrices + number * 2 * kMatrixElements);
   for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
-    copy_16_bytes(stage.gates + 4 * i, gates + number * kGates + 4 * i, true);
-  copies_issued();
+    cp_async_16(stage.gates + 4 * i, gates + number * kGates + 4 * i, true);
+  cp_async_commit();
 }
 
-// Waits for a chunk's inputs; the block sees them after it has synchronised.
+// Waits for this thread's cp.async of a chunk and converts its part of q and k to fp16; the CTA must
+// synchronise before reading.
 template <int DK>
-__device__ inline void receive_chunk(const PassStage& stage, const Sizes& size) {
-  copies_arrived();
-  copied_to_fp16(stage.q, DK + 8, size.dk);
-  copied_to_fp16(stage.k, DK + 8, size.dk);
+__device__ inline void wait_and_convert_chunk(const Sm80Stage& stage, const Sizes& size) {
+  cp_async_wait_all();
+  convert_own_copies_to_fp16(stage.q, DK + 8, size.dk);
+  convert_own_copies_to_fp16(stage.k, DK + 8, size.dk);
 }
 
-// c [16,64] += a b^T for 16 columns of dk; b: walk_columns at rows [64,dk] in shared memory
+// c [16,64] += a b^T over 16 columns of dk; address: lane_address_columns_first of b, rows [64,dk].
 __device__ inline void add_times_rows(float (&c)[8][4], const uint32_t (&a)[4], uint32_t address, int ld) {
   uint32_t b[4][4];
 #pragma unroll
@@ -98,7 +100,7 @@ __device__ inline void add_times_rows(float (&c)[8][4], const uint32_t (&a)[4], 
   for (int t = 0; t < 4; t++) mma_pair(c[2 * t], c[2 * t + 1], a, b[t]);
 }
 
-// Writes 32 columns of the warp's state, held as two A operands, to rows [16 of dv, dk] of `to`.
+// Writes 32 columns of the warp's state, held as two A fragments, to rows [16 of dv, dk] of `to`.
 __device__ inline void store_32_of_state(__half* to, int dk, int column, const uint32_t (&left)[4],
                                          const uint32_t (&right)[4]) {
   __half* row = to + (threadIdx.x % 32) / 4 * dk + column;
@@ -109,21 +111,22 @@ __device__ inline void store_32_of_state(__half* to, int dk, int column, const u
   }
 }
 
-// Everything that reads the state [16 of dv, dk], in one walk over it, so that it is rounded once:
+// One pass over the state [16 of dv, dk], so that it is rounded to fp16 once:
 //   from_k [16,64] += state K^T      from_q [16,64] += state Q^T (kWithQ)
-//   the fp16 state written to `to`, rows [16 of dv, dk], where that is not null
+// The fp16 state goes to `to`, rows [16 of dv, dk], unless that is null.
 template <int DK, bool kWithQ>
 __device__ inline void read_state(float (&from_k)[8][4], float (&from_q)[8][4],
                                   const float (&state)[DK / 8][4], const act* k, const act* q, __half* to,
                                   int dk) {
-  const uint32_t k_columns = walk_columns(k, DK + 8), q_columns = walk_columns(q, DK + 8);
+  const uint32_t k_columns = lane_address_columns_first(k, DK + 8),
+                 q_columns = lane_address_columns_first(q, DK + 8);
 #pragma unroll
   for (int e = 0; e < DK / 32; e++) {
     uint32_t a[2][4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int at = 2 * e + half;
-      operand(a[half], state[2 * at], state[2 * at + 1]);
+      pack_a_fragment(a[half], state[2 * at], state[2 * at + 1]);
       add_times_rows(from_k, a[half], k_columns + 2 * 16 * at, DK + 8);
       if (kWithQ) add_times_rows(from_q, a[half], q_columns + 2 * 16 * at, DK + 8);
     }
@@ -131,7 +134,7 @@ __device__ inline void read_state(float (&from_k)[8][4], float (&from_q)[8][4],
   }
 }
 
-// state [16,dk] += a [16, 16 tokens] rows [16 tokens, dk]; address: walk_rows at the first of the 16 rows
+// state [16,dk] += a [16, 16 tokens] rows [16 tokens, dk]; address: lane_address_rows_first of the 16 rows.
 template <int DK>
 __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a)[4], uint32_t address) {
 #pragma unroll
@@ -142,14 +145,15 @@ __device__ inline void add_16_rows(float (&state)[DK / 8][4], const uint32_t (&a
   }
 }
 
-// x, y times factor, a power of two: for fp16, where sums of products are in range, that is 1.
+// Packs x, y to T. bf16: times factor, a power of two. fp16: always factor 1, the value is stored with its
+// scale factor.
 __device__ inline uint32_t pack_as(const act*, float x, float y, float factor) {
   return scale_bf16(pack_bf16(x, y), factor);
 }
 __device__ inline uint32_t pack_as(const __half*, float x, float y, float) { return pack_fp16(x, y); }
 
-// factor * x [16 of dv, 64 tokens] as rows of tokens in `staging`, the warp's own 16 columns of a shared tile
-// with row stride ld; 16-bit numbers of type T; factor as above.
+// Stages factor * x [16 of dv, 64 tokens], transposed to rows of tokens, as 16-bit T in the warp's own 16
+// columns of a shared tile with row stride ld.
 template <class T>
 __device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4], float factor) {
   __syncwarp();
@@ -165,21 +169,21 @@ __device__ inline void stage_tokens(act* staging, int ld, const float (&x)[8][4]
   }
 }
 
-// Writes what stage_tokens left to rows [tokens, 16] of `to`, the first n.
+// Writes the n first rows that stage_tokens staged to rows [tokens, 16] of `to`.
 template <class T>
 __device__ inline void write_tokens(T* to, int64_t stride, int n, const act* staging, int ld) {
   const int lane = threadIdx.x % 32, row = lane / 2, column = 8 * (lane % 2), step = int(stride);
   __syncwarp();
-  to = rows_on(to + column, row, step);
+  to = advance_rows(to + column, row, step);
   staging += row * ld + column;
 #pragma unroll
   for (int i = 0; i < kChunk; i += 16) {
     const uint4 word = *reinterpret_cast<const uint4*>(staging + i * ld);
-    if (row + i < n) *reinterpret_cast<uint4*>(rows_on(to, i, step)) = word;
+    if (row + i < n) *reinterpret_cast<uint4*>(advance_rows(to, i, step)) = word;
   }
 }
 
-// Both.
+// stage_tokens, then write_tokens.
 template <class T>
 __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, int ld,
                                     const float (&x)[8][4], float factor) {
@@ -187,9 +191,9 @@ __device__ inline void store_tokens(T* to, int64_t stride, int n, act* staging, 
   write_tokens(to, stride, n, staging, ld);
 }
 
-// Of a grid [slices, value heads, sequences x count], count pieces of each sequence from `first` on; slices
-// of 16 columns for each of `warps`.
-__device__ inline PassBlock pass_block(const Sizes& size, const Pieces& pieces, int first, int count,
+// Decodes the grid [dv slices, value heads, sequences x count]: splits `first` to first + count - 1 of each
+// sequence, slices of 16 columns a warp.
+__device__ inline PassBlock pass_block(const Sizes& size, const Splits& splits, int first, int count,
                                        int warps) {
   PassBlock block;
   block.b = blockIdx.z / count;
@@ -197,13 +201,13 @@ __device__ inline PassBlock pass_block(const Sizes& size, const Pieces& pieces, 
   block.hk = size.key_head(block.h);
   block.warps = warps;
   block.first_column = blockIdx.x * 16 * block.warps;
-  block.piece = first + blockIdx.z % count;
-  block.first_chunk = block.piece * pieces.chunks;
-  block.end_chunk = min(block.first_chunk + pieces.chunks, size.chunks);
+  block.split = first + blockIdx.z % count;
+  block.first_chunk = block.split * splits.chunks;
+  block.end_chunk = min(block.first_chunk + splits.chunks, size.chunks);
   return block;
 }
 
-// The warp's 16 rows [dk] of fp32 at `from`, which is its row 0, as accumulators; zeros where that is null.
+// Loads the warp's 16 rows [dk] of a fp32 state, row 0 at `from`, into accumulators; zeros if `from` is null.
 template <int DK>
 __device__ inline void load_state(float (&state)[DK / 8][4], const float* from, int dk) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
@@ -219,7 +223,7 @@ __device__ inline void load_state(float (&state)[DK / 8][4], const float* from, 
     }
 }
 
-// Factor times the accumulators, to rows [16, dk].
+// Stores factor * state to rows [16, dk] of `to`.
 template <int DK>
 __device__ inline void store_state(float* to, const float (&state)[DK / 8][4], float factor, int dk) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
@@ -232,7 +236,7 @@ __device__ inline void store_state(float* to, const float (&state)[DK / 8][4], f
             make_float2(factor * state[t][2 * half], factor * state[t][2 * half + 1]);
 }
 
-// Rows `row` to row + 15 of the unit matrix as accumulators.
+// Rows `row` to row + 15 of the identity matrix as accumulators.
 template <int DK>
 __device__ inline void unit_state(float (&state)[DK / 8][4], int row) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
@@ -242,7 +246,7 @@ __device__ inline void unit_state(float (&state)[DK / 8][4], int row) {
     for (int e = 0; e < 4; e++) state[t][e] = 8 * t + c + e % 2 == row + g + 8 * (e / 2) ? 1.f : 0.f;
 }
 
-// Factor times the accumulators, rows `row` to row + 15 of M^T [dk,dk], and M behind it.
+// Stores factor * state as rows `row` to row + 15 of M^T [dk,dk], and transposed to M behind it.
 template <int DK>
 __device__ inline void store_transition(float* to, const float (&state)[DK / 8][4], float factor, int row,
                                         int dk) {
@@ -256,10 +260,10 @@ __device__ inline void store_transition(float* to, const float (&state)[DK / 8][
       if (8 * t < dk) transposed[(8 * t + c + e % 2) * dk + g + 8 * (e / 2)] = factor * state[t][e];
 }
 
-// What the backward needs from the forward, fp16: states at the chunks' starts [chunks,dv,dk] and E
-// [B,T,Hv,dv], both times 2^exponent, exponents [chunks, dv / 16].
+// Saved by the forward for the backward, fp16: states at the chunks' starts [chunks,dv,dk] and E [B,T,Hv,dv],
+// both times 2^exponent, exponents [chunks, dv / 16].
 struct Saved {
-  __half *states, *errors;
+  __half *states, *E;
   int* exponents;  // all null: nothing is saved
 };
 
@@ -271,7 +275,7 @@ __device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
     for (int e = 0; e < 4; e++) state[t][e] *= factor;
 }
 
-// The largest number, up to sign, of a warp's 16 columns of a bf16 tile [64, 16]; this lane's share.
+// Largest magnitude of this lane's part of a warp's 16 columns of a bf16 tile [64, 16].
 __device__ inline float largest_of_values(uint32_t columns_address, int ld) {
   __nv_bfloat162 high = __float2bfloat162_rn(0.f), low = high;
 #pragma unroll
@@ -288,24 +292,25 @@ __device__ inline float largest_of_values(uint32_t columns_address, int ld) {
   return fmaxf(__low2float(high), __high2float(high));
 }
 
-// Before a chunk: the state, which is times 2^exponent, is brought into a range where it and the chunk's
-// values, of which this lane's largest is given, make fp16 operands. Returns the new exponent.
+// Rescales the state at a chunk's start, so that it and the chunk's values are fp16 operands with the same
+// scale factor 2^e. The state comes times 2^exponent; largest_value is the largest magnitude of this lane's
+// values. Returns the new exponent.
 template <int DK>
-__device__ inline int bring_into_range(float (&state)[DK / 8][4], float largest_value, int exponent) {
+__device__ inline int rescale_state(float (&state)[DK / 8][4], float largest_value, int exponent) {
   float largest[4] = {power_of_two(exponent) * largest_value};  // four chains of dependent instructions
 #pragma unroll
   for (int t = 0; t < DK / 8; t++)
 #pragma unroll
     for (int e = 0; e < 4; e++) largest[e] = fmaxf(largest[e], fabsf(state[t][e]));
-  const int e = range_exponent(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), exponent);
+  const int e = scale_exponent(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), exponent);
   if (e != exponent) scale_state<DK>(state, power_of_two(e - exponent));
   return e;
 }
 
-// R = unit V - e^G (K S), in place from c = K S. All [16 of dv, 64 tokens]; unit: a power of two
+// (F1) R = scale V - e^G * (K S), in place from c = K S; [16 of dv, 64 tokens], scale a power of two.
 __device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t v_columns, int ld,
                                  float unit) {
-  const float* from_start = gates + kFromStart * kChunk + 2 * (threadIdx.x & 3);
+  const float* from_start = gates + kDecayFromStart * kChunk + 2 * (threadIdx.x & 3);
 #pragma unroll
   for (int t = 0; t < 4; t++) {
     uint32_t v[4];
@@ -321,16 +326,16 @@ __device__ inline void residuals(float (&c)[8][4], const float* gates, uint32_t 
   }
 }
 
-// E = R - N (beta R), in place from c = K S.
-__device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage, uint32_t v_columns, int ld,
-                                       float unit) {
+// (F1), (F2): E = R - N (beta * R), in place from c = K S.
+__device__ inline void solve_forward(float (&c)[8][4], const Sm80Stage& stage, uint32_t v_columns, int ld,
+                                     float unit) {
   residuals(c, stage.gates, v_columns, ld, unit);
-  // The last 16 tokens first: a block of tokens is read before what comes earlier is taken off it.
-  const uint32_t n_columns = walk_columns(stage.squares, kTrianglesStride);
+  // The last 16 tokens first: row block p of N only reads tokens of blocks <= p, which are still R.
+  const uint32_t n_columns = lane_address_columns_first(stage.matrices, kPackedStride);
 #pragma unroll
   for (int p = 3; p >= 0; p--) {
     uint32_t a[4];
-    scaled_operand(a, c[2 * p], c[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
+    pack_scaled_a_fragment(a, c[2 * p], c[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
 #pragma unroll
     for (int t = p; t < 4; t++) {
       uint32_t b[4];
@@ -340,14 +345,14 @@ __device__ inline void errors_of_chunk(float (&c)[8][4], const PassStage& stage,
   }
 }
 
-// out [16 of dv, 64 tokens] += written P^T
-__device__ inline void add_within_chunk(float (&out)[8][4], const float (&written)[8][4],
-                                        const PassStage& stage) {
-  const uint32_t p_columns = walk_columns(stage.squares, kTrianglesStride);
+// (F3), intra-chunk part: out [16 of dv, 64 tokens] += (beta * E) P^T, written = beta * E.
+__device__ inline void add_intra_chunk(float (&out)[8][4], const float (&written)[8][4],
+                                       const Sm80Stage& stage) {
+  const uint32_t p_columns = lane_address_columns_first(stage.matrices, kPackedStride);
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     uint32_t a[4];
-    operand(a, written[2 * p], written[2 * p + 1]);
+    pack_a_fragment(a, written[2 * p], written[2 * p + 1]);
 #pragma unroll
     for (int t = p; t < 4; t++) {
       uint32_t b[4];
@@ -362,24 +367,21 @@ __device__ inline void scale_all_tokens(float (&x)[8][4], const float* gate, flo
   for (int t = 0; t < 4; t++) scale_tokens(x[2 * t], x[2 * t + 1], gate, 16 * t, factor);
 }
 
-// Blocks of 8 warps a multiprocessor should hold: with a small state registers allow two.
+// CTAs of 8 warps an SM should hold: a small state leaves registers for two.
 __host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1; }
 
-// One block: a sequence, a value head, a slice of dv; chunk after chunk, the next one's inputs arriving
-// meanwhile.
-//   E = R - N (beta R), R = V - e^G K S            (E_i = v_i - S~_i^T k_i, the error that token i writes)
-//   O = s e^G Q S + P (beta E)                     S <- e^{G_C} S + K^T (e^{G_C - G} beta E)
-// Writes o and what Saved names.
+// (F1)-(F4) over the chunks of a split. One CTA: a sequence, a value head, a slice of dv; two cp.async
+// stages. Writes o and, unless null, Saved.
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.24 GB, writes o, states, E 0.40 GB: 0.212
-// ms at the copy rate; 52 GFLOP. Reached on an H100: 0.329 ms, 64%: half of the cycles shared memory is busy
-// with operands that every warp loads for itself.
+// Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.24 GB, writes o, states, E 0.40 GB;
+// 52 GFLOP. H100: 0.327 ms (dev/results/2026-11-26_h100): shared memory is busy half of the cycles with
+// operands that every warp loads for itself.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
-                        Sizes size, Pieces pieces, float s) {
+                        Sizes size, Splits splits, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, pieces, 0, pieces.count, blockDim.x / 32);
+  const PassBlock block = pass_block(size, splits, 0, splits.count, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
@@ -389,12 +391,12 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  qkv, values, size.channels, matrices, gates);
 
   float state[DK / 8][4] = {};
-  if (active && block.piece > 0)
-    load_state<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk, size.dk);
+  if (active && block.split > 0)
+    load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
-    receive_chunk<DK>(stage, size);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
     if (chunk + 1 < block.end_chunk)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
@@ -404,44 +406,46 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     const int64_t stride = int64_t(size.heads_v) * size.dv, out = row * stride + block.h * size.dv + column;
     const int n = size.rows_in(chunk);
     act* staging = stage.values + 16 * warp;
-    const uint32_t v_columns = walk_columns(staging, ld);
+    const uint32_t v_columns = lane_address_columns_first(staging, ld);
 
-    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    exponent = rescale_state<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {}, O[8][4] = {};
     __half* state_to = saved.states ? saved.states + (number * size.dv + column) * size.dk : nullptr;
     read_state<DK, true>(E, O, state, stage.k, stage.q, state_to, size.dk);
-    errors_of_chunk(E, stage, v_columns, ld, power_of_two(exponent));
+    solve_forward(E, stage, v_columns, ld, power_of_two(exponent));
     if (saved.states) {
-      store_tokens(saved.errors + out, stride, n, staging, ld, E, 1.f);
+      store_tokens(saved.E + out, stride, n, staging, ld, E, 1.f);
       if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
     }
-    scale_all_tokens(O, stage.gates + kFromStart * kChunk, s);
+    scale_all_tokens(O, stage.gates + kDecayFromStart * kChunk, s);
     scale_all_tokens(E, stage.gates + kBeta * kChunk, 1.f);
-    add_within_chunk(O, E, stage);
+    add_intra_chunk(O, E, stage);
     store_tokens(o + out, stride, n, staging, ld, O, power_of_two(-exponent));
 
-    scale_state<DK>(state, stage.gates[kFromStart * kChunk + kChunk - 1]);
-    const uint32_t k_rows = walk_rows(stage.k, DK + 8);
+    scale_state<DK>(state, stage.gates[kDecayFromStart * kChunk + kChunk - 1]);
+    const uint32_t k_rows = lane_address_rows_first(stage.k, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       uint32_t a[4];
-      scaled_operand(a, E[2 * p], E[2 * p + 1], stage.gates + kToEnd * kChunk, 16 * p, 1.f);
+      pack_scaled_a_fragment(a, E[2 * p], E[2 * p + 1], stage.gates + kDecayToEnd * kChunk, 16 * p, 1.f);
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
 }
 
-// What the backward pass leaves for gradients_kernel, fp16: dS at the chunks' ends [chunks,dv,dk] and X
-// [B,T,Hv,dv], both times 2^exponent, exponents [chunks, dv / 16], which keep do's products in range too.
+// Left by the backward pass for gradients_kernel, fp16: dS at the chunks' ends [chunks,dv,dk] and X
+// [B,T,Hv,dv], both times 2^exponent, exponents [chunks, dv / 16], which bring the products with dO into
+// range, too.
 struct Adjoints {
   __half *d_states, *x;
   int* exponents;
 };
 
-// x [16 of dv, 64 tokens] += do^T P for the 16 rows of P from 16 p on; d_o those tokens' A operand
-__device__ inline void add_within_chunk_backward(float (&x)[8][4], const uint32_t (&d_o)[4],
-                                                 const PassStage& stage, int p) {
-  const uint32_t p_rows = walk_rows(stage.squares, kTrianglesStride);
+// (B1), intra-chunk part: x [16 of dv, 64 tokens] += dO^T P for rows 16 p to 16 p + 15 of P; d_o: the A
+// fragment of those tokens.
+__device__ inline void add_intra_chunk_backward(float (&x)[8][4], const uint32_t (&d_o)[4],
+                                                const Sm80Stage& stage, int p) {
+  const uint32_t p_rows = lane_address_rows_first(stage.matrices, kPackedStride);
 #pragma unroll
   for (int t = 0; t <= p; t++) {
     uint32_t b[4];
@@ -450,13 +454,13 @@ __device__ inline void add_within_chunk_backward(float (&x)[8][4], const uint32_
   }
 }
 
-// X = dVn - N^T (beta dVn), in place. The first 16 tokens first.
-__device__ inline void solve_backward(float (&x)[8][4], const PassStage& stage) {
-  const uint32_t n_rows = walk_rows(stage.squares, kTrianglesStride);
+// (B2) X = Y - N^T (beta * Y), in place. The first 16 tokens first: they only read later tokens, still Y.
+__device__ inline void solve_backward(float (&x)[8][4], const Sm80Stage& stage) {
+  const uint32_t n_rows = lane_address_rows_first(stage.matrices, kPackedStride);
 #pragma unroll
   for (int p = 0; p < 4; p++) {
     uint32_t a[4];
-    scaled_operand(a, x[2 * p], x[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
+    pack_scaled_a_fragment(a, x[2 * p], x[2 * p + 1], stage.gates + kBeta * kChunk, 16 * p, -1.f);
 #pragma unroll
     for (int t = 0; t <= p; t++) {
       uint32_t b[4];
@@ -466,7 +470,7 @@ __device__ inline void solve_backward(float (&x)[8][4], const PassStage& stage) 
   }
 }
 
-// The bf16 operand d_o times unit, as accumulator tiles.
+// The bf16 A fragment d_o times scale, as accumulators.
 __device__ inline void output_gradient(float (&left)[4], float (&right)[4], const uint32_t (&d_o)[4],
                                        float unit) {
 #pragma unroll
@@ -478,21 +482,19 @@ __device__ inline void output_gradient(float (&left)[4], float (&right)[4], cons
   }
 }
 
-// One block: a sequence, a value head, a slice of dv; from the last chunk to the first.
-//   dVn = P^T dO + e^{G_C - G} K dS      X = dVn - N^T (beta dVn)      dV = beta X       (P contains s)
-//   dS <- e^{G_C} dS + Q^T (s e^G dO) - K^T (beta e^G X)
-// Writes dv into dqkv and, for gradients_kernel, X and each chunk's dS before the update. With kStates none
-// of these, but of all pieces but the first the dS at its start, from 0 at its end, to the boundary of the
-// piece before (delta_rule_pieces.cuh).
+// (B1)-(B3) over the chunks of a split, last chunk first. One CTA: a sequence, a value head, a slice of dv.
+// Writes dv into dqkv, and X and each chunk's dS before the update into Adjoints. With kStates it writes none
+// of these, but the dS at the split's start, from 0 at its end, to the boundary state of the split before,
+// for all splits but the first (splits.cuh).
 //
-// Floor at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB: 0.212
-// ms at the copy rate; 52 GFLOP. Reached on an H100: 0.344 ms, 62%, limited as the forward pass.
+// Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB;
+// 52 GFLOP. H100: 0.341 ms (dev/results/2026-11-26_h100).
 template <int DK, bool kStates>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
-                         const float* gates, Sizes size, Pieces pieces, float s) {
+                         const float* gates, Sizes size, Splits splits, float s) {
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates, blockDim.x / 32);
+  const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
@@ -503,12 +505,12 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  block.end_chunk - 1, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
-  if (!kStates && active && block.piece < pieces.count - 1)
-    load_state<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk, size.dk);
+  if (!kStates && active && block.split < splits.count - 1)
+    load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
-    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
-    receive_chunk<DK>(stage, size);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
     if (chunk > block.first_chunk)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
@@ -518,26 +520,26 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     const int64_t out = row * stride + block.h * size.dv + column;
     const int n = size.rows_in(chunk);
     act* staging = stage.values + 16 * warp;
-    const uint32_t do_columns = walk_columns(staging, ld);
-    const float* from_start = stage.gates + kFromStart * kChunk;
+    const uint32_t do_columns = lane_address_columns_first(staging, ld);
+    const float* from_start = stage.gates + kDecayFromStart * kChunk;
 
-    exponent = bring_into_range<DK>(state, largest_of_values(do_columns, ld), exponent);
+    exponent = rescale_state<DK>(state, largest_of_values(do_columns, ld), exponent);
     if (!kStates && threadIdx.x % 32 == 0) adjoints.exponents[(number * size.dv + column) / 16] = exponent;
     float X[8][4] = {};
     __half* state_to = kStates ? nullptr : adjoints.d_states + (number * size.dv + column) * size.dk;
     read_state<DK, false>(X, X, state, stage.k, stage.q, state_to, size.dk);
-    scale_all_tokens(X, stage.gates + kToEnd * kChunk, 1.f);
+    scale_all_tokens(X, stage.gates + kDecayToEnd * kChunk, 1.f);
     scale_state<DK>(state, from_start[kChunk - 1]);
-    const uint32_t q_rows = walk_rows(stage.q, DK + 8);
+    const uint32_t q_rows = lane_address_rows_first(stage.q, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       uint32_t a[4];
       float left[4], right[4];
       ldmatrix_transposed(a, do_columns + 2 * 16 * p * ld);
       output_gradient(left, right, a, power_of_two(exponent));
-      operand(a, left, right);
-      add_within_chunk_backward(X, a, stage, p);
-      scaled_operand(a, left, right, from_start, 16 * p, s);
+      pack_a_fragment(a, left, right);
+      add_intra_chunk_backward(X, a, stage, p);
+      pack_scaled_a_fragment(a, left, right, from_start, 16 * p, s);
       add_16_rows<DK>(state, a, q_rows + 2 * 16 * p * (DK + 8));
     }
     solve_backward(X, stage);
@@ -547,34 +549,34 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
       store_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
                    ld, X, power_of_two(-exponent));
 
-    const uint32_t k_rows = walk_rows(stage.k, DK + 8);
+    const uint32_t k_rows = lane_address_rows_first(stage.k, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       uint32_t a[4];
-      scaled_operand(a, X[2 * p], X[2 * p + 1], from_start, 16 * p, -1.f);
+      pack_scaled_a_fragment(a, X[2 * p], X[2 * p + 1], from_start, 16 * p, -1.f);
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
   if (kStates && active)
-    store_state<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
+    store_state<DK>(splits.boundary(block.b, block.h, block.split - 1, size) + column * size.dk, state,
                     power_of_two(-exponent), size.dk);
 }
 
-// ---- pieces (delta_rule_pieces.cuh)
+// ---- splits (splits.cuh)
 
-// The ends of all pieces but the last from a state of zero, to the boundary of the next; and of those that
-// are not the first either, transitions: slices from slices_v on are rows of M^T. What the forward pass does
-// to the state, nothing else.
+// (F1), (F2), (F4) alone: the final states of all splits but the last, from a state of zero, to the boundary
+// state of the next; and M of those that are neither first nor last: CTAs from slices_v on compute rows of
+// M^T.
 template <int DK>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
-                         Pieces pieces, int slices_v) {
+                         Splits splits, int slices_v) {
   extern __shared__ __align__(16) unsigned char shared[];
-  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1, blockDim.x / 32);
+  PassBlock block = pass_block(size, splits, 0, splits.count - 1, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8;
   const bool transition = int(blockIdx.x) >= slices_v;
   const int row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 16 * block.warps + 16 * warp;
-  if (transition && block.piece == 0) return;
+  if (transition && block.split == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const bool active = row < (transition ? size.dk : size.dv);
   const act* values = qkv + size.v_column(block.h);
@@ -587,34 +589,34 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   if (transition) unit_state<DK>(state, row);
   int exponent = 0;
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const PassStage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
-    receive_chunk<DK>(stage, size);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
     if (chunk + 1 < block.end_chunk)
       copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
                      values, size.channels, matrices, gates);
     if (!active) continue;
-    const uint32_t v_columns = walk_columns(stage.values + 16 * warp, ld);
-    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    const uint32_t v_columns = lane_address_columns_first(stage.values + 16 * warp, ld);
+    exponent = rescale_state<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {};
     read_state<DK, false>(E, E, state, stage.k, stage.q, nullptr, size.dk);
-    errors_of_chunk(E, stage, v_columns, ld, power_of_two(exponent));
+    solve_forward(E, stage, v_columns, ld, power_of_two(exponent));
     scale_all_tokens(E, stage.gates + kBeta * kChunk, 1.f);
-    scale_state<DK>(state, stage.gates[kFromStart * kChunk + kChunk - 1]);
-    const uint32_t k_rows = walk_rows(stage.k, DK + 8);
+    scale_state<DK>(state, stage.gates[kDecayFromStart * kChunk + kChunk - 1]);
+    const uint32_t k_rows = lane_address_rows_first(stage.k, DK + 8);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       uint32_t a[4];
-      scaled_operand(a, E[2 * p], E[2 * p + 1], stage.gates + kToEnd * kChunk, 16 * p, 1.f);
+      pack_scaled_a_fragment(a, E[2 * p], E[2 * p + 1], stage.gates + kDecayToEnd * kChunk, 16 * p, 1.f);
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
   if (!active) return;
   if (transition)
-    store_transition<DK>(pieces.transition(block.b, block.h, block.piece, size), state,
+    store_transition<DK>(splits.transition(block.b, block.h, block.split, size), state,
                          power_of_two(-exponent), row, size.dk);
   else
-    store_state<DK>(pieces.boundary(block.b, block.h, block.piece + 1, size) + row * size.dk, state,
+    store_state<DK>(splits.boundary(block.b, block.h, block.split + 1, size) + row * size.dk, state,
                     power_of_two(-exponent), size.dk);
 }
 

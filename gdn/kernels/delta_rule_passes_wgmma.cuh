@@ -1,25 +1,23 @@
-// The gated delta rule, the two sequential kernels on Hopper's warpgroup products (wgmma, sm_90a): the same
-// equations, units, operands and results as in delta_rule_passes.cuh, whose kernels run everywhere else.
+// The two sequential kernels on Hopper (wgmma, sm_90a): (F1)-(F4) forward, (B1)-(B3) backward
+// (dev/doc/delta_rule.md). Equations, scale factors, operands and results are those of the mma.sync kernels.
 //
-// A warpgroup, four warps, owns 64 columns of dv, each warp 16 of them: the 64 rows of a product's A operand,
-// in registers. B operands (K, Q, N, P) are read from shared memory by the tensor cores, once for the
-// warpgroup instead of once a warp, and asynchronously: while they run, the warps copy, pack and store.
+// A consumer warpgroup owns 64 columns of dv, each of its warps 16: the 64 rows (M) of every wgmma, whose A
+// operand is in registers. B operands (K, Q, N, P) are read from shared memory once a warpgroup, not once a
+// warp, and asynchronously: meanwhile the warps copy, pack and store.
 //
-// One copy of K serves both K S, as a K-major operand, and the update K^T E, as an MN-major one
-// (delta_rule_wgmma.cuh).
+// One copy of K serves both K S, as K-major operand, and the update K^T E, as MN-major operand
+// (sm90/pipeline.cuh).
 //
-// Columns of q and k are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
-// Products over dk do not depend on their order; and of a row of the state a lane then holds 8 neighbouring
-// columns, which it stores as 16 bytes. The conversion to fp16 permutes, by naming registers.
+// Columns of Q and K are permuted within every 32: position 8 j + 2 c + b holds column 8 c + 2 j + b.
+// Products over dk do not depend on the order of columns, and a lane then holds 8 contiguous columns of a row
+// of the state, which it stores as 16 bytes. The permutation costs nothing: the conversion to fp16 does it by
+// the choice of registers.
 //
-// Floor of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB, 0.212 ms at the copy rate; 52 GFLOP. Reached
-// on an H200, whose memory is faster than the copy rate: 0.205 and 0.206 ms, 106% of the floor as
-// dev/bench_delta_rule counts it (0.218); with nothing saved 0.143, 82% of 0.117. With 16/32 heads of 128
-// 0.524 and 0.532, 119% and 118%, and 0.356, 101%. Before there were carriers, on an H100, 0.255 and 0.253,
-// where the kernels of delta_rule_passes.cuh take 0.329 and 0.344. What limits them, by ncu with 16/32 heads
-// and nothing saved, before the products started ahead of the range: a chunk's chain. Issue slots 41% busy,
-// no eligible warp in 57% of cycles, L1 64%, L2 64%, DRAM 47%; of the samples of the warps with products 18%
-// are between the first products and N's, half of these waiting for shared memory, and 12% wait for products.
+// Lower bound of either at B=32, T=1024, H=6, dk=128, dv=256: 0.63 GB; 52 GFLOP. H200, forward and backward
+// pass (dev/results/2026-11-29_h200_third): 0.206 and 0.207 ms; with 16/32 heads of 128, B=8, T=4096, 0.538
+// and 0.571. Limit: the critical path of a chunk. By ncu with 16/32 heads and nothing saved: issue slots 41%
+// busy, no eligible warp in 57% of the cycles, L1 64%, L2 64%, DRAM 47%; of the consumers' samples 18% are
+// between the first wgmma and N's, half of these waiting for shared memory, and 12% wait for wgmma.
 #pragma once
 
 #include "delta_rule_passes.cuh"
@@ -30,10 +28,11 @@ namespace delta_rule {
 
 // ---- a chunk's inputs
 
-// What a pass needs of one chunk, in shared memory: tiles of q, k, N and P as above, q and k arriving as bf16
-// and becoming fp16; `values` as in PassStage, [64, 64 groups + 8]; gates [4,64]. Without q: neither q nor P.
+// One stage of the pipeline: swizzled tiles of q, k (arrive as bf16, converted to fp16 in place), N and P;
+// the [64, 64 groups + 8] tile `values` (V or dO, and staging for results); gates [4,64]. Without q (kWithQ
+// false): neither q nor P.
 template <int DK, int kGroups, bool kWithQ = true>
-struct WarpgroupStage {
+struct Sm90Stage {
   static_assert(kWithQ || kGroups == 1, "a warpgroup each copies q and k");
   static constexpr int kThreads = 128 * kGroups, kKeyTiles = (DK + kTileRow - 1) / kTileRow;
   static constexpr int kValuesStride = 64 * kGroups + 8, kPairs = kWithQ ? 2 : 1;
@@ -44,7 +43,7 @@ struct WarpgroupStage {
   unsigned char* at;
   int index;
 
-  __device__ WarpgroupStage(unsigned char* shared, int i) : at(shared + i * kBytes), index(i) {}
+  __device__ Sm90Stage(unsigned char* shared, int i) : at(shared + i * kBytes), index(i) {}
   __device__ unsigned char* keys(int which) const { return at + which * kKeyTiles * kTileBytes; }
   __device__ unsigned char* q() const { return keys(0); }
   __device__ unsigned char* k() const { return keys(kPairs - 1); }
@@ -54,42 +53,44 @@ struct WarpgroupStage {
   __device__ float* gates() const { return reinterpret_cast<float*>(at + kGatesAt); }
 };
 
-// threadIdx.x, read anew: the compiler keeps nothing computed from it in registers from chunk to chunk.
-__device__ inline int thread_again() {
+// Re-reads %tid.x: keeps address arithmetic from being hoisted out of the chunk loop, where it would cost
+// registers.
+__device__ inline int reload_thread_idx() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 
-// Keeps the compiler from computing a pointer anew where it is used.
+// Makes a pointer opaque to the compiler, so that it stays in a register instead of being recomputed.
 template <class T>
 __device__ inline void keep(T*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
-// A warp's part of q and k where `kCopiers` warpgroups copy: f(width, which, tile) for each of those in the
-// stage, if there is one warpgroup, or for its warpgroup's, and each of its tiles. Of each the warp has 16
-// rows, `width` columns (64, or 32 in the last).
-template <int DK, int kCopiers, bool kWithQ, class F>
-__device__ inline void for_my_keys(int thread, const F& f) {
+// f(width, which, tile) for each tile of q and k of which this warp loads rows. With one load warpgroup that
+// is every tile of both; with two, the tiles of the warpgroup's own (which = 0: q, 1: k). The warp has 16
+// rows of the tile, `width` columns (64, or 32 in the last).
+template <int DK, int kLoadWarpgroups, bool kWithQ, class F>
+__device__ inline void for_each_key_tile_of_warp(int thread, const F& f) {
 #pragma unroll
-  for (int i = 0; i < (kWithQ ? 2 : 1) / kCopiers; i++) {
-    const int which = kCopiers == 2 ? thread / 128 : i;
+  for (int i = 0; i < (kWithQ ? 2 : 1) / kLoadWarpgroups; i++) {
+    const int which = kLoadWarpgroups == 2 ? thread / 128 : i;
 #pragma unroll
     for (int tile = 0; tile < DK / 64; tile++) f(std::integral_constant<int, 64>(), which, tile);
     if (DK % 64 != 0) f(std::integral_constant<int, 32>(), which, DK / 64);
   }
 }
 
-// `kCopiers` warpgroups, of which `thread` is one's, start copying a chunk's inputs; values as in copy_chunk.
-template <int DK, int kGroups, bool kWithQ, int kCopiers>
-__device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
+// kLoadWarpgroups warpgroups, this thread's index among them `thread`, issue cp.async of a chunk's inputs;
+// values: at the head's first column, rows values_stride apart.
+template <int DK, int kGroups, bool kWithQ, int kLoadWarpgroups>
+__device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
                                   const Sizes& size, int chunk, const act* qkv, const act* values,
                                   int64_t values_stride, const __half* matrices, const float* gates,
-                                  std::integral_constant<int, kCopiers>) {
-  using Stage = WarpgroupStage<DK, kGroups, kWithQ>;
+                                  std::integral_constant<int, kLoadWarpgroups>) {
+  using Stage = Sm90Stage<DK, kGroups, kWithQ>;
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
-  const int thread = thread_again() & (128 * kCopiers - 1), lane = thread % 32,
+  const int thread = reload_thread_idx() & (128 * kLoadWarpgroups - 1), lane = thread % 32,
             first = 16 * (thread / 32 % 4), n = size.rows_in(chunk);
   const act* inputs =
       qkv + (row + first) * size.channels + (kWithQ ? size.q_column(block.hk) : size.k_column(block.hk));
@@ -97,27 +98,27 @@ __device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& sta
   const int values_step = int(values_stride);
   const auto copy = [&](auto all) {  // 64 rows, or n of them and zeros
     constexpr bool whole = decltype(all)::value;
-    for_my_keys<DK, kCopiers, kWithQ>(thread, [&](auto width, int which, int tile) {
+    for_each_key_tile_of_warp<DK, kLoadWarpgroups, kWithQ>(thread, [&](auto width, int which, int tile) {
       constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
       const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
-      const act* from = rows_on(inputs, r, size.channels) + which * q_to_k + column;
+      const act* from = advance_rows(inputs, r, size.channels) + which * q_to_k + column;
       unsigned char* to = stage.keys(which) + tile * kTileBytes + 2 * kTileRow * first;
       const int at = swizzled(r, vector);
       const bool valid = column < size.dk;
 #pragma unroll
       for (int i = 0; i < 16; i += kRows)  // four rows on, the swizzle's third bit is the other
-        copy_16_bytes(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, rows_on(from, i, size.channels),
-                      valid && (whole || first + r + i < n));
+        cp_async_16(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, advance_rows(from, i, size.channels),
+                    valid && (whole || first + r + i < n));
     });
-    constexpr int kVectors = 8 * kGroups, kRows = 128 * kCopiers / kVectors;
+    constexpr int kVectors = 8 * kGroups, kRows = 128 * kLoadWarpgroups / kVectors;
     const int r = thread / kVectors, column = 8 * (thread % kVectors);
     const bool valid = column < size.dv - block.first_column;
     const act* from = values + (row + r) * values_stride + block.first_column + column;
     act* to = stage.values() + r * Stage::kValuesStride + column;
 #pragma unroll
     for (int i = 0; i < kChunk; i += kRows)
-      copy_16_bytes(to + i * Stage::kValuesStride, rows_on(from, i, values_step),
-                    valid && (whole || r + i < n));
+      cp_async_16(to + i * Stage::kValuesStride, advance_rows(from, i, values_step),
+                  valid && (whole || r + i < n));
   };
   if (n == kChunk)
     copy(std::true_type());
@@ -125,31 +126,31 @@ __device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& sta
     copy(std::false_type());
   {
     const int r = thread / 8, vector = thread % 8;
-    const __half* from = matrices + number * 2 * kSquare + r * kChunk + 8 * vector;
+    const __half* from = matrices + number * 2 * kMatrixElements + r * kChunk + 8 * vector;
     unsigned char* to = stage.n() + swizzled(r, vector);
     keep(from), keep(to);
 #pragma unroll
-    for (int i = 0; i < kChunk; i += 16 * kCopiers) {
+    for (int i = 0; i < kChunk; i += 16 * kLoadWarpgroups) {
       if (vector / 2 > (r + i) / 16) continue;  // above the diagonal, where the tiles stay zero
-      copy_16_bytes(to + 2 * kTileRow * i, from + i * kChunk, true);
-      if (kWithQ) copy_16_bytes(to + 2 * kTileRow * i + kTileBytes, from + i * kChunk + kSquare, true);
+      cp_async_16(to + 2 * kTileRow * i, from + i * kChunk, true);
+      if (kWithQ) cp_async_16(to + 2 * kTileRow * i + kTileBytes, from + i * kChunk + kMatrixElements, true);
     }
   }
   if (thread < kGates / 4)
-    copy_16_bytes(stage.gates() + 4 * thread, gates + number * kGates + 4 * thread, true);
-  copies_issued();
+    cp_async_16(stage.gates() + 4 * thread, gates + number * kGates + 4 * thread, true);
+  cp_async_commit();
 }
 
-// All of the block, which has no other warpgroups.
+// copy_chunk by all warpgroups of a block without a producer.
 template <int DK, int kGroups, bool kWithQ>
-__device__ inline void copy_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
+__device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
                                   const Sizes& size, int chunk, const act* qkv, const act* values,
                                   int64_t values_stride, const __half* matrices, const float* gates) {
   copy_chunk(stage, block, size, chunk, qkv, values, values_stride, matrices, gates,
              std::integral_constant<int, kGroups>());
 }
 
-// Four words of eight bf16 each, 32 neighbouring columns -> fp16 in the order of positions.
+// Converts 32 contiguous columns (four vectors of eight bf16) to fp16 in permuted order.
 __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
   uint32_t w[4][4];
 #pragma unroll
@@ -165,14 +166,15 @@ __device__ inline void permuted_to_fp16(uint4 (&x)[4]) {
   for (int j = 0; j < 4; j++) x[j] = make_uint4(w[j][0], w[j][1], w[j][2], w[j][3]);
 }
 
-// What a warp copied of q and k becomes fp16; the block and its products see it after they have synchronised.
-template <int DK, int kGroups, bool kWithQ, int kCopiers>
-__device__ inline void convert_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage,
-                                     std::integral_constant<int, kCopiers>) {
+// Converts the rows of q and k that this warp copied to fp16. Visible to the block's wgmma after the next
+// barrier.
+template <int DK, int kGroups, bool kWithQ, int kLoadWarpgroups>
+__device__ inline void convert_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage,
+                                     std::integral_constant<int, kLoadWarpgroups>) {
   __syncwarp();
-  const int thread = thread_again() & (128 * kCopiers - 1), lane = thread % 32,
+  const int thread = reload_thread_idx() & (128 * kLoadWarpgroups - 1), lane = thread % 32,
             first = 16 * (thread / 32 % 4);
-  for_my_keys<DK, kCopiers, kWithQ>(thread, [&](auto width, int which, int tile) {
+  for_each_key_tile_of_warp<DK, kLoadWarpgroups, kWithQ>(thread, [&](auto width, int which, int tile) {
     constexpr int kParts = decltype(width)::value / 32;  // of 32 columns
     const int r = lane / kParts, vector = 4 * (lane % kParts);
     if (r >= 16) return;
@@ -185,87 +187,90 @@ __device__ inline void convert_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& 
 #pragma unroll
     for (int i = 0; i < 4; i++) *reinterpret_cast<uint4*>(tile_at + (at ^ 16 * i)) = x[i];
   });
-  publish_to_products();
+  fence_proxy_async();
 }
 
-// Waits for a chunk's inputs. Each warp converts what it copied, in the forward while the products run that
-// end the chunk before.
+// Waits for this thread's cp.async of a chunk, then convert_chunk: in a block without a producer, where the
+// forward overlaps it with the wgmma that end the previous chunk.
 template <int DK, int kGroups, bool kWithQ>
-__device__ inline void receive_chunk(const WarpgroupStage<DK, kGroups, kWithQ>& stage) {
-  copies_arrived();
+__device__ inline void wait_and_convert_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage) {
+  cp_async_wait_all();
   convert_chunk(stage, std::integral_constant<int, kGroups>());
 }
 
-// ---- carriers
+// ---- warp specialization
 //
-// Where registers and shared memory allow it, a block has one more warpgroup, the carriers: they bring
-// inputs, a chunk or two ahead, and take what is staged in `values` out. The others do nothing but a chunk's
-// products, whose chain is what a pass takes: 3 stages, each used in turn.
+// At dk 96 and 128 a producer warpgroup prefetches inputs up to two chunks ahead into a ring of 3 stages and
+// stores the outputs staged in `values`; the consumer warpgroups do only the chunk's wgmma chain, which is
+// the critical path.
 
-__host__ __device__ constexpr bool carried(int DK) { return pass_blocks(DK) == 1 && DK <= 128; }
-__host__ __device__ constexpr int pass_threads(int DK, int groups) { return 128 * (groups + carried(DK)); }
-__host__ __device__ constexpr int pass_stages(int DK) { return carried(DK) ? 3 : 2; }
+__host__ __device__ constexpr bool has_producer(int DK) { return pass_blocks(DK) == 1 && DK <= 128; }
+__host__ __device__ constexpr int pass_threads(int DK, int groups) {
+  return 128 * (groups + has_producer(DK));
+}
+__host__ __device__ constexpr int pass_stages(int DK) { return has_producer(DK) ? 3 : 2; }
 
-// Of a stage: the inputs are there (one for each warpgroup that waits for them); all are done with them. Of a
-// warpgroup: whether a warp's state has left its range.
-enum Meeting { kReady = 1, kDone = 7, kRange = 10 };
-constexpr int kCarrierRegisters = 56, kOtherRegisters = 224;
+// Named barriers. kStageFull + stage, per consumer warpgroup: inputs have arrived. kStageEmpty + stage: the
+// stage may be refilled. kRescaleVote + warpgroup: does any warp have to rescale its state?
+enum NamedBarrier { kStageFull = 1, kStageEmpty = 7, kRescaleVote = 10 };
+constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
-// The warpgroup's registers a thread from here on, fewer or more.
+// setmaxnreg: registers a thread of this warpgroup from here on, fewer (dealloc) or more (alloc).
 template <int kRegisters>
-__device__ inline void give_registers() {
+__device__ inline void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ inline void take_registers() {
+__device__ inline void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// What carriers do; f(i), of the i-th of a pass's chunks: copy starts copying its inputs, write takes its
-// results out.
+// The producer warpgroup. copy(i, stage) issues the loads of the i-th chunk of the pass, write(i, stage)
+// stores its results.
 template <int DK, int kGroups, class Copy, class Write>
-__device__ inline void carry(unsigned char* tiles, int chunks, const Copy& copy, const Write& write) {
-  using Stage = WarpgroupStage<DK, kGroups>;
+__device__ inline void producer_loop(unsigned char* tiles, int chunks, const Copy& copy, const Write& write) {
+  using Stage = Sm90Stage<DK, kGroups>;
   constexpr int kStages = pass_stages(DK), kThreads = pass_threads(DK, kGroups);
-  constexpr auto kCopiers = std::integral_constant<int, 1>();
+  constexpr auto kLoadWarpgroups = std::integral_constant<int, 1>();
   int now = 0, before = kStages - 1;  // stages
   for (int i = 0; i < chunks + kStages; i++) {
     if (i >= kStages) {
-      meet(kDone + now, kThreads);
+      named_barrier_sync(kStageEmpty + now, kThreads);
       write(i - kStages, Stage(tiles, now));
     }
     if (i < chunks) copy(i, Stage(tiles, now));
     if (i > 0 && i <= chunks) {
       if (i < chunks)
-        copies_arrived_but_one();
+        cp_async_wait_all_but_one();
       else
-        copies_arrived();
-      convert_chunk(Stage(tiles, before), kCopiers);
-      for (int group = 0; group < kGroups; group++) pass_by(kReady + kStages * group + before, 256);
+        cp_async_wait_all();
+      convert_chunk(Stage(tiles, before), kLoadWarpgroups);
+      for (int group = 0; group < kGroups; group++)
+        named_barrier_arrive(kStageFull + kStages * group + before, 256);
     }
     before = now;
     now = now + 1 < kStages ? now + 1 : 0;
   }
 }
 
-// What a warpgroup does that has no columns, where dv is an odd number of slices.
+// Second consumer warpgroup when dv/64 is odd: it has no columns and only arrives at the barriers.
 template <int DK, int kGroups>
-__device__ inline void attend(int chunks) {
+__device__ inline void idle_consumer(int chunks) {
   constexpr int kStages = pass_stages(DK);
   for (int i = 0, now = 0; i < chunks; i++) {
-    meet(kReady + kStages * (int(threadIdx.x) / 128) + now, 256);
-    pass_by(kDone + now, pass_threads(DK, kGroups));
+    named_barrier_sync(kStageFull + kStages * (int(threadIdx.x) / 128) + now, 256);
+    named_barrier_arrive(kStageEmpty + now, pass_threads(DK, kGroups));
     now = now + 1 < kStages ? now + 1 : 0;
   }
 }
 
-// Carriers write a chunk's results, staged as rows of tokens, to rows [tokens, ..] of `to`, the first n, as
-// many columns as there are.
+// The producer stores a chunk's results, staged as rows of tokens: n rows, `columns` columns, to rows of
+// `to`.
 template <int DK, int kGroups>
 __device__ inline void write_results(act* to, int64_t stride, int n, int columns,
-                                     const WarpgroupStage<DK, kGroups>& stage) {
+                                     const Sm90Stage<DK, kGroups>& stage) {
   constexpr int kVectors = 8 * kGroups, kRows = 128 / kVectors;
-  const int thread = thread_again() & 127, r = thread / kVectors, column = 8 * (thread % kVectors);
+  const int thread = reload_thread_idx() & 127, r = thread / kVectors, column = 8 * (thread % kVectors);
   if (column >= columns) return;
   const act* from = stage.values() + r * stage.kValuesStride + column;
   to += r * stride + column;
@@ -274,7 +279,7 @@ __device__ inline void write_results(act* to, int64_t stride, int n, int columns
 #pragma unroll
     for (int i = 0; i < kChunk; i += kRows)
       if (decltype(all)::value || r + i < n)
-        *reinterpret_cast<uint4*>(rows_on(to, i, step)) =
+        *reinterpret_cast<uint4*>(advance_rows(to, i, step)) =
             *reinterpret_cast<const uint4*>(from + i * stage.kValuesStride);
   };
   if (n == kChunk)
@@ -285,142 +290,144 @@ __device__ inline void write_results(act* to, int64_t stride, int n, int columns
 
 // ---- products with the state
 
-// Writes the state's operands first to end, an even number of both, over positions, to the warp's rows [16 of
-// dv, dk]: a lane 8 columns of each 32.
+// Stores the state's A fragments `first` to `end` (both even), in permuted column order, to the warp's rows
+// [16 of dv, dk]: a lane 8 columns of each 32.
 template <int DK>
-__device__ inline void store_operands(__half* to, int dk, const uint32_t (&operands)[DK / 16][4], int first,
-                                      int end) {
+__device__ inline void store_state_fragments(__half* to, int dk, const uint32_t (&fragments)[DK / 16][4],
+                                             int first, int end) {
   const int lane = threadIdx.x % 32, column = 8 * (lane % 4);
   to += lane / 4 * dk + column;
 #pragma unroll
   for (int i = first; i < end; i += 2) {
     if (16 * i + column >= dk) continue;
-    const uint32_t(&left)[4] = operands[i], (&right)[4] = operands[i + 1];
+    const uint32_t(&left)[4] = fragments[i], (&right)[4] = fragments[i + 1];
 #pragma unroll
     for (int half = 0; half < 2; half++)
-      store_16_bytes(rows_on(to, 8 * half, dk) + 16 * i, left[half], left[half + 2], right[half],
-                     right[half + 2]);
+      st_global_v4(advance_rows(to, 8 * half, dk) + 16 * i, left[half], left[half + 2], right[half],
+                   right[half + 2]);
   }
 }
 
-// Whether registers hold all of the state's operands beside the state: then these tell its range, at half the
-// instructions.
-__device__ constexpr bool operands_first(int DK) { return DK <= 128; }
+// The state's A fragments all fit in registers beside the state. Then the largest magnitude is taken from the
+// packed fragments, at half the instructions.
+__device__ constexpr bool all_fragments_fit(int DK) { return DK <= 128; }
 
 template <int DK>
-__device__ inline void state_operands(uint32_t (&operands)[DK / 16][4], const float (&state)[DK / 8][4]) {
+__device__ inline void pack_state_fragments(uint32_t (&fragments)[DK / 16][4],
+                                            const float (&state)[DK / 8][4]) {
 #pragma unroll
-  for (int i = 0; i < DK / 16; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
+  for (int i = 0; i < DK / 16; i++) pack_a_fragment(fragments[i], state[2 * i], state[2 * i + 1]);
 }
 
-// The largest of the state's operands; infinity where one overflowed.
+// Largest magnitude among the state's A fragments; infinity where one overflowed fp16.
 template <int DK>
-__device__ inline float largest_operand(const uint32_t (&operands)[DK / 16][4]) {
+__device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16][4]) {
   __half2 high = __float2half2_rn(0.f), low = high;
 #pragma unroll
   for (int i = 0; i < DK / 16; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const __half2 x = *reinterpret_cast<const __half2*>(&operands[i][e]);
+      const __half2 x = *reinterpret_cast<const __half2*>(&fragments[i][e]);
       high = __hmax2(high, x), low = __hmin2(low, x);
     }
   const float2 largest = __half22float2(__hmax2(high, __hneg2(low)));
   return fmaxf(largest.x, largest.y);
 }
 
-// Whether a warp's exponent stays as it is, as far as operands tell: not where they are all 0.
+// The warp's scale factor may stay as it is, judged by the packed fragments. False if they are all 0.
 template <int DK>
-__device__ inline bool stays_in_range(const uint32_t (&operands)[DK / 16][4], float largest_value,
-                                      int exponent) {
-  const float largest = largest_operand<DK>(operands);
-  const int e = range_exponent(fmaxf(power_of_two(exponent) * largest_value, largest), exponent);
+__device__ inline bool scale_holds(const uint32_t (&fragments)[DK / 16][4], float largest_value,
+                                   int exponent) {
+  const float largest = largest_of_fragments<DK>(fragments);
+  const int e = scale_exponent(fmaxf(power_of_two(exponent) * largest_value, largest), exponent);
   return e == exponent && __any_sync(~0u, largest > 0);
 }
 
-// bring_into_range, and the state's operands.
+// rescale_state and pack_state_fragments; packs first and rescales only if scale_holds says no.
 template <int DK>
-__device__ inline int operands_in_range(uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
-                                        float largest_value, int exponent) {
-  state_operands<DK>(operands, state);
-  if (stays_in_range<DK>(operands, largest_value, exponent)) return exponent;
-  exponent = bring_into_range<DK>(state, largest_value, exponent);
-  state_operands<DK>(operands, state);
+__device__ inline int rescale_and_pack_state(uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
+                                             float largest_value, int exponent) {
+  pack_state_fragments<DK>(fragments, state);
+  if (scale_holds<DK>(fragments, largest_value, exponent)) return exponent;
+  exponent = rescale_state<DK>(state, largest_value, exponent);
+  pack_state_fragments<DK>(fragments, state);
   return exponent;
 }
 
-// Starts what reads the state [64 of dv, dk] at a chunk's start:
-//   operands: the state's (made here where not kOperandsFirst); written to `to`, rows [16 of dv, dk] of this
-//   warp, where that is not null
-//   from_k [64,64 tokens] = state K^T, done but for the newest group of products if kWithQ, else with the
-//   newest from_q = state Q^T (kWithQ), done with the newest group
-template <int DK, bool kWithQ, bool kOperandsFirst = operands_first(DK)>
+// Issues the wgmma that read the state [64 of dv, dk] at a chunk's start:
+//   from_k [64,64 tokens] = state K^T      from_q [64,64 tokens] = state Q^T (kWithQ)
+// fragments: the state's A fragments (packed here unless kAllFragmentsFit); stored to `to`, the warp's rows
+// [16 of dv, dk], unless that is null. from_k is complete after wgmma_wait_group<1> (kWithQ) or <0>; from_q
+// after <0>.
+template <int DK, bool kWithQ, bool kAllFragmentsFit = all_fragments_fit(DK)>
 __device__ inline void start_read_state(float (&from_k)[8][4], float (&from_q)[8][4],
-                                        uint32_t (&operands)[DK / 16][4], const float (&state)[DK / 8][4],
+                                        uint32_t (&fragments)[DK / 16][4], const float (&state)[DK / 8][4],
                                         uint64_t k, uint64_t q, __half* to, int dk) {
-  constexpr int kAtOnce = kOperandsFirst ? DK / 16 : 4;  // else a tile
+  constexpr int kAtOnce = kAllFragmentsFit ? DK / 16 : 4;  // else a tile
 #pragma unroll
   for (int first = 0; first < DK / 16; first += kAtOnce) {
     const bool last = first + kAtOnce >= DK / 16;
     const int end = last ? DK / 16 : first + kAtOnce;
-    if (!kOperandsFirst)
+    if (!kAllFragmentsFit)
 #pragma unroll
-      for (int i = first; i < end; i++) operand(operands[i], state[2 * i], state[2 * i + 1]);
-    if (to) store_operands<DK>(to, dk, operands, first, end);
+      for (int i = first; i < end; i++) pack_a_fragment(fragments[i], state[2 * i], state[2 * i + 1]);
+    if (to) store_state_fragments<DK>(to, dk, fragments, first, end);
 #pragma unroll
-    for (int i = first; i < end; i++) pin(operands[i]);
-    products_begin();
+    for (int i = first; i < end; i++) wgmma_fence_operand(fragments[i]);
+    wgmma_fence();
 #pragma unroll
-    for (int i = first; i < end; i++) wgmma_64<kByK>(from_k, operands[i], k + columns_16(i), i > 0);
-    if (last || !kWithQ) products_issued();
+    for (int i = first; i < end; i++) wgmma_64<kMajorK>(from_k, fragments[i], k + columns_16(i), i > 0);
+    if (last || !kWithQ) wgmma_commit_group();
     if (kWithQ) {
 #pragma unroll
-      for (int i = first; i < end; i++) wgmma_64<kByK>(from_q, operands[i], q + columns_16(i), i > 0);
-      products_issued();
+      for (int i = first; i < end; i++) wgmma_64<kMajorK>(from_q, fragments[i], q + columns_16(i), i > 0);
+      wgmma_commit_group();
     }
-    if (!last) products_done<1>();  // so that at most two tiles' operands take registers
+    if (!last) wgmma_wait_group<1>();  // so that at most two tiles' operands take registers
   }
 }
 
-// One or the other.
+// Rescales the state at a chunk's start; packs its A fragments, too, where registers hold them all.
 template <int DK>
-__device__ inline int in_range(uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
-                               float largest_value, int exponent) {
-  if constexpr (operands_first(DK))
-    return operands_in_range<DK>(operands, state, largest_value, exponent);
+__device__ inline int rescale_and_pack(uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
+                                       float largest_value, int exponent) {
+  if constexpr (all_fragments_fit(DK))
+    return rescale_and_pack_state<DK>(fragments, state, largest_value, exponent);
   else
-    return bring_into_range<DK>(state, largest_value, exponent);
+    return rescale_state<DK>(state, largest_value, exponent);
 }
 
-// in_range and start_read_state, nothing written: the products start before the range is known, and once more
-// where a warp of the warpgroup finds that it changes, which is rare after a sequence's first chunks.
+// Rescales the state and issues its reads, storing nothing. The wgmma start before the scale factor is known,
+// and are issued once more if a warp of the warpgroup votes to rescale, which is rare after a sequence's
+// first chunks.
 template <int DK, bool kWithQ>
-__device__ inline int start_read_in_range(float (&from_k)[8][4], float (&from_q)[8][4],
-                                          uint32_t (&operands)[DK / 16][4], float (&state)[DK / 8][4],
-                                          uint64_t k, uint64_t q, float largest_value, int exponent) {
+__device__ inline int start_read_state_rescaled(float (&from_k)[8][4], float (&from_q)[8][4],
+                                                uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
+                                                uint64_t k, uint64_t q, float largest_value, int exponent) {
   const auto start = [&] {
-    state_operands<DK>(operands, state);
-    start_read_state<DK, kWithQ>(from_k, from_q, operands, state, k, q, nullptr, 0);
+    pack_state_fragments<DK>(fragments, state);
+    start_read_state<DK, kWithQ>(from_k, from_q, fragments, state, k, q, nullptr, 0);
   };
   start();
-  const bool stays = stays_in_range<DK>(operands, largest_value, exponent);
-  if (any_of_meeting(kRange + int(threadIdx.x) / 128, 128, !stays)) {
-    products_done<0>();
-    pin(from_k), pin(from_q), pin(operands);
-    if (!stays) exponent = bring_into_range<DK>(state, largest_value, exponent);
+  const bool stays = scale_holds<DK>(fragments, largest_value, exponent);
+  if (named_barrier_any(kRescaleVote + int(threadIdx.x) / 128, 128, !stays)) {
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(from_k), wgmma_fence_operand(from_q), wgmma_fence_operand(fragments);
+    if (!stays) exponent = rescale_state<DK>(state, largest_value, exponent);
     start();
   }
   return exponent;
 }
 
-// Starts out [64,64 tokens] = operands [64, dk] rows [64 tokens, dk]^T
+// Issues out [64,64 tokens] = fragments [64, dk] rows [64 tokens, dk]^T.
 template <int DK>
-__device__ inline void start_read_operands(float (&out)[8][4], const uint32_t (&operands)[DK / 16][4],
-                                           uint64_t rows) {
+__device__ inline void start_fragments_times_rows(float (&out)[8][4], const uint32_t (&fragments)[DK / 16][4],
+                                                  uint64_t rows) {
 #pragma unroll
-  for (int i = 0; i < DK / 16; i++) wgmma_64<kByK>(out, operands[i], rows + columns_16(i), i > 0);
+  for (int i = 0; i < DK / 16; i++) wgmma_64<kMajorK>(out, fragments[i], rows + columns_16(i), i > 0);
 }
 
-// Starts state [64, dk] += kSign a [64, 64 tokens] rows [64 tokens, dk]
+// Issues state [64, dk] += kSign a [64, 64 tokens] rows [64 tokens, dk].
 template <int DK, int kSign = 1>
 __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint32_t (&a)[4][4],
                                           uint64_t rows) {
@@ -428,37 +435,37 @@ __device__ inline void start_update_state(float (&state)[DK / 8][4], const uint3
   for (int tile = 0; tile < DK / 64; tile++)
 #pragma unroll
     for (int p = 0; p < 4; p++)
-      wgmma_64<kByN, kSign>(state + 8 * tile, a[p], rows + tile * kNextTile + p * kRows16, 1);
+      wgmma_64<kMajorMN, kSign>(state + 8 * tile, a[p], rows + tile * kNextTile + p * kRows16, 1);
   if (DK % 64 != 0)
 #pragma unroll
     for (int p = 0; p < 4; p++)
-      wgmma_32<kByN, kSign>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16, 1);
+      wgmma_32<kMajorMN, kSign>(state + DK / 64 * 8, a[p], rows + DK / 64 * kNextTile + p * kRows16, 1);
 }
 
-// Starts c [64, 64 tokens] += kSign a [64, 64 tokens] m^T (kByK) or a m (kByN), m [64,64] one tile
+// Issues c [64, 64 tokens] += kSign a [64, 64 tokens] m^T (kMajorK) or a m (kMajorMN); m [64,64], one tile.
 template <Major kMajor, int kSign = 1>
-__device__ inline void start_square(float (&c)[8][4], const uint32_t (&a)[4][4], uint64_t m) {
+__device__ inline void start_times_matrix(float (&c)[8][4], const uint32_t (&a)[4][4], uint64_t m) {
 #pragma unroll
   for (int p = 0; p < 4; p++)
-    wgmma_64<kMajor, kSign>(c, a[p], m + p * (kMajor == kByK ? kColumns16 : kRows16), 1);
+    wgmma_64<kMajor, kSign>(c, a[p], m + p * (kMajor == kMajorK ? kColumns16 : kRows16), 1);
 }
 
-// The operands of x [64, 64 tokens] times factor * gate.
-__device__ inline void scaled_operands(uint32_t (&a)[4][4], const float (&x)[8][4], const float* gate,
-                                       float factor) {
+// A fragments of x [64, 64 tokens] times factor * gate.
+__device__ inline void pack_scaled_a_fragments(uint32_t (&a)[4][4], const float (&x)[8][4], const float* gate,
+                                               float factor) {
 #pragma unroll
-  for (int p = 0; p < 4; p++) scaled_operand(a[p], x[2 * p], x[2 * p + 1], gate, 16 * p, factor);
+  for (int p = 0; p < 4; p++) pack_scaled_a_fragment(a[p], x[2 * p], x[2 * p + 1], gate, 16 * p, factor);
 }
 
-__device__ inline void operands(uint32_t (&a)[4][4], const float (&x)[8][4]) {
+__device__ inline void pack_a_fragments(uint32_t (&a)[4][4], const float (&x)[8][4]) {
 #pragma unroll
-  for (int p = 0; p < 4; p++) operand(a[p], x[2 * p], x[2 * p + 1]);
+  for (int p = 0; p < 4; p++) pack_a_fragment(a[p], x[2 * p], x[2 * p + 1]);
 }
 
-// The warp's 16 rows [dk] of fp32 at `from`, which is its row 0, as accumulators over positions; zeros where
-// that is null.
+// Loads the warp's 16 rows [dk] of a fp32 state, row 0 at `from`, into accumulators in permuted column order;
+// zeros if `from` is null.
 template <int DK>
-__device__ inline void load_positions(float (&state)[DK / 8][4], const float* from, int dk) {
+__device__ inline void load_permuted_state(float (&state)[DK / 8][4], const float* from, int dk) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 8 * (lane % 4);
 #pragma unroll
   for (int t = 0; t < DK / 8; t += 2)
@@ -475,60 +482,62 @@ __device__ inline void load_positions(float (&state)[DK / 8][4], const float* fr
     }
 }
 
-// Calls f(e, row, column) for each of tile t's four numbers: its row of 16, its column of dk.
+// f(e, row, column) for the four accumulators of tile t: row of 16, column of dk after undoing the
+// permutation.
 template <class F>
-__device__ inline void for_positions(int t, const F& f) {
+__device__ inline void for_each_permuted(int t, const F& f) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int e = 0; e < 4; e++)
     f(e, lane / 4 + 8 * (e / 2), 32 * (t / 4) + 8 * (lane % 4) + 2 * (t % 4) + e % 2);
 }
 
-// Factor times the accumulators, to rows [16, dk].
+// Stores factor * state, permuted accumulators, to rows [16, dk] of `to`.
 template <int DK>
-__device__ inline void store_positions(float* to, const float (&state)[DK / 8][4], float factor, int dk) {
+__device__ inline void store_permuted_state(float* to, const float (&state)[DK / 8][4], float factor,
+                                            int dk) {
 #pragma unroll
   for (int t = 0; t < DK / 8; t++)
-    for_positions(t, [&](int e, int row, int column) {
+    for_each_permuted(t, [&](int e, int row, int column) {
       if (column < dk) to[row * dk + column] = factor * state[t][e];
     });
 }
 
-// Zeros above the diagonal of N and P, where nothing is ever copied.
+// Zeroes N's and P's tiles in all stages: above the diagonal nothing is ever copied.
 template <class Stage, int kStages = 2>
 __device__ inline void clear_matrices(unsigned char* shared) {
   for (int i = 0; i < kStages; i++) clear_shared(Stage(shared, i).n(), Stage::kPairs * kTileBytes);
   __syncthreads();
 }
 
-// What forward_pass_kernel computes and writes. One block: a sequence, a value head, 64 or 128 of dv; where
-// dv ends within, warps compute with zeros and write nothing. Whether registers hold Q S beside K S from the
-// chunk's start on; else it is computed after E.
+// Registers hold Q S beside K S from the chunk's start on; otherwise Q S is computed after E.
 __device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_blocks(DK) < 4; }
-// Whether registers are left for what could wait until a product is done. Then the state is stored in two
-// parts, each while products run: stores of all warps at once keep the memory pipe busy longer than one does.
-__device__ constexpr bool roomy(int DK, int groups) { return operands_first(DK) && q_with_k(DK, groups); }
-// The first part's operands, an even number.
-__device__ constexpr int half_of_operands(int DK) { return (DK / 16 + 3) / 4 * 2; }
+// Enough registers to overlap the state's stores and rescaling with wgmma. The state is then stored in two
+// parts, each during a wgmma: stores of all warps at once would fill the memory pipe for longer than one
+// wgmma takes.
+__device__ constexpr bool roomy(int DK, int groups) { return all_fragments_fit(DK) && q_with_k(DK, groups); }
+// Number of A fragments in the first of the two parts, even.
+__device__ constexpr int first_half_of_fragments(int DK) { return (DK / 16 + 3) / 4 * 2; }
 
 template <int DK, int kGroups>
 __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
-    forward_pass_warpgroup_kernel(act* o, Saved saved, const act* qkv, const __half* matrices,
-                                  const float* gates, Sizes size, Pieces pieces, float s) {
+    forward_pass_sm90_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
+                             Sizes size, Splits splits, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Stage = WarpgroupStage<DK, kGroups>;
+  using Stage = Sm90Stage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride, kStages = pass_stages(DK);
-  constexpr bool kQWithK = q_with_k(DK, kGroups), kRoomy = roomy(DK, kGroups), kCarried = carried(DK);
-  const PassBlock block = pass_block(size, pieces, 0, pieces.count, 4 * kGroups);
+  constexpr bool kQWithK = q_with_k(DK, kGroups), kRoomy = roomy(DK, kGroups),
+                 kHasProducer = has_producer(DK);
+  const PassBlock block = pass_block(size, splits, 0, splits.count, 4 * kGroups);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   clear_matrices<Stage, kStages>(tiles);
-  if (kCarried && warp >= 4 * kGroups) {
-    if (kGroups == 2) give_registers<kCarrierRegisters>();
-    carry<DK, kGroups>(
+  if (kHasProducer && warp >= 4 * kGroups) {
+    if (kGroups == 2) warpgroup_reg_dealloc<kProducerRegisters>();
+    producer_loop<DK, kGroups>(
         tiles, block.end_chunk - block.first_chunk,
         [&](int i, const Stage& stage) {
           copy_chunk(stage, block, size, block.first_chunk + i, qkv, values, size.channels, matrices, gates,
@@ -541,20 +550,20 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
         });
     return;
   }
-  if (kCarried && kGroups == 2) {
+  if (kHasProducer && kGroups == 2) {
     if (block.first_column + 64 * (warp / 4) >= size.dv)
-      return attend<DK, kGroups>(block.end_chunk - block.first_chunk);
-    take_registers<kOtherRegisters>();
+      return idle_consumer<DK, kGroups>(block.end_chunk - block.first_chunk);
+    warpgroup_reg_alloc<kConsumerRegisters>();
   }
-  if (!kCarried) {
+  if (!kHasProducer) {
     copy_chunk(Stage(tiles, 0), block, size, block.first_chunk, qkv, values, size.channels, matrices, gates);
-    receive_chunk(Stage(tiles, 0));
+    wait_and_convert_chunk(Stage(tiles, 0));
   }
 
   float state[DK / 8][4] = {};
-  if (active && block.piece > 0)
-    load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
-                       size.dk);
+  if (active && block.split > 0)
+    load_permuted_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk,
+                            size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk, now = 0; chunk < block.end_chunk; chunk++) {
     const Stage stage(tiles, now);
@@ -563,9 +572,9 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     const int64_t out = size.first_row(block.b, chunk) * stride + block.h * size.dv + column;
     const int n = active ? size.rows_in(chunk) : 0;
     act* staging = stage.values() + 16 * warp;
-    const uint32_t v_columns = walk_columns(staging, ld);
-    if (kCarried)
-      meet(kReady + kStages * (warp / 4) + stage.index, 256);
+    const uint32_t v_columns = lane_address_columns_first(staging, ld);
+    if (kHasProducer)
+      named_barrier_sync(kStageFull + kStages * (warp / 4) + stage.index, 256);
     else
       __syncthreads();
 
@@ -573,86 +582,87 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     float E[8][4] = {}, O[8][4] = {};
     const bool saving = active && saved.states;
     __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
-    constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
+    constexpr int kHalf = kRoomy ? first_half_of_fragments(DK) : 0;
     const float largest_value = largest_of_values(v_columns, ld);
-    const uint64_t k_tiles = tile_descriptor(stage.k()), q_tiles = tile_descriptor(stage.q());
+    const uint64_t k_tiles = make_smem_desc(stage.k()), q_tiles = make_smem_desc(stage.q());
     if constexpr (kRoomy) {
-      exponent = start_read_in_range<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent);
+      exponent =
+          start_read_state_rescaled<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent);
     } else {
-      exponent = in_range<DK>(S, state, largest_value, exponent);
+      exponent = rescale_and_pack<DK>(S, state, largest_value, exponent);
       start_read_state<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, state_to, size.dk);
     }
-    if (kHalf && saving) store_operands<DK>(state_to, size.dk, S, 0, kHalf);
-    if (!kCarried && chunk + 1 < block.end_chunk)
+    if (kHalf && saving) store_state_fragments<DK>(state_to, size.dk, S, 0, kHalf);
+    if (!kHasProducer && chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, now), block, size, chunk + 1, qkv, values, size.channels, matrices, gates);
     uint32_t a[4][4], update[4][4];
-    products_done<kQWithK ? 1 : 0>();
-    pin(E), pin(state);
+    wgmma_wait_group<kQWithK ? 1 : 0>();
+    wgmma_fence_operand(E), wgmma_fence_operand(state);
     residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
-    scaled_operands(a, E, stage.gates() + kBeta * kChunk, 1.f);
-    pin(E), pin(a);
-    products_begin();
-    start_square<kByK, -1>(E, a, tile_descriptor(stage.n()));
-    products_issued();
-    if (kHalf && saving) store_operands<DK>(state_to, size.dk, S, kHalf, DK / 16);
-    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
+    pack_scaled_a_fragments(a, E, stage.gates() + kBeta * kChunk, 1.f);
+    wgmma_fence_operand(E), wgmma_fence_operand(a);
+    wgmma_fence();
+    start_times_matrix<kMajorK, -1>(E, a, make_smem_desc(stage.n()));
+    wgmma_commit_group();
+    if (kHalf && saving) store_state_fragments<DK>(state_to, size.dk, S, kHalf, DK / 16);
+    scale_state<DK>(state, stage.gates()[kDecayFromStart * kChunk + kChunk - 1]);
     if (kRoomy) {  // now, and not when the products are done
-      pin(state);
-      products_done<1>();
-      pin(O);
-      scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
-      pin(O);
+      wgmma_fence_operand(state);
+      wgmma_wait_group<1>();
+      wgmma_fence_operand(O);
+      scale_all_tokens(O, stage.gates() + kDecayFromStart * kChunk, s);
+      wgmma_fence_operand(O);
     }
-    products_done<0>();
-    pin(E);
-    if (kQWithK && !kRoomy) pin(O), pin(state);
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(E);
+    if (kQWithK && !kRoomy) wgmma_fence_operand(O), wgmma_fence_operand(state);
     if (saving) {
       stage_tokens<__half>(staging, ld, E, 1.f);
       if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
     }
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
-    operands(a, E);
-    scaled_operands(update, E, stage.gates() + kToEnd * kChunk, 1.f);
+    pack_a_fragments(a, E);
+    pack_scaled_a_fragments(update, E, stage.gates() + kDecayToEnd * kChunk, 1.f);
     if (!kQWithK) {  // first what frees registers
-      pin(state), pin(update), pin(S);
-      products_begin();
-      start_update_state<DK>(state, update, tile_descriptor(stage.k()));
-      products_issued();
-      if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
-      if (!kCarried && chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, now));
-      products_done<0>();
-      pin(state);
-      products_begin();
-      start_read_operands<DK>(O, S, tile_descriptor(stage.q()));
-      products_issued();
-      products_done<0>();
-      pin(O);
+      wgmma_fence_operand(state), wgmma_fence_operand(update), wgmma_fence_operand(S);
+      wgmma_fence();
+      start_update_state<DK>(state, update, make_smem_desc(stage.k()));
+      wgmma_commit_group();
+      if (saving) write_tokens(saved.E + out, stride, n, staging, ld);
+      if (!kHasProducer && chunk + 1 < block.end_chunk) wait_and_convert_chunk(Stage(tiles, now));
+      wgmma_wait_group<0>();
+      wgmma_fence_operand(state);
+      wgmma_fence();
+      start_fragments_times_rows<DK>(O, S, make_smem_desc(stage.q()));
+      wgmma_commit_group();
+      wgmma_wait_group<0>();
+      wgmma_fence_operand(O);
     }
-    if (!kRoomy) scale_all_tokens(O, stage.gates() + kFromStart * kChunk, s);
-    pin(O), pin(a);
-    if (kQWithK) pin(state), pin(update);
-    products_begin();
-    start_square<kByK>(O, a, tile_descriptor(stage.p()));
-    products_issued();
+    if (!kRoomy) scale_all_tokens(O, stage.gates() + kDecayFromStart * kChunk, s);
+    wgmma_fence_operand(O), wgmma_fence_operand(a);
+    if (kQWithK) wgmma_fence_operand(state), wgmma_fence_operand(update);
+    wgmma_fence();
+    start_times_matrix<kMajorK>(O, a, make_smem_desc(stage.p()));
+    wgmma_commit_group();
     if (kQWithK) {
-      start_update_state<DK>(state, update, tile_descriptor(stage.k()));
-      products_issued();
-      if (saving) write_tokens(saved.errors + out, stride, n, staging, ld);
-      if (!kCarried && chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, now));
+      start_update_state<DK>(state, update, make_smem_desc(stage.k()));
+      wgmma_commit_group();
+      if (saving) write_tokens(saved.E + out, stride, n, staging, ld);
+      if (!kHasProducer && chunk + 1 < block.end_chunk) wait_and_convert_chunk(Stage(tiles, now));
     }
-    products_done<kQWithK ? 1 : 0>();
-    pin(O);
+    wgmma_wait_group<kQWithK ? 1 : 0>();
+    wgmma_fence_operand(O);
     stage_tokens<act>(staging, ld, O, power_of_two(-exponent));
-    if (!kCarried) write_tokens(o + out, stride, n, staging, ld);
-    products_done<0>();
-    pin(state);
-    if (kCarried) pass_by(kDone + stage.index, pass_threads(DK, kGroups));
+    if (!kHasProducer) write_tokens(o + out, stride, n, staging, ld);
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(state);
+    if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, pass_threads(DK, kGroups));
   }
 #endif
 }
 
-// The operands of do times factor, from the warp's 16 columns of the bf16 tile, or of do times factor * gate
-// (kWithGate).
+// A fragments of factor * dO, or of factor * gate * dO (kWithGate), from the warp's 16 columns of the bf16
+// tile.
 template <bool kWithGate>
 __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns, int ld, float factor,
                                         const float* gate) {
@@ -662,31 +672,32 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
     ldmatrix_transposed(a[p], do_columns + 2 * 16 * p * ld);
     output_gradient(left, right, a[p], factor);
     if (kWithGate) scale_tokens(left, right, gate, 16 * p, 1.f);
-    operand(a[p], left, right);
+    pack_a_fragment(a[p], left, right);
   }
 }
 
-// What backward_pass_kernel computes and writes.
+// (B1)-(B3). Grid, outputs and kStates as in the mma.sync backward_pass_kernel; a CTA has 64 or 128 columns
+// of dv.
 template <int DK, int kGroups, bool kStates>
 __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
-    backward_pass_warpgroup_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
-                                   const __half* matrices, const float* gates, Sizes size, Pieces pieces,
-                                   float s) {
+    backward_pass_sm90_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
+                              const __half* matrices, const float* gates, Sizes size, Splits splits,
+                              float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Stage = WarpgroupStage<DK, kGroups>;
+  using Stage = Sm90Stage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
-  constexpr int ld = Stage::kValuesStride, kBuffers = pass_stages(DK);
-  constexpr bool kRoomy = roomy(DK, kGroups), kCarried = carried(DK);
-  const PassBlock block = pass_block(size, pieces, kStates, pieces.count - kStates, 4 * kGroups);
+  constexpr int ld = Stage::kValuesStride, kStages = pass_stages(DK);
+  constexpr bool kRoomy = roomy(DK, kGroups), kHasProducer = has_producer(DK);
+  const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, 4 * kGroups);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
-  clear_matrices<Stage, kBuffers>(tiles);
+  clear_matrices<Stage, kStages>(tiles);
   const int last = block.end_chunk - 1;
-  if (kCarried && warp >= 4 * kGroups) {
-    if (kGroups == 2) give_registers<kCarrierRegisters>();
-    carry<DK, kGroups>(
+  if (kHasProducer && warp >= 4 * kGroups) {
+    if (kGroups == 2) warpgroup_reg_dealloc<kProducerRegisters>();
+    producer_loop<DK, kGroups>(
         tiles, block.end_chunk - block.first_chunk,
         [&](int i, const Stage& stage) {
           copy_chunk(stage, block, size, last - i, qkv, values, stride, matrices, gates,
@@ -701,31 +712,31 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
         });
     return;
   }
-  if (kCarried && kGroups == 2) {
+  if (kHasProducer && kGroups == 2) {
     if (block.first_column + 64 * (warp / 4) >= size.dv)
-      return attend<DK, kGroups>(block.end_chunk - block.first_chunk);
-    take_registers<kOtherRegisters>();
+      return idle_consumer<DK, kGroups>(block.end_chunk - block.first_chunk);
+    warpgroup_reg_alloc<kConsumerRegisters>();
   }
-  if (!kCarried) copy_chunk(Stage(tiles, 0), block, size, last, qkv, values, stride, matrices, gates);
+  if (!kHasProducer) copy_chunk(Stage(tiles, 0), block, size, last, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
-  if (!kStates && active && block.piece < pieces.count - 1)
-    load_positions<DK>(state, pieces.boundary(block.b, block.h, block.piece, size) + column * size.dk,
-                       size.dk);
+  if (!kStates && active && block.split < splits.count - 1)
+    load_permuted_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk,
+                            size.dk);
   int exponent = 0;
   for (int chunk = last, now = 0; chunk >= block.first_chunk; chunk--) {
     const Stage stage(tiles, now);
-    now = now + 1 < kBuffers ? now + 1 : 0;  // the next's
+    now = now + 1 < kStages ? now + 1 : 0;  // the next's
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t out = row * stride + block.h * size.dv + column;
     const int n = active ? size.rows_in(chunk) : 0;
     act* staging = stage.values() + 16 * warp;
-    const uint32_t do_columns = walk_columns(staging, ld);
-    const float *gate = stage.gates(), *from_start = gate + kFromStart * kChunk;
-    if (kCarried) {
-      meet(kReady + kBuffers * (warp / 4) + stage.index, 256);
+    const uint32_t do_columns = lane_address_columns_first(staging, ld);
+    const float *gate = stage.gates(), *from_start = gate + kDecayFromStart * kChunk;
+    if (kHasProducer) {
+      named_barrier_sync(kStageFull + kStages * (warp / 4) + stage.index, 256);
     } else {
-      receive_chunk(stage);
+      wait_and_convert_chunk(stage);
       __syncthreads();
     }
 
@@ -733,153 +744,154 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     float X[8][4] = {};
     __half* state_to =
         active && !kStates ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
-    constexpr int kHalf = kRoomy ? half_of_operands(DK) : 0;
+    constexpr int kHalf = kRoomy ? first_half_of_fragments(DK) : 0;
     const float largest_value = largest_of_values(do_columns, ld);
-    const uint64_t k_tiles = tile_descriptor(stage.k());
+    const uint64_t k_tiles = make_smem_desc(stage.k());
     if constexpr (kRoomy) {
-      exponent = start_read_in_range<DK, false>(X, X, dS, state, k_tiles, 0, largest_value, exponent);
+      exponent = start_read_state_rescaled<DK, false>(X, X, dS, state, k_tiles, 0, largest_value, exponent);
     } else {
-      exponent = in_range<DK>(dS, state, largest_value, exponent);
+      exponent = rescale_and_pack<DK>(dS, state, largest_value, exponent);
       start_read_state<DK, false>(X, X, dS, state, k_tiles, 0, state_to, size.dk);
     }
-    if (kHalf && state_to) store_operands<DK>(state_to, size.dk, dS, 0, kHalf);
+    if (kHalf && state_to) store_state_fragments<DK>(state_to, size.dk, dS, 0, kHalf);
     if (active && !kStates && threadIdx.x % 32 == 0)
       adjoints.exponents[(number * size.dv + column) / 16] = exponent;
-    if (!kCarried && chunk > block.first_chunk)
+    if (!kHasProducer && chunk > block.first_chunk)
       copy_chunk(Stage(tiles, now), block, size, chunk - 1, qkv, values, stride, matrices, gates);
     uint32_t a[4][4], update[4][4];
     output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
-    products_done<0>();
-    pin(X), pin(state);
-    scale_all_tokens(X, gate + kToEnd * kChunk, 1.f);
-    pin(X), pin(a);
-    products_begin();
-    start_square<kByN>(X, a, tile_descriptor(stage.p()));
-    products_issued();
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(X), wgmma_fence_operand(state);
+    scale_all_tokens(X, gate + kDecayToEnd * kChunk, 1.f);
+    wgmma_fence_operand(X), wgmma_fence_operand(a);
+    wgmma_fence();
+    start_times_matrix<kMajorMN>(X, a, make_smem_desc(stage.p()));
+    wgmma_commit_group();
     scale_state<DK>(state, from_start[kChunk - 1]);
     output_gradients<true>(update, do_columns, ld, s * power_of_two(exponent), from_start);
-    if (kRoomy) pin(state), pin(update);  // now, and not when the products are done
-    products_done<0>();
-    pin(X);
-    scaled_operands(a, X, gate + kBeta * kChunk, 1.f);
-    pin(X), pin(a), pin(state), pin(update);
-    products_begin();
-    start_square<kByN, -1>(X, a, tile_descriptor(stage.n()));
-    products_issued();
-    start_update_state<DK>(state, update, tile_descriptor(stage.q()));
-    products_issued();
-    if (kHalf && state_to) store_operands<DK>(state_to, size.dk, dS, kHalf, DK / 16);
-    products_done<1>();
-    pin(X);
+    if (kRoomy)
+      wgmma_fence_operand(state), wgmma_fence_operand(update);  // now, and not when the products are done
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(X);
+    pack_scaled_a_fragments(a, X, gate + kBeta * kChunk, 1.f);
+    wgmma_fence_operand(X), wgmma_fence_operand(a), wgmma_fence_operand(state), wgmma_fence_operand(update);
+    wgmma_fence();
+    start_times_matrix<kMajorMN, -1>(X, a, make_smem_desc(stage.n()));
+    wgmma_commit_group();
+    start_update_state<DK>(state, update, make_smem_desc(stage.q()));
+    wgmma_commit_group();
+    if (kHalf && state_to) store_state_fragments<DK>(state_to, size.dk, dS, kHalf, DK / 16);
+    wgmma_wait_group<1>();
+    wgmma_fence_operand(X);
 
     if (!kStates) stage_tokens<__half>(staging, ld, X, 1.f);
     scale_all_tokens(X, gate + kBeta * kChunk, 1.f);
-    scaled_operands(a, X, from_start, 1.f);
-    pin(a);
-    products_begin();
-    start_update_state<DK, -1>(state, a, tile_descriptor(stage.k()));
-    products_issued();
+    pack_scaled_a_fragments(a, X, from_start, 1.f);
+    wgmma_fence_operand(a);
+    wgmma_fence();
+    start_update_state<DK, -1>(state, a, make_smem_desc(stage.k()));
+    wgmma_commit_group();
     if (!kStates) {
       write_tokens(adjoints.x + out, stride, n, staging, ld);
       stage_tokens<act>(staging, ld, X, power_of_two(-exponent));
-      if (!kCarried)
+      if (!kHasProducer)
         write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
                      ld);
     }
-    products_done<0>();
-    pin(state);
-    if (kCarried) pass_by(kDone + stage.index, pass_threads(DK, kGroups));
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(state);
+    if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, pass_threads(DK, kGroups));
   }
   if (kStates && active)
-    store_positions<DK>(pieces.boundary(block.b, block.h, block.piece - 1, size) + column * size.dk, state,
-                        power_of_two(-exponent), size.dk);
+    store_permuted_state<DK>(splits.boundary(block.b, block.h, block.split - 1, size) + column * size.dk,
+                             state, power_of_two(-exponent), size.dk);
 #endif
 }
 
-// What forward_state_kernel computes and writes; a block: 64 rows of the state, or of M^T. The stage has no
-// q: at dk = 128 two blocks fit in a multiprocessor.
+// (F1), (F2), (F4) alone, for sequence splits; a CTA has 64 rows of the state or of M^T. The stage has no q:
+// at dk = 128 two CTAs fit in an SM.
 template <int DK>
 __global__ void __launch_bounds__(128, pass_blocks(DK))
-    forward_state_warpgroup_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
-                                   Pieces pieces, int slices_v) {
+    forward_state_sm90_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
+                              Splits splits, int slices_v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  using Stage = WarpgroupStage<DK, 1, false>;
+  using Stage = Sm90Stage<DK, 1, false>;
   extern __shared__ __align__(1024) unsigned char tiles[];
   constexpr int ld = Stage::kValuesStride;
-  PassBlock block = pass_block(size, pieces, 0, pieces.count - 1, 4);
+  PassBlock block = pass_block(size, splits, 0, splits.count - 1, 4);
   const bool transition = int(blockIdx.x) >= slices_v;
   const int warp = threadIdx.x / 32;
   const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
-  if (transition && block.piece == 0) return;
+  if (transition && block.split == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const act* values = qkv + size.v_column(block.h);
   clear_matrices<Stage>(tiles);
   copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
              matrices, gates);
-  receive_chunk(Stage(tiles, block.first_chunk & 1));
+  wait_and_convert_chunk(Stage(tiles, block.first_chunk & 1));
 
   float state[DK / 8][4] = {};
   if (transition)
 #pragma unroll
     for (int t = 0; t < DK / 8; t++)
-      for_positions(t,
-                    [&](int e, int row, int column) { state[t][e] = column == first_row + row ? 1.f : 0.f; });
+      for_each_permuted(
+          t, [&](int e, int row, int column) { state[t][e] = column == first_row + row ? 1.f : 0.f; });
   int exponent = 0;
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const Stage stage(tiles, chunk & 1);
-    const uint32_t v_columns = walk_columns(stage.values() + 16 * warp, ld);
+    const uint32_t v_columns = lane_address_columns_first(stage.values() + 16 * warp, ld);
     __syncthreads();
 
     uint32_t S[DK / 16][4];
-    exponent = bring_into_range<DK>(state, largest_of_values(v_columns, ld), exponent);
+    exponent = rescale_state<DK>(state, largest_of_values(v_columns, ld), exponent);
     float E[8][4] = {};
-    // tile by tile: where two blocks share a multiprocessor one's products run while the other packs
-    start_read_state<DK, false, false>(E, E, S, state, tile_descriptor(stage.k()), 0, nullptr, size.dk);
+    // tile by tile: where two CTAs share an SM, one's wgmma overlap the other's packing
+    start_read_state<DK, false, false>(E, E, S, state, make_smem_desc(stage.k()), 0, nullptr, size.dk);
     if (chunk + 1 < block.end_chunk)
       copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
                  gates);
     uint32_t a[4][4];
-    products_done<0>();
-    pin(E), pin(state);
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(E), wgmma_fence_operand(state);
     residuals(E, stage.gates(), v_columns, ld, power_of_two(exponent));
-    scaled_operands(a, E, stage.gates() + kBeta * kChunk, 1.f);
-    pin(E), pin(a);
-    products_begin();
-    start_square<kByK, -1>(E, a, tile_descriptor(stage.n()));
-    products_issued();
-    scale_state<DK>(state, stage.gates()[kFromStart * kChunk + kChunk - 1]);
-    products_done<0>();
-    pin(E);
+    pack_scaled_a_fragments(a, E, stage.gates() + kBeta * kChunk, 1.f);
+    wgmma_fence_operand(E), wgmma_fence_operand(a);
+    wgmma_fence();
+    start_times_matrix<kMajorK, -1>(E, a, make_smem_desc(stage.n()));
+    wgmma_commit_group();
+    scale_state<DK>(state, stage.gates()[kDecayFromStart * kChunk + kChunk - 1]);
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(E);
     scale_all_tokens(E, stage.gates() + kBeta * kChunk, 1.f);
-    scaled_operands(a, E, stage.gates() + kToEnd * kChunk, 1.f);
-    pin(state), pin(a);
-    products_begin();
-    start_update_state<DK>(state, a, tile_descriptor(stage.k()));
-    products_issued();
-    if (chunk + 1 < block.end_chunk) receive_chunk(Stage(tiles, (chunk + 1) & 1));
-    products_done<0>();
-    pin(state);
+    pack_scaled_a_fragments(a, E, stage.gates() + kDecayToEnd * kChunk, 1.f);
+    wgmma_fence_operand(state), wgmma_fence_operand(a);
+    wgmma_fence();
+    start_update_state<DK>(state, a, make_smem_desc(stage.k()));
+    wgmma_commit_group();
+    if (chunk + 1 < block.end_chunk) wait_and_convert_chunk(Stage(tiles, (chunk + 1) & 1));
+    wgmma_wait_group<0>();
+    wgmma_fence_operand(state);
   }
   const float unit = power_of_two(-exponent);
   const int rows = transition ? size.dk : size.dv;
   if (first_row >= rows) return;
   if (!transition) {
-    float* to = pieces.boundary(block.b, block.h, block.piece + 1, size) + first_row * size.dk;
-    store_positions<DK>(to, state, unit, size.dk);
+    float* to = splits.boundary(block.b, block.h, block.split + 1, size) + first_row * size.dk;
+    store_permuted_state<DK>(to, state, unit, size.dk);
     return;
   }
-  float* to = pieces.transition(block.b, block.h, block.piece, size);
-  store_positions<DK>(to + first_row * size.dk, state, unit, size.dk);
+  float* to = splits.transition(block.b, block.h, block.split, size);
+  store_permuted_state<DK>(to + first_row * size.dk, state, unit, size.dk);
   to += size.dk * size.dk + first_row;
 #pragma unroll
   for (int t = 0; t < DK / 8; t++)
-    for_positions(t, [&](int e, int row, int column) {
+    for_each_permuted(t, [&](int e, int row, int column) {
       if (column < size.dk) to[column * size.dk + row] = unit * state[t][e];
     });
 #endif
 }
 
-// ---- whether these kernels can run
+// ---- whether this build's wgmma kernels can run
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int kProbeThreads = 128;
@@ -887,13 +899,13 @@ constexpr int kProbeThreads = 128;
 constexpr int kProbeThreads = 64;
 #endif
 
-// Never launched: its launch bound tells for which architecture the code was compiled that this GPU runs.
-static __global__ void __launch_bounds__(kProbeThreads) warpgroup_probe_kernel() {}
+// Never launched: its launch bound tells which of the build's architectures this GPU runs.
+static __global__ void __launch_bounds__(kProbeThreads) arch_probe_kernel() {}
 
-// Whether this GPU runs code compiled for sm_90a.
-inline bool has_warpgroup_products() {
+// True if this GPU runs code compiled for sm_90a.
+inline bool has_wgmma() {
   cudaFuncAttributes attributes;
-  cuda_check(cudaFuncGetAttributes(&attributes, warpgroup_probe_kernel));
+  cuda_check(cudaFuncGetAttributes(&attributes, arch_probe_kernel));
   return attributes.maxThreadsPerBlock == 128;
 }
 

@@ -1,20 +1,21 @@
-// The gated delta rule where sequences x value heads x slices of dv are too few blocks for the GPU: a
-// sequence is cut into pieces of chunks, which the passes then take side by side.
+// Sequence splits (context parallelism within one GPU): where sequences x value heads x dv slices are fewer
+// CTAs than the GPU holds, each sequence is split into runs of chunks that the passes process concurrently.
 //
-// Over a piece the state is S_end = M S_start + B, with M [dk,dk], its transition, and B, the end from
-// S_start = 0, so that
-//   1. forward_state_kernel: B of every piece but the last; M of every piece but the first and the last:
-//      the ends of the columns of S_start = I with v = 0
-//   2. join_pieces_kernel: the starts of all pieces, one after another
-//   3. the pass itself, every piece from its start
-// Backward the gradient of the state does the same with M^T: dS_start = M^T dS_end + B. A piece is read
-// twice, so it takes three to gain anything. The states are kept as the passes have them, transposed,
-// [dv,dk], and so is M, beside M^T: S_end^T = S_start^T M^T.
+// Over a split the state is S_end = M S_start + B (dev/doc/delta_rule.md, splits): M [dk,dk] is the
+// transition matrix, B the final state for S_start = 0.
+//   1. forward_state_kernel: B of every split but the last; M of every split but the first and the last, as
+//   the
+//      final state for S_start = I and v = 0
+//   2. merge_splits_kernel: the initial states of all splits, one after another
+//   3. the pass itself, each split from its initial state
+// In the backward, dS_start = M^T dS_end + B. Each split is processed twice, so at least three splits are
+// needed for a gain. States are stored as the passes hold them, transposed, [dv,dk], and so is M, with M^T
+// beside it: S_end^T = S_start^T M^T.
 //
-// Where blocks and not bytes limit it, step 3 takes 1 / n of the uncut pass's time, and step 1 as long for
-// its ends and dk / dv of that for its transitions, or less, as it writes nothing. Reached on an H200 (one
-// sequence of 32768, 6 heads): (128, 256), 5 pieces, steps 1 to 3 0.168 + 0.026 + 0.249 ms in place of 1.212;
-// (32, 64), 43 pieces, 0.046 + 0.023 + 0.054 in place of 1.163. Step 3's floor is 0.218 and 0.055.
+// Where the number of CTAs and not bytes is the limit, step 3 takes 1 / n of the unsplit pass's time, and
+// step 1 as long for B and dk / dv of that for M, or less, as it writes nothing. H200, one sequence of 32768,
+// 6 heads, (128, 256), 5 splits: steps 1 to 3 take 0.168 + 0.026 + 0.249 ms, the unsplit pass 1.212
+// (dev/results/2026-11-29_h200_third).
 #pragma once
 
 #include "delta_rule_prepare.cuh"
@@ -22,111 +23,111 @@
 namespace gdn {
 namespace delta_rule {
 
-struct Pieces {
-  int count, chunks;   // pieces of a sequence, chunks in each (fewer in the last); count 1: not cut
-  float* boundaries;   // [B,Hv,count,dv,dk]: states at the pieces' starts, or their gradients at the ends
-  float* transitions;  // [B,Hv,count,2,dk,dk]: M^T, M
+struct Splits {
+  int count, chunks;       // splits of a sequence, chunks in each (fewer in the last); count 1: not cut
+  float* boundary_states;  // [B,Hv,count,dv,dk]: states at the splits' starts, or their gradients at the ends
+  float* transitions;      // [B,Hv,count,2,dk,dk]: M^T, M
 
-  __device__ int64_t number(int b, int h, int piece, const Sizes& size) const {
-    return (int64_t(b) * size.heads_v + h) * count + piece;
+  __device__ int64_t number(int b, int h, int split, const Sizes& size) const {
+    return (int64_t(b) * size.heads_v + h) * count + split;
   }
-  __device__ float* boundary(int b, int h, int piece, const Sizes& size) const {
-    return boundaries + number(b, h, piece, size) * size.dv * size.dk;
+  __device__ float* boundary(int b, int h, int split, const Sizes& size) const {
+    return boundary_states + number(b, h, split, size) * size.dv * size.dk;
   }
-  __device__ float* transition(int b, int h, int piece, const Sizes& size) const {
-    return transitions + number(b, h, piece, size) * 2 * size.dk * size.dk;
+  __device__ float* transition(int b, int h, int split, const Sizes& size) const {
+    return transitions + number(b, h, split, size) * 2 * size.dk * size.dk;
   }
 };
 
-constexpr int kLeastPieces = 3, kLeastPieceChunks = 4;
+constexpr int kMinSplits = 3, kMinSplitChunks = 4;
 
-// As many pieces as give each of `slots` a block where one piece gives `blocks`.
-inline Pieces cut_into_pieces(int chunks, int64_t blocks, int slots) {
-  const int count = std::min(int(slots / std::max<int64_t>(blocks, 1)), chunks / kLeastPieceChunks);
-  if (count < kLeastPieces) return {1, chunks, nullptr, nullptr};
+// As many splits as let `resident` CTAs run at once, where an unsplit pass has `blocks` of them.
+inline Splits choose_splits(int chunks, int64_t blocks, int resident) {
+  const int count = std::min(int(resident / std::max<int64_t>(blocks, 1)), chunks / kMinSplitChunks);
+  if (count < kMinSplits) return {1, chunks, nullptr, nullptr};
   const int each = divide_up(chunks, count);
   return {divide_up(chunks, each), each, nullptr, nullptr};
 }
 
-// The most pieces that all heads of a batch of at most so many tokens can have together, whatever its
-// sequences' length: what memory must hold, since a model also takes batches smaller than the one it was made
-// for. A sequence of c pieces has 4 c chunks, so more than 64 (4 c - 1) tokens, and that is 704 c / 3 or
-// more, as c >= 3.
-inline int64_t most_pieces(int64_t tokens, int heads, int slices, int slots) {
-  return std::min<int64_t>(slots / slices, heads * tokens * 3 / 704);
+// Upper bound on the splits of all heads together, for a batch of at most `tokens` tokens with sequences of
+// any length: sizes the buffers, since a model also runs smaller batches than the one it was made for. A
+// sequence of c splits has at least 4 c chunks, so more than 64 (4 c - 1) tokens, which is >= 704 c / 3 as c
+// >= 3.
+inline int64_t max_splits(int64_t tokens, int heads, int slices, int resident) {
+  return std::min<int64_t>(resident / slices, heads * tokens * 3 / 704);
 }
 
-constexpr int kJoinRows = 8, kJoinThreads = 512;
-// Columns of dk that join_pieces_kernel is compiled for, a power of two.
-constexpr int join_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : DK; }
+constexpr int kMergeRows = 8, kMergeThreads = 512;
+// Columns of dk that merge_splits_kernel is compiled for: a power of two.
+constexpr int merge_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : DK; }
 
-// The boundary of piece p + 1 += that of p times M_p^T, p = 1, 2, ..., or (kBackward) that of p - 1 += that
-// of p times M_p, p = count - 2, ..., 1. A block: 8 rows of dv of a head through all pieces. A thread: a
-// column of dk (of kColumns compiled ones) and a part of the sum over dk; then of the total, the column
-// in some of the rows. What a step reads of memory does not wait for the step before: registers hold, of each
-// of the next kSteps steps, kAhead numbers of the thread's part of the matrix, and what the totals add to.
+// Forward: state[p + 1] += state[p] M_p^T for p = 1, 2, ...; backward: state[p - 1] += state[p] M_p for p =
+// count - 2, ..., 1. A CTA does 8 rows of dv of a head over all splits. A thread has one column of dk (of
+// kColumns) and one k-split of the sum over dk; after the reduction it has that column in some of the rows.
+// Global loads are prefetched kSteps steps ahead into registers (kAhead matrix entries and the addends a
+// step), so that they do not wait for the previous step.
 //
-// Floor: a chain of count - 2 steps, each a multiprocessor's 16 dk^2 FLOP and two barriers; the matrices,
-// read from the L2 cache by each block, are a few MB. Reached on an H200: 0.5 us a step at dk = 32.
+// Bound by latency: count - 2 dependent steps, each 16 dk^2 FLOP of one SM and two barriers; the matrices, a
+// few MB, come from the L2 cache. H200: 0.5 us a step at dk = 32 (dev/results/2026-11-29_h200_third).
 template <int kColumns, bool kBackward>
-__global__ void __launch_bounds__(kJoinThreads, kColumns < 128 ? 2 : 1)
-    join_pieces_kernel(Pieces pieces, Sizes size) {
-  constexpr int kParts = kJoinThreads / kColumns, kEach = kColumns / kParts;
+__global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
+    merge_splits_kernel(Splits splits, Sizes size) {
+  constexpr int kParts = kMergeThreads / kColumns, kEach = kColumns / kParts;
   constexpr int kAhead = kEach < 32 ? kEach : 32, kSteps = kAhead < 8 ? 4 : kAhead < 32 ? 2 : 1;
-  constexpr int kVector = kEach < 4 ? kEach : 4, kTotals = (kJoinRows + kParts - 1) / kParts;
+  constexpr int kVector = kEach < 4 ? kEach : 4, kTotals = (kMergeRows + kParts - 1) / kParts;
   struct __align__(4 * kVector) Vector {
     float x[kVector];
   };
-  __shared__ __align__(16) float rows[kJoinRows][kColumns];
-  __shared__ float partial[kJoinRows][kJoinThreads];
-  const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kJoinRows, dk = size.dk;
+  __shared__ __align__(16) float rows[kMergeRows][kColumns];
+  __shared__ float partial[kMergeRows][kMergeThreads];
+  const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kMergeRows, dk = size.dk;
   const int part = threadIdx.x / kColumns, column = threadIdx.x % kColumns, begin = part * kEach;
   const int64_t offset = int64_t(first) * dk + column;
-  const auto piece_at = [&](int step) { return kBackward ? pieces.count - 1 - step : step; };
-  // of a step's matrix, rows begin + i on
+  const auto split_at = [&](int step) { return kBackward ? splits.count - 1 - step : step; };
+  // a step's matrix, kAhead rows from begin + i on
   const auto read_matrix = [&](float(&x)[kAhead], int step, int i) {
-    if (step > pieces.count - 2) return;
+    if (step > splits.count - 2) return;
     const float* m =
-        pieces.transition(b, h, piece_at(step), size) + (kBackward ? dk * dk : 0) + (begin + i) * dk + column;
+        splits.transition(b, h, split_at(step), size) + (kBackward ? dk * dk : 0) + (begin + i) * dk + column;
 #pragma unroll
     for (int j = 0; j < kAhead; j++) x[j] = column < dk && begin + i + j < dk ? m[j * dk] : 0.f;
   };
-  // f(r, k) for each row of this thread's totals
-  const auto for_my_rows = [&](const auto& f) {
+  // f(r, k) for each row r in which this thread holds the total
+  const auto for_each_row_of_thread = [&](const auto& f) {
 #pragma unroll
     for (int k = 0; k < kTotals; k++) {
       const int r = part + k * kParts;
-      if (r < kJoinRows && column < dk && first + r < size.dv) f(r, k);
+      if (r < kMergeRows && column < dk && first + r < size.dv) f(r, k);
     }
   };
-  const auto boundary = [&](int step) { return pieces.boundary(b, h, piece_at(step), size) + offset; };
+  const auto boundary = [&](int step) { return splits.boundary(b, h, split_at(step), size) + offset; };
   const auto read_boundary = [&](float(&x)[kTotals], int step) {
-    if (step > pieces.count - 1) return;
+    if (step > splits.count - 1) return;
     const float* from = boundary(step);
-    for_my_rows([&](int r, int k) { x[k] = from[r * dk]; });
+    for_each_row_of_thread([&](int r, int k) { x[k] = from[r * dk]; });
   };
 
-  for (int i = threadIdx.x; i < kJoinRows * kColumns; i += kJoinThreads) (&rows[0][0])[i] = 0.f;
+  for (int i = threadIdx.x; i < kMergeRows * kColumns; i += kMergeThreads) (&rows[0][0])[i] = 0.f;
   float total[kTotals], matrix[kSteps][kAhead], added[kSteps][kTotals];
   read_boundary(total, 1);
 #pragma unroll
   for (int s = 0; s < kSteps; s++) read_matrix(matrix[s], 1 + s, 0), read_boundary(added[s], 2 + s);
   __syncthreads();
-  for_my_rows([&](int r, int k) { rows[r][column] = total[k]; });
+  for_each_row_of_thread([&](int r, int k) { rows[r][column] = total[k]; });
   __syncthreads();
-  for (int next = 1; next < pieces.count - 1; next += kSteps) {
+  for (int next = 1; next < splits.count - 1; next += kSteps) {
 #pragma unroll
     for (int s = 0; s < kSteps; s++) {
       const int step = next + s;
-      if (step > pieces.count - 2) break;
-      float sum[kJoinRows] = {};
+      if (step > splits.count - 2) break;
+      float sum[kMergeRows] = {};
 #pragma unroll
       for (int i = 0; i < kEach; i += kAhead) {
         if (i > 0) read_matrix(matrix[s], step, i);
 #pragma unroll
         for (int j = 0; j < kAhead; j += kVector)
 #pragma unroll
-          for (int r = 0; r < kJoinRows; r++) {
+          for (int r = 0; r < kMergeRows; r++) {
             const Vector y = *reinterpret_cast<const Vector*>(&rows[r][begin + i + j]);
 #pragma unroll
             for (int e = 0; e < kVector; e++) sum[r] += y.x[e] * matrix[s][j + e];
@@ -134,10 +135,10 @@ __global__ void __launch_bounds__(kJoinThreads, kColumns < 128 ? 2 : 1)
       }
       read_matrix(matrix[s], step + kSteps, 0);
 #pragma unroll
-      for (int r = 0; r < kJoinRows; r++) partial[r][threadIdx.x] = sum[r];
+      for (int r = 0; r < kMergeRows; r++) partial[r][threadIdx.x] = sum[r];
       __syncthreads();
       float* to = boundary(step + 1);
-      for_my_rows([&](int r, int k) {
+      for_each_row_of_thread([&](int r, int k) {
         float x = added[s][k];
 #pragma unroll
         for (int p = 0; p < kParts; p++) x += partial[r][p * kColumns + column];

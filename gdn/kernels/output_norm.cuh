@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kOutputThreads, output_backward_blocks(kVector
 }
 
 inline int output_norm_backward_blocks(const Cuda& dev, const MixerShape& shape) {
-  const int at_once = output_backward_blocks(shape.head_dim_v > 256 ? 2 : 1) * dev.multiprocessors;
+  const int at_once = output_backward_blocks(shape.head_dim_v > 256 ? 2 : 1) * dev.sm_count;
   return std::min(divide_up(shape.rows() * shape.heads_v, 8), at_once);
 }
 

@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
 // How many blocks share the rows, and so how many partial sums of dw there are.
 inline int rmsnorm_backward_blocks(const Cuda& dev, int rows, int width) {
   int at_once = 0;
-  with_row_team(width, [&](auto team) { at_once = decltype(team)::kBackwardBlocks * dev.multiprocessors; });
+  with_row_team(width, [&](auto team) { at_once = decltype(team)::kBackwardBlocks * dev.sm_count; });
   return std::min(divide_up(rows, kRowWarps), at_once);
 }
 

@@ -42,7 +42,7 @@ struct ConvLayout {
 
 // The longer a tile, the fewer inputs are read twice and the fewer partial sums there are; with few blocks
 // along the channels it is shorter, so that there are enough in all. At B = 32, T = 1024 the tiles make a
-// little less than two rounds of the blocks that 132 multiprocessors hold. A tile must not depend on B and T:
+// little less than two rounds of the blocks that 132 SMs hold. A tile must not depend on B and T:
 // work space is made for the largest ones.
 inline ConvLayout conv_layout(const MixerShape& s, int longest_tile, int tile_per_block) {
   require_head_dims(s);

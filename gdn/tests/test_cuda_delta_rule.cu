@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -19,6 +18,7 @@
 #include "../cpu_layers.h"
 #include "../kernels/delta_rule.cuh"
 #include "relative_error.h"
+#include "inputs.h"
 #include "needs_gpu.h"
 
 namespace {
@@ -50,14 +50,6 @@ struct Inputs {
   float s;
 };
 
-MixerShape make_shape(int batch, int tokens, int heads_k, int heads_v, int dk, int dv) {
-  MixerShape shape;
-  shape.batch = batch, shape.tokens = tokens;
-  shape.heads_k = heads_k, shape.heads_v = heads_v;
-  shape.head_dim_k = dk, shape.head_dim_v = dv;
-  return shape;
-}
-
 std::string describe(const MixerShape& shape) {
   const auto text = [](int x) { return std::to_string(x); };
   return "B=" + text(shape.batch) + " T=" + text(shape.tokens) + " Hk=" + text(shape.heads_k) +
@@ -84,19 +76,11 @@ double draw_beta(std::mt19937_64& random, Regime regime) {
 Inputs make_inputs(const MixerShape& shape, Regime regime, int seed) {
   std::mt19937_64 random(seed);
   std::normal_distribution<double> normal;
-  const int C = shape.conv_channels(), dk = shape.head_dim_k;
   Inputs in;
-  in.s = 1 / std::sqrt(float(dk));
-  in.qkv.resize(size_t(shape.rows()) * C);
+  in.s = 1 / std::sqrt(float(shape.head_dim_k));
+  in.qkv = random_qkv<double>(shape, random);
   in.d_o.resize(size_t(shape.rows()) * shape.value_dim());
-  for (double& x : in.qkv) x = normal(random);
   for (double& x : in.d_o) x = round_to_bf16(normal(random));
-  for (int m = 0; m < shape.rows(); m++)
-    for (int head = 0; head < 2 * shape.heads_k; head++) {
-      double* row = &in.qkv[size_t(m) * C + head * dk];
-      const double length = std::sqrt(std::inner_product(row, row + dk, row, 0.0));
-      for (int i = 0; i < dk; i++) row[i] /= length;
-    }
   for (double& x : in.qkv) x = round_to_bf16(x);
   for (int m = 0; m < shape.rows(); m++)
     for (int h = 0; h < shape.heads_v; h++) {
@@ -147,14 +131,6 @@ Results recurrence(const MixerShape& shape, const Inputs& in) {
 
 // ---- on the GPU
 // ---------------------------------------------------------------------------------------------------
-
-template <class T>
-Buffer<Cuda, T> upload(Cuda& device, const std::vector<T>& x) {
-  Buffer<Cuda, T> buffer(device, x.size(), "a test");
-  device.upload(buffer.get(), x.data(), buffer.bytes());
-  device.synchronize();
-  return buffer;
-}
 
 std::vector<act> to_act(const Doubles& x) {
   std::vector<act> out;
@@ -276,7 +252,7 @@ TEST_CASE("cuda delta rule: long sequences" * needs_gpu()) {
   check_every_regime(device, shape, seed);
 }
 
-// More chunks than multiprocessors: blocks that take several in turn reuse everything they have.
+// More chunks than SMs: blocks that take several in turn reuse everything they have.
 const MixerShape kManyChunks[] = {make_shape(3, 900, 8, 16, 80, 64), make_shape(3, 900, 8, 8, 48, 320),
                                   make_shape(3, 900, 5, 5, 144, 128)};
 
@@ -287,7 +263,7 @@ TEST_CASE("cuda delta rule: many chunks" * needs_gpu()) {
 
 #ifndef GDN_READABLE
 
-// More blocks of the passes than multiprocessors: on Hopper they have two warpgroups then. Every compiled dk.
+// More blocks of the passes than SMs: on Hopper they have two warpgroups then. Every compiled dk.
 const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
                                      make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
                                      make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
@@ -295,7 +271,7 @@ const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_sha
 
 TEST_CASE("cuda delta rule: two warpgroups a block" * needs_gpu()) {
   Cuda device;
-  device.multiprocessors = 1;
+  device.sm_count = 1;
   int seed = 500;
   for (const MixerShape& shape : kTwoWarpgroups) {
     REQUIRE(gdn::delta_rule::pass_groups(device, shape, 1) == 2);
@@ -303,7 +279,7 @@ TEST_CASE("cuda delta rule: two warpgroups a block" * needs_gpu()) {
   }
 }
 
-// What a model computes when nothing will go backward, with one warpgroup a block, in pieces, and with two.
+// What a model computes when nothing will go backward, with one warpgroup a block, in splits, and with two.
 TEST_CASE("cuda delta rule: o with nothing saved" * needs_gpu()) {
   const auto check = [](Cuda& device, const MixerShape& shape) {
     const Inputs in = make_inputs(shape, kInitial, 1);
@@ -321,33 +297,33 @@ TEST_CASE("cuda delta rule: o with nothing saved" * needs_gpu()) {
   Cuda device;
   check(device, make_shape(2, 200, 1, 2, 64, 128));
   check(device, make_shape(1, 1000, 1, 2, 64, 128));
-  device.multiprocessors = 1;
+  device.sm_count = 1;
   for (const MixerShape& shape : kTwoWarpgroups) check(device, shape);
 }
 
-// Few heads and a long sequence: the passes take pieces of it side by side (delta_rule_pieces.cuh). Lengths
-// leave a last piece with fewer chunks, and a last chunk with fewer tokens.
+// Few heads and a long sequence: the passes take splits of it side by side (delta_rule_pieces.cuh). Lengths
+// leave a last split with fewer chunks, and a last chunk with fewer tokens.
 const MixerShape kCut[] = {make_shape(1, 1000, 2, 2, 64, 128), make_shape(2, 830, 1, 3, 48, 80),
                            make_shape(1, 1300, 1, 1, 32, 64),  make_shape(1, 1090, 1, 2, 128, 256),
                            make_shape(1, 900, 1, 1, 96, 48),   make_shape(1, 800, 1, 1, 176, 64),
                            make_shape(1, 1500, 1, 1, 256, 96)};
 
-TEST_CASE("cuda delta rule: a sequence cut into pieces" * needs_gpu()) {
+TEST_CASE("cuda delta rule: a sequence cut into splits" * needs_gpu()) {
   Cuda device;
-  device.multiprocessors = 132;  // the same pieces on every GPU
+  device.sm_count = 132;  // the same splits on every GPU
   int seed = 300;
   for (const MixerShape& shape : kCut) {
-    REQUIRE(gdn::delta_rule::cut(device, shape).count >= 3);
+    REQUIRE(gdn::delta_rule::choose_splits(device, shape).count >= 3);
     check_every_regime(device, shape, seed);
   }
 }
 
 TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not" * needs_gpu()) {
   Cuda device;
-  device.multiprocessors = 132;
+  device.sm_count = 132;
   const MixerShape one = make_shape(1, 1000, 2, 2, 256, 256), many = make_shape(40, 1000, 2, 2, 256, 256);
-  REQUIRE(gdn::delta_rule::cut(device, one).count >= 3);
-  REQUIRE(gdn::delta_rule::cut(device, many).count == 1);
+  REQUIRE(gdn::delta_rule::choose_splits(device, one).count >= 3);
+  REQUIRE(gdn::delta_rule::choose_splits(device, many).count == 1);
   const Inputs in = make_inputs(one, kInitial, 400);
   const GpuResults a = run_on_gpu(device, one, in), b = run_on_gpu(device, one, in, kTrainers, &many);
   CHECK(std::memcmp(a.o.data(), b.o.data(), a.o.size() * sizeof(act)) == 0);
@@ -355,17 +331,17 @@ TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not
 }
 
 TEST_CASE("cuda delta rule: which sequences are cut") {
-  using gdn::delta_rule::cut_into_pieces;
-  CHECK(cut_into_pieces(512, 24, 132).count == 5);
-  CHECK(cut_into_pieces(512, 24, 132).chunks == 103);
-  CHECK(cut_into_pieces(512, 45, 132).count == 1);  // two pieces would gain nothing
-  CHECK(cut_into_pieces(16, 768, 132).count == 1);
-  CHECK(cut_into_pieces(11, 1, 132).count == 1);  // pieces of less than four chunks
-  CHECK(cut_into_pieces(13, 1, 132).count == 3);
-  CHECK(cut_into_pieces(13, 1, 132).chunks == 5);
+  using gdn::delta_rule::choose_splits;
+  CHECK(choose_splits(512, 24, 132).count == 5);
+  CHECK(choose_splits(512, 24, 132).chunks == 103);
+  CHECK(choose_splits(512, 45, 132).count == 1);  // two splits would gain nothing
+  CHECK(choose_splits(16, 768, 132).count == 1);
+  CHECK(choose_splits(11, 1, 132).count == 1);  // splits of less than four chunks
+  CHECK(choose_splits(13, 1, 132).count == 3);
+  CHECK(choose_splits(13, 1, 132).chunks == 5);
   for (int chunks = 1; chunks < 200; chunks++)
     for (int blocks : {1, 3, 7, 20}) {
-      const auto x = cut_into_pieces(chunks, blocks, 132);
+      const auto x = choose_splits(chunks, blocks, 132);
       CHECK(x.count * x.chunks >= chunks);
       CHECK((x.count - 1) * x.chunks < chunks);  // none is empty
       CHECK((x.count == 1 || x.count >= 3));
@@ -373,17 +349,17 @@ TEST_CASE("cuda delta rule: which sequences are cut") {
     }
 }
 
-// most_pieces grows with the tokens: what holds for a batch's own holds in memory made for a larger one.
-TEST_CASE("cuda delta rule: memory for the pieces of every smaller batch") {
-  using gdn::delta_rule::cut_into_pieces, gdn::delta_rule::most_pieces;
-  for (int slots : {132, 264, 24})
+// max_splits grows with the tokens: what holds for a batch's own holds in memory made for a larger one.
+TEST_CASE("cuda delta rule: memory for the splits of every smaller batch") {
+  using gdn::delta_rule::choose_splits, gdn::delta_rule::max_splits;
+  for (int resident : {132, 264, 24})
     for (int heads : {1, 2, 6, 32})
       for (int slices : {1, 4, 8})
         for (int tokens = 1; tokens < 9000; tokens += 61)
           for (int batch = 1; batch < 9; batch++) {
-            const auto x = cut_into_pieces((tokens + 63) / 64, batch * heads * slices, slots);
+            const auto x = choose_splits((tokens + 63) / 64, batch * heads * slices, resident);
             if (x.count > 1)
-              CHECK(batch * heads * x.count <= most_pieces(batch * tokens, heads, slices, slots));
+              CHECK(batch * heads * x.count <= max_splits(batch * tokens, heads, slices, resident));
           }
 }
 
