@@ -78,7 +78,7 @@ def call(script: str, *arguments: object, **environment: str) -> subprocess.Comp
 
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as f:
-        return list(csv.DictReader(f))
+        return list(csv.DictReader(line for line in f if not line.startswith("#")))
 
 
 class InFolder(unittest.TestCase):

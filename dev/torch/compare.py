@@ -54,7 +54,8 @@ def one_step(o, path: str, data: str, folder: str) -> tuple[dict, dict]:
     if done.returncode:
         sys.exit(f"compare.py: {' '.join(map(str, command))}: exit code {done.returncode}: {done.stderr.strip()}")
     with open(f"{folder}/run/log.csv") as file:
-        row = next(r for r in csv.DictReader(file) if r["split"] == "train")
+        lines = (line for line in file if not line.startswith("#"))  # where a log says what it is of
+        row = next(r for r in csv.DictReader(lines) if r["split"] == "train")
     moments = read_safetensors(find_checkpoint(f"{folder}/run") + "/training_state.safetensors", "moment1.")
     return row, {name: x.double() / 0.5 for name, x in moments.items()}
 
