@@ -43,11 +43,10 @@ constexpr int kTensorClassCount = 8;
 // size I (W_down).
 enum class FanIn { width, values, inner };
 
-enum class DecayMode {
-  coupled,
-  independent
-};                                      // decay per step: its rate times lr, or the same at every width
-enum class ClipNorm { plain, scaled };  // the norm that is clipped: of all gradients alike, or clip_weight's
+// Decay per step: its rate times the tensor's lr, or the same at every width.
+enum class DecayMode { coupled, independent };
+// The norm that is clipped: of all gradients alike, or clip_weight's.
+enum class ClipNorm { plain, scaled };
 
 // Research options (section 8).
 enum class VectorRule { vector, hidden };
@@ -356,8 +355,8 @@ inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorCl
 //     runs (gdn.py) does not, and is the one followed here.
 //   * Hidden weights start at 0.5 d^-1/2 with AdamW, 0.031 at d = 256, where its sp has 0.02: its sp and muP
 //     are not one network at the base. With SGD 0.32 d^-1/2, which is 0.02 there.
-//   * Conv taps start from a normal with the hidden weights' std, 0.02 to 0.03 at the base, where U(-1/2,
-//   1/2)
+//   * Conv taps start from a normal with the hidden weights' std, 0.02 to 0.03 at the base, where
+//     U(-1/2, 1/2)
 //     has 0.29: its silu is nearly linear there, and q . k has no positive mean.
 //   * Gains and taps are scaled like hidden weights (AdamW -1, SGD 0): -gains hidden. Taps decay; here not.
 //   * Under sp with AdamW embedding and output gain decay, under muP they do not; here never. So its sp and
