@@ -659,7 +659,7 @@ int main(int argc, char** argv) {
     ranks.abort_after_another();
   } catch (const std::exception& e) {
     std::fflush(stdout);
-    if (ranks.ranks() > 1) ranks.abort(e.what());
+    if (gdn::Communicator::launched() > 1) ranks.abort(e.what());
     gdn::warn(e.what());
     return 1;
   }

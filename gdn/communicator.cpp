@@ -22,8 +22,10 @@ namespace gdn {
 
 namespace {
 
-// The variables in which Open MPI, MPICH and its relatives, and Slurm (of the step, not of the whole allocation) say
-// how many they started.
+void sleep_for(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
+
+// The variables in which Open MPI, MPICH and its relatives, and Slurm (of the step, not of the whole
+// allocation) say how many they started.
 constexpr const char* kLaunched[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MV2_COMM_WORLD_SIZE",
                                      "SLURM_STEP_NUM_TASKS"};
 
@@ -48,10 +50,10 @@ void require_ranks(int ranks, int64_t micro_batches) {
   int64_t below = ranks - 1, above = ranks + 1;
   while (!fits(below)) below--;
   while (above <= micro_batches && !fits(above)) above++;
-  throw std::runtime_error(std::to_string(ranks) + " ranks: a step has " + std::to_string(micro_batches) +
-                           " micro-batches (-B over -b), expected a power of two of ranks that divides them: " +
-                           std::to_string(below) +
-                           (above <= micro_batches ? " or " + std::to_string(above) : ""));
+  throw std::runtime_error(
+      std::to_string(ranks) + " ranks: a step has " + std::to_string(micro_batches) +
+      " micro-batches (-B over -b), expected a power of two of ranks that divides them: " +
+      std::to_string(below) + (above <= micro_batches ? " or " + std::to_string(above) : ""));
 }
 
 std::vector<double> Communicator::gather(double number) {
@@ -96,9 +98,10 @@ struct Communicator::Watch {};
 
 void Communicator::require_mpi_if_launched() {
   if (launched() > 1)
-    throw std::runtime_error(std::to_string(launched()) +
-                             " ranks were started, but this train_gdn was built without MPI, expected one process; "
-                             "apt-get install openmpi-bin libopenmpi-dev, and make");
+    throw std::runtime_error(
+        std::to_string(launched()) +
+        " ranks were started, but this train_gdn was built without MPI, expected one process; "
+        "apt-get install openmpi-bin libopenmpi-dev, and make");
 }
 void Communicator::join(double) { require_mpi_if_launched(); }
 void Communicator::leave() {}
@@ -111,10 +114,6 @@ void Communicator::swap(int, void*, const void*, int, size_t, size_t) {}
 void Communicator::send(int, const void*, size_t) {}
 void Communicator::receive(int, void*, size_t) {}
 void Communicator::limit_step(double) {}
-void Communicator::abort(const std::string& line) {
-  warn(line);
-  std::exit(1);
-}
 void Communicator::abort_silently() { std::exit(1); }
 void Communicator::abort_after_another() { std::exit(1); }
 
@@ -128,13 +127,12 @@ double seconds_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
 
-void sleep_for(double seconds) { std::this_thread::sleep_for(std::chrono::duration<double>(seconds)); }
-
 }  // namespace
 
-// A thread of each rank that looks whether the others are there. Every second each rank sends rank 0 a word, and rank
-// 0 sends each one; who is silent for `timeout` seconds (the process is gone, stopped, or its host is) is named by
-// rank 0 or, where rank 0 is the silent one, by the others, and all end. It also ends a step of this rank that hangs.
+// A thread of each rank that looks whether the others are there. Every second each rank sends rank 0 a word,
+// and rank 0 sends each one; who is silent for `timeout` seconds (the process is gone, stopped, or its host
+// is) is named by rank 0 or, where rank 0 is the silent one, by the others, and all end. It also ends a step
+// of this rank that hangs.
 struct Communicator::Watch {
   Watch(Communicator& c, double timeout) : c_(c), timeout_(timeout) {
     MPI_Comm_dup(MPI_COMM_WORLD, &comm_);
@@ -146,9 +144,9 @@ struct Communicator::Watch {
     MPI_Comm_free(&comm_);
   }
 
-  std::atomic<bool> waiting{false};         // the main thread waits in a call
-  std::atomic<int64_t> since{0};            // nanoseconds of the clock at which it last came from one, or a step began
-  std::atomic<double> limit{0};             // seconds of a step without waiting
+  std::atomic<bool> waiting{false};  // the main thread waits in a call
+  std::atomic<int64_t> since{0};  // nanoseconds of the clock at which it last came from one, or a step began
+  std::atomic<double> limit{0};   // seconds of a step without waiting
   std::atomic<bool> leaving_{false};
 
  private:
@@ -255,10 +253,10 @@ void Communicator::join(double timeout) {
   MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks_);
   if (ranks_ != expected)
-    throw std::runtime_error(std::to_string(expected) + " ranks were started, but MPI sees " +
-                             std::to_string(ranks_) +
-                             "; start them with the mpirun of the MPI that this program is linked with, or with "
-                             "srun --mpi=pmix");
+    throw std::runtime_error(
+        std::to_string(expected) + " ranks were started, but MPI sees " + std::to_string(ranks_) +
+        "; start them with the mpirun of the MPI that this program is linked with, or with "
+        "srun --mpi=pmix");
   MPI_Comm host = MPI_COMM_NULL;
   MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &host);
   MPI_Comm_rank(host, &local_rank_);
@@ -331,7 +329,8 @@ void Communicator::gather_parts(void* data, size_t bytes) {
   });
 }
 
-void Communicator::swap(int partner, void* received, const void* data, int pieces, size_t bytes, size_t stride) {
+void Communicator::swap(int partner, void* received, const void* data, int pieces, size_t bytes,
+                        size_t stride) {
   timed([&] {
     with_type(bytes, [&](MPI_Datatype type, int count) {
       MPI_Datatype sent;
@@ -358,16 +357,6 @@ void Communicator::limit_step(double seconds) {
   watch_->limit = seconds;
 }
 
-void Communicator::abort(const std::string& line) {
-  std::fflush(stdout);
-  if (ranks_ > 1) {
-    for (const int ending : {SIGTERM, SIGINT, SIGHUP}) signal(ending, SIG_DFL);
-    if (!first()) sleep_for(1 + 0.1 * std::min(rank_, 20));  // rank 0 ends all before, where it fails, too
-  }
-  warn((ranks_ > 1 && !first() ? "rank " + std::to_string(rank_) + ": " : "") + line);
-  abort_silently();
-}
-
 void Communicator::abort_after_another() {
   for (const int ending : {SIGTERM, SIGINT, SIGHUP}) signal(ending, SIG_DFL);
   sleep_for(10);
@@ -381,6 +370,19 @@ void Communicator::abort_silently() {
 }
 
 #endif
+
+void Communicator::abort(const std::string& line) {
+  std::fflush(stdout);
+  int rank = rank_;
+  if (ranks_ == 1)  // it failed before it joined the others
+    for (const char* variable :
+         {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"})
+      if (const char* text = std::getenv(variable)) rank = std::max(rank, std::atoi(text));
+  for (const int ending : {SIGTERM, SIGINT, SIGHUP}) signal(ending, SIG_DFL);
+  if (rank > 0) sleep_for(1 + 0.1 * std::min(rank, 20));  // rank 0 ends all before, where it fails, too
+  warn((rank > 0 ? "rank " + std::to_string(rank) + ": " : "") + line);
+  abort_silently();
+}
 
 Communicator::Communicator() = default;
 Communicator::~Communicator() = default;

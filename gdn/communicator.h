@@ -1,16 +1,17 @@
-// The ranks of a run: one process a GPU (or a share of a CPU), started by mpirun or srun. What the host says to the
-// other ranks goes over MPI (gdn/communicator.cpp; built where make found MPI); what lies on a device travels by an
-// Exchange, which the training step and the optimizer call:
+// The ranks of a run: one process a GPU (or a share of a CPU), started by mpirun or srun. What the host says
+// to the other ranks goes over MPI (gdn/communicator.cpp; built where make found MPI); what lies on a device
+// travels by an Exchange, which the training step and the optimizer call:
 //
 //   Cpu     MPI, straight from and to the arrays                                       (this file)
-//   Cuda    NCCL, or staged through host memory and MPI where ranks share a GPU        (gdn/communicator_cuda.h)
+//   Cuda    NCCL, or staged through host memory and MPI where ranks share a GPU (gdn/communicator_cuda.h)
 //
-// The number of ranks is a power of two. Every sum over them is taken in the order of a binary tree over the ranks
-// (neighbours first), so that it goes on where the tree over a rank's micro-batches ends (training_step.h).
+// The number of ranks is a power of two. Every sum over them is taken in the order of a binary tree over the
+// ranks (neighbours first), so that it goes on where the tree over a rank's micro-batches ends
+// (training_step.h).
 //
-// Every rank has to make the same calls in the same order. A rank that cannot go on says why in one line and ends
-// all (abort). One that dies, or is not heard of for a while, is named by another, and all end (Watch, in
-// communicator.cpp).
+// Every rank has to make the same calls in the same order. A rank that cannot go on says why in one line and
+// ends all (abort). One that dies, or is not heard of for a while, is named by another, and all end (Watch,
+// in communicator.cpp).
 #pragma once
 
 #include <cstddef>
@@ -42,8 +43,8 @@ class Communicator {
   static bool has_launcher();
   // Throws one line where several were started and this program was built without MPI.
   static void require_mpi_if_launched();
-  // Joins the ranks that were started; nothing where that is one. A rank that is not heard of for `timeout` seconds
-  // ends all. Throws one line where MPI sees other ranks than were started.
+  // Joins the ranks that were started; nothing where that is one. A rank that is not heard of for `timeout`
+  // seconds ends all. Throws one line where MPI sees other ranks than were started.
   void join(double timeout);
   // Waits for all ranks and leaves. No calls afterwards.
   void leave();
@@ -68,11 +69,12 @@ class Communicator {
   // The numbers' sum over the ranks, of which all but one have 0 at each place.
   void add_up(std::vector<double>& numbers);
 
-  // Throws one line, naming rank, thing and both values, where a rank has another value than rank 0 under a name.
+  // Throws one line, naming rank, thing and both values, where a rank has another value than rank 0 under a
+  // name.
   void compare(const std::vector<std::pair<std::string, std::string>>& values);
 
-  // Host memory. Sends `pieces` pieces of `bytes` bytes, the first at `data`, each `stride` bytes behind the last, and
-  // receives as many from the partner, one behind the other.
+  // Host memory. Sends `pieces` pieces of `bytes` bytes, the first at `data`, each `stride` bytes behind the
+  // last, and receives as many from the partner, one behind the other.
   void swap(int partner, void* received, const void* data, int pieces, size_t bytes, size_t stride);
   // Every rank's part, `bytes` at data + rank * bytes, becomes all ranks'.
   void gather_parts(void* data, size_t bytes);
@@ -81,11 +83,12 @@ class Communicator {
 
   // Seconds that this rank has waited in these calls.
   double seconds_waited() const { return seconds_; }
-  // A step of the training that takes longer than this without waiting for others hangs, and ends all; 0: no limit.
+  // A step of the training that takes longer than this without waiting for others hangs, and ends all; 0: no
+  // limit.
   void limit_step(double seconds);
 
-  // Says "rank R: line" (the first rank: the line) and ends all ranks, with exit code 1. Where all fail for the same
-  // reason rank 0 is the one to say it.
+  // Says "rank R: line" (the first rank: the line) and ends all ranks, with exit code 1. Where all fail for
+  // the same reason rank 0 is the one to say it.
   [[noreturn]] void abort(const std::string& line);
   // The same, for a rank that leaves it to another to say why (OtherRankFailed).
   [[noreturn]] void abort_after_another();
@@ -112,7 +115,8 @@ inline double tree_sum(std::vector<double> numbers) {
   return numbers[0];
 }
 
-// ---- arrays on a device -------------------------------------------------------------------------------------
+// ---- arrays on a device
+// -------------------------------------------------------------------------------------
 
 template <class Device>
 class Exchange;
@@ -125,8 +129,8 @@ class Exchange<Cpu<Real>> {
 
   Exchange(Cpu<Real>&, Communicator& c) : c_(c) {}
 
-  // Sends `pieces` pieces of `piece` numbers, the first at `data`, each `stride` numbers behind the last, and receives
-  // as many from the partner, one behind the other.
+  // Sends `pieces` pieces of `piece` numbers, the first at `data`, each `stride` numbers behind the last, and
+  // receives as many from the partner, one behind the other.
   void swap(int partner, Real* received, const Real* data, int pieces, size_t piece, size_t stride) {
     c_.swap(partner, received, data, pieces, piece * sizeof(Real), stride * sizeof(Real));
   }
@@ -140,10 +144,10 @@ class Exchange<Cpu<Real>> {
   Communicator& c_;
 };
 
-// data [ranks * part]: of this rank's part the sum over the ranks, in the order of a binary tree over them; what lies
-// in the other parts is lost. received [ranks / 2 * part] is work space. Recursive halving: neighbours exchange one
-// half of the array each, then pairs of neighbours a quarter, and so on: (ranks - 1) / ranks of the array in all, most
-// of it between ranks that lie near each other.
+// data [ranks * part]: of this rank's part the sum over the ranks, in the order of a binary tree over them;
+// what lies in the other parts is lost. received [ranks / 2 * part] is work space. Recursive halving:
+// neighbours exchange one half of the array each, then pairs of neighbours a quarter, and so on: (ranks - 1)
+// / ranks of the array in all, most of it between ranks that lie near each other.
 template <class Device>
 void sum_parts(Device& dev, Exchange<Device>& exchange, int rank, int ranks, typename Device::real* data,
                size_t part, typename Device::real* received) {

@@ -18,8 +18,9 @@ struct Evaluation {
 };
 
 // Over the first `count` sequences, `micro_batch` at a time. Throws what reading them throws; `stop` is asked
-// before each micro-batch, and where it says so `sequences` is 0. Of several ranks all call, each does its share of
-// the micro-batches, and all have the same bits as one rank; where one of them throws or stops, all do.
+// before each micro-batch, and where it says so `sequences` is 0. Of several ranks all call, each does its
+// share of the micro-batches, and all have the same bits as one rank; where one of them throws or stops, all
+// do.
 template <class Device, class Stop>
 Evaluation evaluate(Model<Device>& model, const DataLoader& data, int64_t count, int micro_batch, int seq_len,
                     const Stop& stop, Communicator& ranks) {

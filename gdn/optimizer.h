@@ -1,6 +1,6 @@
-// AdamW or SGD over all parameters, with each tensor's own learning rate and decay (mup.h), and the schedule. With
-// several ranks each updates its shard, of which it alone has the moments (ZeRO-1, Rajbhandari et al., arXiv
-// 1910.02054): the gradients of its shard come from all ranks, the new weights go to all.
+// AdamW or SGD over all parameters, with each tensor's own learning rate and decay (mup.h), and the schedule.
+// With several ranks each updates its shard, of which it alone has the moments (ZeRO-1, Rajbhandari et al.,
+// arXiv 1910.02054): the gradients of its shard come from all ranks, the new weights go to all.
 #pragma once
 
 #include <algorithm>
@@ -50,7 +50,8 @@ class Optimizer {
   };
 
   // exchange: with the other ranks; null where there are none.
-  Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config, Exchange<Device>* exchange = nullptr)
+  Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config,
+            Exchange<Device>* exchange = nullptr)
       : config_(config), p_(parameters), dev_(parameters.dev), exchange_(exchange) {
     const char* remedy = Parameters<Device>::kRemedy;
     const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode,
@@ -108,8 +109,8 @@ class Optimizer {
     sum_tree(dev_, loss, losses_.get(), p_.ranks);
   }
 
-  // Launches and touches no host memory. With several ranks the gradients and *loss are those of all. Nothing is
-  // changed either when *loss (device memory) is not finite; it may be null.
+  // Launches and touches no host memory. With several ranks the gradients and *loss are those of all. Nothing
+  // is changed either when *loss (device memory) is not finite; it may be null.
   void update(const double* loss) {
     Range<Device> range(dev_, "optimizer");
     const int count = int(spans_.size());
@@ -159,8 +160,8 @@ class Optimizer {
   Buffer<Device, double> sums_;  // squares of the gradients, by block of the arena
   Buffer<Device, real> moment1_, moment2_, norm_;
   Buffer<Device, Scalars> scalars_;
-  Buffer<Device, double> losses_;   // of all ranks
-  Buffer<Device, real> received_;   // from another rank
+  Buffer<Device, double> losses_;  // of all ranks
+  Buffer<Device, real> received_;  // from another rank
 };
 
 }  // namespace gdn

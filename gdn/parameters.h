@@ -174,7 +174,8 @@ class Parameters {
         rank(rank),
         ranks(ranks),
         shard(table.shard(rank, ranks)),
-        master_(device, whole() ? table.size : table.vectors().begin / size_t(ranks), "master weights", kRemedy),
+        master_(device, whole() ? table.size : table.vectors().begin / size_t(ranks), "master weights",
+                kRemedy),
         vectors_(device, whole() ? 0 : table.vectors().size(), "master weights", kRemedy),
         weights_(device, kRounded ? table.size : 0, "bf16 weights", kRemedy) {
     master_.zero();
@@ -231,8 +232,8 @@ class Parameters {
     take_over();
   }
 
-  // Where all master weights are written to, whatever this rank keeps of them: their own memory, or that of the
-  // gradients, which have to be there. take_over() then makes them the weights.
+  // Where all master weights are written to, whatever this rank keeps of them: their own memory, or that of
+  // the gradients, which have to be there. take_over() then makes them the weights.
   real* filled(size_t offset = 0) const { return whole() ? master(offset) : gradients(offset); }
   void take_over() {
     if (!whole()) {

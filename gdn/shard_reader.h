@@ -1,6 +1,6 @@
-// Arrays that lie in shards on all ranks (master weights, moments), read by rank 0 while it writes a checkpoint, a
-// piece at a time: rank 0 asks, those that have some of it send, until it says that it is done. So a checkpoint is
-// written by one rank, with memory for one piece, and does not know how many there were.
+// Arrays that lie in shards on all ranks (master weights, moments), read by rank 0 while it writes a
+// checkpoint, a piece at a time: rank 0 asks, those that have some of it send, until it says that it is done.
+// So a checkpoint is written by one rank, with memory for one piece, and does not know how many there were.
 #pragma once
 
 #include <algorithm>
@@ -50,11 +50,12 @@ class ShardReader {
       int64_t request[3];
       c_.broadcast(request, sizeof request);
       if (request[0] == nothing) return;
-      each_piece(p_.rank, size_t(request[1]), size_t(request[2]), [&](const ShardPart&, size_t from, size_t to) {
-        host.resize(std::max(host.size(), to - from));
-        download(host.data(), Array(request[0]), from, to);
-        c_.send(0, host.data(), to - from);
-      });
+      each_piece(p_.rank, size_t(request[1]), size_t(request[2]),
+                 [&](const ShardPart&, size_t from, size_t to) {
+                   host.resize(std::max(host.size(), to - from));
+                   download(host.data(), Array(request[0]), from, to);
+                   c_.send(0, host.data(), to - from);
+                 });
     }
   }
 

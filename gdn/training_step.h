@@ -44,9 +44,9 @@ class TrainingStep {
   };
 
   // Steps over `global_batch` sequences of `length` tokens, `micro_batch` at a time (a divisor). With several
-  // ranks (of the parameters) each does an equal share of the micro-batches, in their order: a subtree. Without
-  // graphs each layer is launched by itself; the bits are the same. Throws OutOfMemory where the device has
-  // no room for the spare gradients.
+  // ranks (of the parameters) each does an equal share of the micro-batches, in their order: a subtree.
+  // Without graphs each layer is launched by itself; the bits are the same. Throws OutOfMemory where the
+  // device has no room for the spare gradients.
   TrainingStep(Parameters<Device>& parameters, Model<Device>& model, Optimizer<Device>& optimizer,
                int64_t global_batch, int micro_batch, int length, GradientSum sum = GradientSum::tree,
                bool graphs = true)
@@ -66,7 +66,8 @@ class TrainingStep {
     p_.allocate_gradients(int(micro_batch_graphs_.size()) - 1);
   }
 
-  // Takes the batch of the next queue(): inputs, targets [B / ranks,T], this rank's share. At most one step may be running.
+  // Takes the batch of the next queue(): inputs, targets [B / ranks,T], this rank's share. At most one step
+  // may be running.
   void load(const int32_t* inputs, const int32_t* targets) {
     if (queued_ - done_ > 1) throw std::logic_error("TrainingStep: a batch for a third step");
     Range<Device> range(dev_, "pack batch");
