@@ -1,7 +1,6 @@
 #include "communicator_cuda.h"
 
-#include <cstdlib>
-#include <cstring>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -53,15 +52,26 @@ constexpr bool kHasNccl = false;
 
 }  // namespace
 
+// Whether any two ranks have the same GPU.
+static bool shares_gpu(const Cuda& dev, Communicator& c) {
+  const size_t size = dev.uuid.size();
+  std::string all(size * size_t(c.ranks()), '\0');
+  all.replace(size * size_t(c.rank()), size, dev.uuid);
+  c.gather_parts(all.data(), size);
+  std::set<std::string> different;
+  for (int r = 0; r < c.ranks(); r++) different.insert(all.substr(size * size_t(r), size));
+  return int(different.size()) < c.ranks();
+}
+
 Exchange<Cuda>::Exchange(Cuda& dev, Communicator& c, ExchangeBy by) : dev_(dev), c_(c) {
-  const bool shared = c.agree(c.local_ranks() > dev.device_count) != 0;
+  const bool shared = shares_gpu(dev, c);
   if (by == ExchangeBy::nccl && !kHasNccl)
     throw std::runtime_error(
         "-comm nccl: this train_gdn was built without NCCL; install libnccl-dev and run make");
   if (by == ExchangeBy::nccl && shared)
-    throw std::runtime_error("-comm nccl: " + std::to_string(c.local_ranks()) + " ranks on a host with " +
-                             std::to_string(dev.device_count) +
-                             " GPU(s), expected a GPU for each; -comm host lets them share");
+    throw std::runtime_error(
+        "-comm nccl: several ranks have the same GPU (" + std::to_string(c.local_ranks()) + " ranks here, " +
+        std::to_string(dev.device_count) + " GPUs), expected one for each; -comm host lets them share");
   if (by == ExchangeBy::nccl || (by == ExchangeBy::automatic && kHasNccl && !shared))
     nccl_ = std::make_unique<Nccl>(c);
   // Of the highest priority: an exchange has few blocks, and the sooner they run, the sooner the other ranks

@@ -66,7 +66,7 @@ struct Cuda {
   cudaStream_t stream = nullptr;
   cublasLtHandle_t cublaslt = nullptr;
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
-  std::string name;
+  std::string name, uuid;
   int sm_count = 0, device_count = 0;
   size_t memory_bytes = 0;
   std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
@@ -86,6 +86,7 @@ struct Cuda {
     cudaDeviceProp properties;
     cuda_check(cudaGetDeviceProperties(&properties, number));
     name = properties.name;
+    uuid.assign(properties.uuid.bytes, sizeof properties.uuid.bytes);
     sm_count = properties.multiProcessorCount;
     memory_bytes = properties.totalGlobalMem;
     try {
