@@ -2,8 +2,6 @@
 # make test         builds and runs the tests; those that need a GPU are skipped by name where there is none
 # make sanitize     compute-sanitizer (memcheck, racecheck) over the GPU tests
 # make bench        benchmarks of the kernels and of the training step (needs a GPU)
-# make train_gdn_readable, make test_gdn_readable
-#                   the same programs with the GPU layers of dev/readable: float throughout, written to be read
 # make debug        build/debug/train_gdn and test_gdn, for a debugger
 # make ci           what a clean machine does (.ci/run): packages, builds without and with nvcc, all tests
 # make format       clang-format over the C++ and CUDA files
@@ -142,18 +140,6 @@ ci:
 
 # ---- for developers
 
-# the GPU layers of dev/readable in place of the fast ones; their tests without those of the fast ones' insides
-READABLE := $(BUILD)/dev/readable/layers.o $(BUILD)/gdn/cuda_device.o
-READABLE_TEST := $(BUILD)/dev/readable/test_cuda_delta_rule.o
-$(READABLE_TEST): gdn/tests/test_cuda_delta_rule.cu $(BUILD)/COMPILE_NVCC | doctest
-	@mkdir -p $(@D)
-	$(COMPILE_NVCC) -DGDN_READABLE $< -o $@
-train_gdn_readable: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(READABLE) | needs_nvcc
-	$(LINK) $^ -o $@ $(LIBS)
-
-test_gdn_readable: $(filter-out %/test_cuda_delta_rule.o,$(TESTS)) $(READABLE_TEST) $(READABLE) | needs_nvcc
-	$(LINK) $^ -o $@ $(LIBS)
-
 bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_layers
 	./dev/bench_delta_rule
@@ -183,4 +169,4 @@ gpu-check:
 
 clean:
 	rm -rf build
-	rm -f train_gdn test_gdn train_gdn_readable test_gdn_readable dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file
+	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file

@@ -1,7 +1,7 @@
 """Tests of the scripts that make the open runs of transfer within a time limit (dev/results/*/run.sh, select_constants.py), with
 a trainer that takes no time; no GPU, no packages.
 
-    python3 scripts/test_timed_runs.py        (scripts/test_scripts.py runs them too)
+    python3 scripts/test_timed_runs.py        (python3 -m unittest discover -s scripts runs the tests of all scripts)
 """
 
 from __future__ import annotations

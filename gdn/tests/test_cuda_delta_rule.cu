@@ -261,8 +261,6 @@ TEST_CASE("cuda delta rule: many chunks" * needs_gpu()) {
   for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
 }
 
-#ifndef GDN_READABLE
-
 // More blocks of the passes than SMs: on Hopper they have two warpgroups then. Every compiled dk.
 const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
                                      make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
@@ -386,8 +384,6 @@ TEST_CASE("cuda delta rule: against the readable one" * needs_gpu()) {
       }
     }
 }
-
-#endif  // GDN_READABLE
 
 TEST_CASE("cuda delta rule: the same bits in two runs" * needs_gpu()) {
   Cuda device;
