@@ -440,6 +440,19 @@ TEST_CASE("program: data that shrink while training: one line, a checkpoint, exi
   }
 }
 
+TEST_CASE("program: data that are touched, or copied anew, while training end no run") {
+  Folder folder;
+  write_file(folder.path / "d.txt", std::string(100000, 'x'));
+  const std::string later =
+      "{ (while ! grep -q 'step 2/' .out 2>/dev/null; do sleep 0.02; done; touch d.txt; while ! grep -q 'step "
+      "20/' .out; do sleep 0.02; done; cp d.txt e.txt; mv e.txt d.txt) & }";
+  const Outcome o = run(folder, kTiny + std::string("-n 200 -save 0 -i d.txt -o out"), later);
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
+  CHECK(o.err.find("d.txt: has a new time of change; its bytes are as before") != std::string::npos);
+  CHECK(o.err.find("d.txt: was replaced; its bytes are as before") != std::string::npos);
+}
+
 TEST_CASE("program: shards of another tokenizer train, resume and generate with their vocabulary") {
   Folder folder;
   std::vector<uint16_t> tokens(900);
