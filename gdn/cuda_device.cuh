@@ -129,8 +129,8 @@ struct Cuda {
     cudaGetLastError();  // running out of memory is not sticky; do not blame the next launch for it
     size_t free_bytes = 0, total_bytes = 0;
     cuda_check(cudaMemGetInfo(&free_bytes, &total_bytes));
-    throw std::runtime_error("out of GPU memory: " + mebibytes(bytes) + " asked for " + what + ", " +
-                             mebibytes(free_bytes) + " of " + mebibytes(total_bytes) + " free; " + remedy);
+    throw OutOfMemory("out of GPU memory: " + mebibytes(bytes) + " asked for " + what + ", " +
+                      mebibytes(free_bytes) + " of " + mebibytes(total_bytes) + " free; " + remedy);
   }
   // Unchecked: it runs in destructors, often because an exception with the real error is on its way up.
   void release(void* p) noexcept { cudaFree(p); }

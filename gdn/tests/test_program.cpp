@@ -66,6 +66,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-resume=maybe", "-resume 'maybe'"},
                         Case{"stray", "stray"},
                         Case{"-opt adam", "-opt 'adam'"},
+                        Case{"-sum last", "-sum 'last'"},
                         Case{"-param up", "-param 'up'"},
                         Case{"-gains both", "-gains 'both'"},
                         Case{"-gates both", "-gates 'both'"},
@@ -131,7 +132,7 @@ TEST_CASE("program: -h lists every option with its default") {
                              "-prompt ",     "-eps ",         "-wd_mode ",   "-gains ",   "-coord_check ",
                              "-vocab ",      "-temperature ", "-top_k ",     "-top_p ",   "-mask_docs ",
                              "-lr_of ",      "-gates ",       "-readout ",   "-clip_norm ", "-init_of ", "-logit_factor ",
-                             "-vocab_size ", "-separator "}) {
+                             "-vocab_size ", "-separator ", "-sum "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
