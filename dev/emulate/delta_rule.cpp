@@ -322,9 +322,18 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
   }
 }
 
+// What the kernels take for granted of __hmax2 and __hmin2: of two zeros +0 is the larger, in either order.
+void check_zeros() {
+  const auto bits = [](__half2 x) { return x.x.bits; };
+  const __half2 plus = __float2half2_rn(0.f), minus = __hneg2(plus);
+  expect(bits(__hmax2(plus, minus)) == 0 && bits(__hmax2(minus, plus)) == 0, "__hmax2", "+0 and -0", 1, 0);
+  expect(bits(__hmin2(plus, minus)) == 0x8000 && bits(__hmin2(minus, plus)) == 0x8000, "__hmin2", "+0 and -0", 1, 0);
+}
+
 }  // namespace
 
 int main() {
+  check_zeros();
   check<32>(1, 300, 1, 1, 32, 64, 1, 0.02f);
   check<32>(2, 500, 1, 2, 16, 48, 2, 0.02f);  // ragged, grouped value heads, fewer columns than a slice has
   check<64>(1, 330, 1, 1, 64, 80, 2, 1.f);
