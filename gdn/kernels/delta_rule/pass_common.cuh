@@ -45,9 +45,6 @@ __device__ inline PassBlock pass_block(const Sizes& size, const Splits& splits, 
   return block;
 }
 
-// CTAs of 8 warps an SM should hold: a small state leaves registers for two.
-__host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1; }
-
 template <int DK>
 __device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
 #pragma unroll
