@@ -141,6 +141,10 @@ bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 dev/bench_%: $(BUILD)/dev/bench_%.o $(LAYERS) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
 
+# prints the schedules of the delta rule's kernels; needs neither nvcc nor a GPU
+dev/delta_rule_plans: $(BUILD)/dev/delta_rule_plans.o
+	$(CXX) $(CXXFLAGS) $(EXTRA) $^ -o $@
+
 # reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
 dev/delta_rule_file: $(BUILD)/dev/delta_rule_file.o $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
@@ -162,4 +166,4 @@ gpu-check:
 
 clean:
 	rm -rf build
-	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file
+	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file dev/delta_rule_plans

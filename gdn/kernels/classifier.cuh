@@ -49,8 +49,8 @@ __device__ inline void unpack_logits(float (&x)[8], uint4 packed, int column, in
 // written once. A row longer than `staged` columns is done in pieces, and each piece but the last is read a
 // second time.
 // Floor at n = 32768, V = 50304: 6.6 GB (logits in, gradient out), 2.194 ms at the copy rate; the loss alone
-// 3.3 GB, 1.097 ms. Reached: 2.258 ms, 97%; the loss alone 1.121 ms, 98%. At V = 256, where a warp does a row:
-// 0.0226 ms, 49%; the loss alone 0.0177 ms, 32%.
+// 3.3 GB, 1.097 ms. Reached: 2.258 ms, 97%; the loss alone 1.121 ms, 98%. At V = 256, where a warp does a
+// row: 0.0226 ms, 49%; the loss alone 0.0177 ms, 32%.
 template <int kThreads>
 __global__ void __launch_bounds__(kClassifierThreads)
     softmax_cross_entropy_kernel(act* logits, float* __restrict__ losses, const int32_t* __restrict__ targets,
@@ -123,18 +123,18 @@ template <int kThreads>
 void launch_softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
                                   int vocab, int padded, float dlogits_scale) {
   constexpr int kRows = kClassifierThreads / kThreads;
-  const int room = (shared_bytes_limit() - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
+  const int room = (dev.shared_bytes - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
   const int staged = std::min({padded, kStagedColumns, room});
   const int shared_bytes = kRows * staged * int(sizeof(act));
-  allow_shared_bytes(softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
+  allow_shared_bytes(dev, softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
   softmax_cross_entropy_kernel<kThreads>
       <<<divide_up(rows, kRows), kClassifierThreads, shared_bytes, dev.stream>>>(
           logits, losses, targets, rows, vocab, padded, staged, dlogits_scale);
   launched("softmax_cross_entropy");
 }
 
-void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
-                                  int vocab, int padded, float dlogits_scale) {
+void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows, int vocab,
+                           int padded, float dlogits_scale) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(padded, "the padded vocabulary");
   if (rows == 0) return;
