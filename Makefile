@@ -9,9 +9,8 @@
 # make clean
 #
 # Settings: NVCC= (empty: build without CUDA), GPU_ARCH=90a (default: the GPU present, else 80 with PTX for newer
-# ones), OPENBLAS=no (own loops for the CPU's matrix products), MARCH=native, CXX=g++, EXTRA= (more flags, for
-# both compilers). make uses all cores unless -j says otherwise, compiles what a change touches, and everything
-# again where a setting or a library it found has changed.
+# ones), MARCH=native, CXX=g++, EXTRA= (more flags, for both compilers). make uses all cores unless -j says
+# otherwise, compiles what a change touches, and everything again where a setting has changed.
 
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc)
@@ -19,12 +18,10 @@ endif
 CXX ?= g++
 MARCH ?= native
 ifeq ($(shell command -v $(CXX)),)
-$(error $(CXX) is not installed: apt-get install g++ libopenblas-dev)
+$(error $(CXX) is not installed: apt-get install g++)
 endif
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 HASH := \#
-OPENBLAS ?= $(shell printf '$(HASH)include <cblas.h>\nint main() { openblas_set_num_threads(1); }\n' | \
-  $(CXX) -x c++ - -o /dev/null -lopenblas 2>/dev/null && echo yes || echo no)
 DOCTEST := $(shell printf '$(HASH)include <doctest/doctest.h>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo yes || echo no)
 
 BUILD := build
@@ -33,10 +30,6 @@ CXXFLAGS := -std=c++17 -O3 -march=$(MARCH) -fno-math-errno -fno-trapping-math -f
 DEPENDENCIES := -MMD -MP
 COMPILE_CXX = $(CXX) $(CXXFLAGS) -I. $(DEFINES) $(DEPENDENCIES) $(EXTRA) -x c++ -c
 LIBS :=
-ifeq ($(OPENBLAS),yes)
-DEFINES += -DGDN_OPENBLAS
-LIBS += -lopenblas
-endif
 
 ifeq ($(NVCC),)
 LINK = $(CXX) $(CXXFLAGS) $(EXTRA)
@@ -81,7 +74,7 @@ $(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(LAYERS)
 $(PROGRAMS)/test_gdn: $(TESTS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
-# The compilers' commands as files: newer than the objects where a setting, or a library found, has changed.
+# The compilers' commands as files: newer than the objects where a setting has changed.
 COMMANDS := $(BUILD)/COMPILE_CXX $(BUILD)/COMPILE_NVCC
 $(COMMANDS): $(BUILD)/%: force
 	@mkdir -p $(BUILD)
@@ -148,6 +141,10 @@ bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 dev/bench_%: $(BUILD)/dev/bench_%.o $(LAYERS) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
 
+# prints the schedules of the delta rule's kernels; needs neither nvcc nor a GPU
+dev/delta_rule_plans: $(BUILD)/dev/delta_rule_plans.o
+	$(CXX) $(CXXFLAGS) $(EXTRA) $^ -o $@
+
 # reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
 dev/delta_rule_file: $(BUILD)/dev/delta_rule_file.o $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
@@ -164,9 +161,9 @@ format:
 
 gpu-check:
 	@echo "nvcc: $(or $(NVCC),not found: builds for the CPU alone)"
-	@echo "OpenBLAS: $(OPENBLAS), doctest: $(DOCTEST)"
+	@echo "doctest: $(DOCTEST)"
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:
 	rm -rf build
-	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file
+	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file dev/delta_rule_plans

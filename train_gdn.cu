@@ -97,8 +97,7 @@ class Run {
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_));
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
                                              Recompute(o_.recompute), separator(o_));
-    training_step_ = std::make_unique<TrainingStep<Device>>(parameters_, *model_, *optimizer_,
-                                                            o_.global_batch, o_.micro_batch, o_.seq_len);
+    make_training_step();
     inputs_.resize(size_t(o_.global_batch) * o_.seq_len);
     targets_.resize(inputs_.size());
     codec_ = std::make_unique<TextCodec>(config.vocab, o_.vocabulary, document_start(o_));
@@ -165,6 +164,22 @@ class Run {
   }
 
  private:
+  // Where the device has no room for the tree's spare gradients and nobody asked for the tree, the sum is the
+  // running one, and that is said.
+  void make_training_step() {
+    const auto make = [&](GradientSum sum) {
+      training_step_ = std::make_unique<TrainingStep<Device>>(
+          parameters_, *model_, *optimizer_, o_.global_batch, o_.micro_batch, o_.seq_len, sum);
+    };
+    try {
+      make(o_.sum);
+    } catch (const OutOfMemory& e) {
+      if (o_.sum == GradientSum::running || table_.given("sum")) throw;
+      warn(std::string(e.what()) + "; so this run is -sum running");
+      make(GradientSum::running);
+    }
+  }
+
   void describe() {
     const ModelConfig& c = parameters_.config;
     report_.say(provenance_line(record_));

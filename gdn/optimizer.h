@@ -14,9 +14,9 @@ namespace gdn {
 struct OptimizerConfig {
   OptimizerKind kind = OptimizerKind::adamw;
   float weight_decay = 0.1f, beta1 = 0.9f, beta2 = 0.95f,
-        epsilon = 1e-8f;   // AdamW; SGD uses weight_decay too
-  float momentum = 0.9f;   // SGD, Nesterov
-  float clip = 1.0f;       // largest norm of the gradient; 0: off
+        epsilon = 1e-8f;                 // AdamW; SGD uses weight_decay too
+  float momentum = 0.9f;                 // SGD, Nesterov
+  float clip = 1.0f;                     // largest norm of the gradient; 0: off
   ClipNorm clip_norm = ClipNorm::plain;  // which norm
   DecayMode decay_mode = DecayMode::coupled;
   ClassFactors learning_rate_factors = ones();
@@ -49,9 +49,8 @@ class Optimizer {
   Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config)
       : config_(config), p_(parameters), dev_(parameters.dev) {
     const char* remedy = Parameters<Device>::kRemedy;
-    const std::vector<ParameterSpan> spans =
-        p_.spans(config.kind, config.weight_decay, config.decay_mode, config.learning_rate_factors,
-                 config.clip_norm);
+    const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode,
+                                                      config.learning_rate_factors, config.clip_norm);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
     moment1_ = Buffer<Device, real>(dev_, p_.table.size, "first moments", remedy);
@@ -60,10 +59,12 @@ class Optimizer {
       moment2_ = Buffer<Device, real>(dev_, p_.table.size, "second moments", remedy);
       moment2_.zero();
     }
+    const std::vector<ArenaRange>& groups = p_.table.groups;
+    groups_ = Buffer<Device, ArenaRange>(dev_, groups.size(), "parameter table", remedy);
+    dev_.upload(groups_.get(), groups.data(), groups_.bytes());
     norm_ = Buffer<Device, real>(dev_, 1, "gradient norm", remedy);
+    sums_ = Buffer<Device, double>(dev_, p_.table.size / kArenaBlock, "gradient norm", remedy);
     scalars_ = Buffer<Device, Scalars>(dev_, 1, "work space", remedy);
-    scratch_ = Buffer<Device, unsigned char>(dev_, global_norm_scratch_bytes(dev_, p_.table.size),
-                                             "work space", remedy);
   }
 
   // Applies the accumulated gradients as step `step` (from 1) and returns their global norm before clipping.
@@ -84,18 +85,20 @@ class Optimizer {
     host.sgd = {float(learning_rate), config_.momentum, config_.clip};
     dev_.upload(scalars_.get(), &host, sizeof(host));
   }
-  // Launches and touches no host memory. Nothing is changed either when *loss (device memory) is not finite; it
-  // may be null.
+  // Launches and touches no host memory. Nothing is changed either when *loss (device memory) is not finite;
+  // it may be null.
   void update(const double* loss) {
     Range<Device> range(dev_, "optimizer");
     const int count = int(spans_.size());
-    global_norm(dev_, norm_.get(), p_.gradients(), p_.table.size, spans_.get(), count, scratch_.get());
+    const ArenaRange all = {0, p_.table.size};
+    sum_of_squares(dev_, sums_.get(), p_.gradients(), all, spans_.get(), count);
+    norm_of_sums(dev_, norm_.get(), sums_.get(), groups_.get(), int(groups_.size()));
     if (loss) check_loss(dev_, norm_.get(), loss);
     if (config_.kind == OptimizerKind::adamw)
-      adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(),
+      adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(), all,
                    spans_.get(), count, norm_.get(), &scalars_.get()->adamw);
     else
-      sgd_update(dev_, p_.master(), p_.weights(), moment1_.get(), p_.gradients(), spans_.get(), count,
+      sgd_update(dev_, p_.master(), p_.weights(), moment1_.get(), p_.gradients(), all, spans_.get(), count,
                  norm_.get(), &scalars_.get()->sgd);
   }
   const real* device_norm() const { return norm_.get(); }
@@ -109,9 +112,10 @@ class Optimizer {
   Parameters<Device>& p_;
   Device& dev_;
   Buffer<Device, ParameterSpan> spans_;
+  Buffer<Device, ArenaRange> groups_;
+  Buffer<Device, double> sums_;  // squares of the gradients, by block of the arena
   Buffer<Device, real> moment1_, moment2_, norm_;
   Buffer<Device, Scalars> scalars_;
-  Buffer<Device, unsigned char> scratch_;
 };
 
 }  // namespace gdn

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../mup.h"
+#include "shapes.h"
 
 namespace gdn {
 
@@ -71,6 +72,7 @@ struct Options {
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
   int recompute = 0;
+  GradientSum sum = GradientSum::tree;
   bool mask_docs = false, coord_check = false, help = false, version = false;
   Resume resume = Resume::no;
   std::string load, evaluate;
@@ -200,6 +202,10 @@ class OptionTable {
     whole("recompute", "0|1|2", o.recompute, 0, 2,
           "what the backward pass recomputes to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
+    choice("sum", o.sum, {GradientSum::tree, GradientSum::running},
+           "order in which the gradients of a step's B/b micro-batches are added: by a binary tree, whose bits "
+           "do not depend on the number of ranks, or one after the other, without the tree's log2(B/b) spare "
+           "buffers");
     flag("mask_docs", o.mask_docs,
          "of shards: state and convolution see nothing before a document's start (-separator); -gen does as "
          "the training did")

@@ -128,10 +128,10 @@ template <int kThreads>
 void launch_softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
                                   int vocab, int padded, float dlogits_scale) {
   constexpr int kRows = kClassifierThreads / kThreads;
-  const int room = (shared_bytes_limit() - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
+  const int room = (dev.shared_bytes - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
   const int staged = std::min({padded, kStagedColumns, room});
   const int shared_bytes = kRows * staged * int(sizeof(act));
-  allow_shared_bytes(softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
+  allow_shared_bytes(dev, softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
   softmax_cross_entropy_kernel<kThreads>
       <<<divide_up(rows, kRows), kClassifierThreads, shared_bytes, dev.stream>>>(
           logits, losses, targets, rows, vocab, padded, staged, dlogits_scale);

@@ -635,7 +635,10 @@ TEST_CASE("cuda: norm of the gradients, rounding of weights" * needs_gpu()) {
     const Floats dev_x(dev, x);
     Floats norm(dev, size_t(1));
     Acts weights(dev, n);
-    Scratch scratch(dev, gdn::global_norm_scratch_bytes(dev, n));
+    const gdn::ArenaRange all = {0, (n + gdn::kArenaBlock - 1) / gdn::kArenaBlock * gdn::kArenaBlock};
+    const DeviceCopy<gdn::ArenaRange> groups(dev, {all});
+    Doubles sums(dev, all.size() / gdn::kArenaBlock);
+    Numbers sums_ref(all.size() / gdn::kArenaBlock);
     // one tensor, and six with weights of their own, of which some lie within one piece of a block
     std::vector<ParameterSpan> one(1), six;
     one[0].size = n;
@@ -646,8 +649,14 @@ TEST_CASE("cuda: norm of the gradients, rounding of weights" * needs_gpu()) {
     for (const auto& spans : {one, six}) {
       const DeviceCopy<ParameterSpan> dev_spans(dev, spans);
       const int count = int(spans.size());
-      run_twice([&] { gdn::global_norm(dev, norm, dev_x, n, dev_spans, count, scratch); }, norm);
-      gdn::global_norm(cpu, norm_ref.data(), x.data(), n, spans.data(), count, nullptr);
+      run_twice(
+          [&] {
+            gdn::sum_of_squares(dev, sums, dev_x, all, dev_spans, count);
+            gdn::norm_of_sums(dev, norm, sums, groups, 1);
+          },
+          norm);
+      gdn::sum_of_squares(cpu, sums_ref.data(), x.data(), all, spans.data(), count);
+      gdn::norm_of_sums(cpu, norm_ref.data(), sums_ref.data(), &all, 1);
       check_close("norm", norm, norm_ref, 1e-6);
     }
     run_twice([&] { gdn::round_weights(dev, weights, dev_x, n); }, weights);
@@ -696,6 +705,7 @@ struct UpdateTest {
         dev_weights(dev, arena.size),
         dev_spans(dev, arena.spans) {}
 
+  gdn::ArenaRange range() const { return {0, arena.size}; }
   static Numbers& squares(Numbers& x) {
     for (double& v : x) v = float(v * v);
     return x;
@@ -744,12 +754,12 @@ TEST_CASE("cuda: adamw" * needs_gpu()) {
       [&] {
         for (size_t i = 0; i < steps.size(); i++)
           gdn::adamw_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2, t.dev_gradients,
-                            t.dev_spans, t.count, t.norm, dev_steps + i);
+                            t.range(), t.dev_spans, t.count, t.norm, dev_steps + i);
       },
       t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2);
   for (const gdn::AdamwStep& now : steps)
     gdn::adamw_update(cpu, t.master.data(), weights.data(), t.moment1.data(), t.moment2.data(),
-                      t.gradients.data(), t.arena.spans.data(), t.count, &norm, &now);
+                      t.gradients.data(), t.range(), t.arena.spans.data(), t.count, &norm, &now);
   t.check("master", t.dev_master, t.master, 1e-6);
   t.check("first moment", t.dev_moment1, t.moment1, 1e-6);
   t.check("second moment", t.dev_moment2, t.moment2, 1e-6);
@@ -773,13 +783,13 @@ TEST_CASE("cuda: sgd" * needs_gpu()) {
     run_twice(
         [&] {
           for (int i = 0; i < 3; i++)
-            gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.dev_spans,
-                            t.count, t.norm, dev_step);
+            gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.range(),
+                            t.dev_spans, t.count, t.norm, dev_step);
         },
         t.dev_master, t.dev_weights, t.dev_moment1);
     for (int i = 0; i < 3; i++)
       gdn::sgd_update(cpu, master.data(), weights.data(), moment.data(), t.gradients.data(),
-                      t.arena.spans.data(), t.count, &norm, &step);
+                      t.range(), t.arena.spans.data(), t.count, &norm, &step);
     t.check("master", t.dev_master, master, 1e-6);
     t.check("moment", t.dev_moment1, moment, 1e-6);
     t.check("weights", t.dev_weights, weights, kActTolerance);
@@ -799,13 +809,16 @@ TEST_CASE("cuda: a gradient that is not finite changes nothing" * needs_gpu()) {
        {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
     const Numbers gradients(9, bad);
     const Floats dev_gradients(dev, gradients);
-    Scratch scratch(dev, gdn::global_norm_scratch_bytes(dev, 9));
+    Doubles sums(dev, size_t(1));
+    const gdn::ArenaRange all = {0, gdn::kArenaBlock};
+    const DeviceCopy<gdn::ArenaRange> groups(dev, {all});
     const DeviceCopy<ParameterSpan> span(dev, {ParameterSpan{0, 9}});
-    gdn::global_norm(dev, t.norm, dev_gradients, 9, span, 1, scratch);
+    gdn::sum_of_squares(dev, sums, dev_gradients, all, span, 1);
+    gdn::norm_of_sums(dev, t.norm, sums, groups, 1);
     gdn::adamw_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_moment2, t.dev_gradients,
-                      t.dev_spans, t.count, t.norm, adamw);
-    gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.dev_spans, t.count,
-                    t.norm, sgd);
+                      t.range(), t.dev_spans, t.count, t.norm, adamw);
+    gdn::sgd_update(dev, t.dev_master, t.dev_weights, t.dev_moment1, t.dev_gradients, t.range(), t.dev_spans,
+                    t.count, t.norm, sgd);
     CHECK(t.dev_master.same_bits(master));
     CHECK(t.dev_moment1.same_bits(moment1));
     CHECK(t.dev_moment2.same_bits(moment2));
