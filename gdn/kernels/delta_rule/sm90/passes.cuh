@@ -304,12 +304,12 @@ __device__ inline void pack_state_fragments(uint32_t (&fragments)[DK / 16][4],
   for (int i = 0; i < DK / 16; i++) pack_a_fragment(fragments[i], state[2 * i], state[2 * i + 1]);
 }
 
-// Largest magnitude among the state's A fragments; infinity where one overflowed fp16.
+// Largest magnitude among the state's A fragments `first` to `end`; infinity where one overflowed fp16.
 template <int DK>
-__device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16][4]) {
+__device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16][4], int first, int end) {
   __half2 high = __float2half2_rn(0.f), low = high;
 #pragma unroll
-  for (int i = 0; i < DK / 16; i++)
+  for (int i = first; i < end; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const __half2 x = *reinterpret_cast<const __half2*>(&fragments[i][e]);
@@ -319,11 +319,9 @@ __device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16
   return fmaxf(largest.x, largest.y);
 }
 
-// The warp's scale factor may stay as it is, judged by the packed fragments. False if they are all 0.
-template <int DK>
-__device__ inline bool scale_holds(const uint32_t (&fragments)[DK / 16][4], float largest_value,
-                                   int exponent) {
-  const float largest = largest_of_fragments<DK>(fragments);
+// The warp's scale factor may stay as it is, judged by the packed fragments' largest magnitude. False if they
+// are all 0.
+__device__ inline bool scale_holds(float largest, float largest_value, int exponent) {
   const int e = scale_exponent(fmaxf(power_of_two(exponent) * largest_value, largest), exponent);
   return e == exponent && __any_sync(~0u, largest > 0);
 }
@@ -333,7 +331,8 @@ template <int DK>
 __device__ inline int rescale_and_pack_state(uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
                                              float largest_value, int exponent) {
   pack_state_fragments<DK>(fragments, state);
-  if (scale_holds<DK>(fragments, largest_value, exponent)) return exponent;
+  const float largest = largest_of_fragments<DK>(fragments, 0, DK / 16);
+  if (scale_holds(largest, largest_value, exponent)) return exponent;
   exponent = rescale_state<DK>(state, largest_value, exponent);
   pack_state_fragments<DK>(fragments, state);
   return exponent;
@@ -384,22 +383,26 @@ __device__ inline int rescale_and_pack(uint32_t (&fragments)[DK / 16][4], float 
 
 // Rescales the state and issues its reads, storing nothing. The wgmma start before the scale factor is known,
 // and are issued once more if a warp of the warpgroup votes to rescale, which is rare after a sequence's
-// first chunks.
-template <int DK, bool kWithQ>
+// first chunks. The last kBefore fragments are read for the vote before the wgmma start, the others after.
+template <int DK, bool kWithQ, int kBefore = 0>
 __device__ inline int start_read_state_rescaled(float (&from_k)[8][4], float (&from_q)[8][4],
                                                 uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
                                                 uint64_t k, uint64_t q, float largest_value, int exponent) {
-  const auto start = [&] {
+  float largest = 0.f;
+  const auto start = [&](bool first) {
     pack_state_fragments<DK>(fragments, state);
+    if (first && kBefore > 0) largest = largest_of_fragments<DK>(fragments, DK / 16 - kBefore, DK / 16);
     start_read_state<DK, kWithQ>(from_k, from_q, fragments, state, k, q, nullptr, 0);
   };
-  start();
-  const bool stays = scale_holds<DK>(fragments, largest_value, exponent);
+  start(true);
+  const float others = largest_of_fragments<DK>(fragments, 0, DK / 16 - kBefore);
+  largest = kBefore > 0 ? fmaxf(largest, others) : others;
+  const bool stays = scale_holds(largest, largest_value, exponent);
   if (named_barrier_any(kRescaleVote + int(threadIdx.x) / 128, 128, !stays)) {
     wgmma_wait_group<0>();
     wgmma_fence_operand(from_k), wgmma_fence_operand(from_q), wgmma_fence_operand(fragments);
     if (!stays) exponent = rescale_state<DK>(state, largest_value, exponent);
-    start();
+    start(false);
   }
   return exponent;
 }
@@ -566,8 +569,12 @@ __global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_sch
     const float largest_value = largest_of_values(v_columns, ld);
     const uint64_t k_tiles = make_smem_desc(stage.k()), q_tiles = make_smem_desc(stage.q());
     if constexpr (kOverlap) {
-      exponent =
-          start_read_state_rescaled<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent);
+      // Where the vote reads all fragments while wgmma read them, too, ptxas 13 copies two of the eight in
+      // this case and issues their wgmma of Q S as a group of their own (C7519): waiting for K S is then
+      // waiting for most of Q S.
+      constexpr int kBefore = DK == 128 && kGroups == 1 ? 4 : 0;
+      exponent = start_read_state_rescaled<DK, kQWithK, kBefore>(E, O, S, state, k_tiles, q_tiles,
+                                                                 largest_value, exponent);
     } else {
       exponent = rescale_and_pack<DK>(S, state, largest_value, exponent);
       start_read_state<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, state_to, size.dk);
