@@ -33,35 +33,49 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
+#include "cpu_gemm.h"
 #include "device.h"
 #include "shapes.h"
 
 namespace gdn {
 
-namespace small {  // dense products of a chunk's matrices, [rows, cols] row-major, C += sign * ...
+// Dense products of a chunk's matrices, [rows, cols] row-major, C += alpha * ...; in double, which gradients are
+// checked with, plain loops.
+namespace small {
 
-// c [m,n] += alpha a [m,k] b [k,n]
+// c [m,n] += alpha a [m,k] b [k,n]; rows of a are `lda` apart
+template <class Real>
+void add_ab(Real* c, const Real* a, int lda, const Real* b, int m, int k, int n, Real alpha) {
+  if constexpr (std::is_same<Real, float>::value) {
+    tiles::add_product(c, a, lda, 1, b, m, k, n, alpha);
+  } else {
+    for (int i = 0; i < m; i++)
+      for (int l = 0; l < k; l++)
+        for (int j = 0; j < n; j++) c[i * n + j] += alpha * a[i * lda + l] * b[l * n + j];
+  }
+}
 template <class Real>
 void add_ab(Real* c, const Real* a, const Real* b, int m, int k, int n, Real alpha = 1) {
-  for (int i = 0; i < m; i++)
-    for (int l = 0; l < k; l++) {
-      const Real x = alpha * a[i * k + l];
-#pragma omp simd
-      for (int j = 0; j < n; j++) c[i * n + j] += x * b[l * n + j];
-    }
+  add_ab(c, a, k, b, m, k, n, alpha);
 }
 
-// c [m,n] += alpha a [k,m]^T b [k,n]
+// c [m,n] += alpha a [k,m]^T b [k,n]; rows of a are `lda` apart
+template <class Real>
+void add_atb(Real* c, const Real* a, int lda, const Real* b, int m, int k, int n, Real alpha) {
+  if constexpr (std::is_same<Real, float>::value) {
+    tiles::add_product(c, a, 1, lda, b, m, k, n, alpha);
+  } else {
+    for (int l = 0; l < k; l++)
+      for (int i = 0; i < m; i++)
+        for (int j = 0; j < n; j++) c[i * n + j] += alpha * a[l * lda + i] * b[l * n + j];
+  }
+}
 template <class Real>
 void add_atb(Real* c, const Real* a, const Real* b, int m, int k, int n, Real alpha = 1) {
-  for (int l = 0; l < k; l++)
-    for (int i = 0; i < m; i++) {
-      const Real x = alpha * a[l * m + i];
-#pragma omp simd
-      for (int j = 0; j < n; j++) c[i * n + j] += x * b[l * n + j];
-    }
+  add_atb(c, a, m, b, m, k, n, alpha);
 }
 
 // c [m,n] += alpha a [m,k] b [n,k]^T
@@ -177,6 +191,8 @@ void gated_delta_rule_recurrent_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real*
       }
 }
 
+constexpr int kSolved = 8;  // rows of a triangular system that are solved together
+
 // The matrices of one chunk of one head, C = kChunk rows (a shorter last chunk fills the first n).
 template <class Real>
 struct DeltaRuleChunk {
@@ -245,10 +261,14 @@ void prepare_chunk(DeltaRuleChunk<Real>& c, const Real* S0) {
   }
   std::fill_n(c.KS.begin(), n * dv, Real(0));
   small::add_ab(c.KS.data(), c.k.data(), S0, n, dk, dv);
-  for (int i = 0; i < n; i++) {  // forward substitution, row by row
+  for (int i = 0; i < n; i++)
     for (int e = 0; e < dv; e++)
       c.Vn[i * dv + e] = c.beta[i] * (c.v[i * dv + e] - c.eG[i] * c.KS[i * dv + e]);
-    small::add_ab(&c.Vn[i * dv], &c.A[i * n], c.Vn.data(), 1, i, dv, Real(-1));
+  for (int first = 0; first < n; first += kSolved) {  // forward substitution, some rows at a time
+    const int rows = std::min(kSolved, n - first);
+    Real* X = &c.Vn[first * dv];
+    small::add_ab(X, &c.A[first * n], n, c.Vn.data(), rows, first, dv, Real(-1));
+    for (int i = 1; i < rows; i++) small::add_ab(X + i * dv, &c.A[(first + i) * n + first], n, X, 1, i, dv, Real(-1));
   }
   for (int i = 0; i < n; i++)
     for (int e = 0; e < dk; e++) c.Kd[i * dk + e] = c.D[(n - 1) * n + i] * c.k[i * dk + e];
@@ -318,9 +338,15 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
           small::add_abt(dQ.data(), dO.data(), S0, n, dv, dk);  // dQe
 
           std::vector<Real>& X = dVn;  // in place: backward substitution with (I+A)^T
-          for (int i = last; i >= 0; i--)
-            for (int j = i + 1; j < n; j++)
-              for (int e = 0; e < dv; e++) X[i * dv + e] -= c.A[j * n + i] * X[j * dv + e];
+          const auto subtract = [&](int row, int rows, int from, int to) {  // A[from:to,row:row+rows]^T X[from:to]
+            small::add_atb(X.data() + row * dv, c.A.data() + from * n + row, n, X.data() + from * dv, rows, to - from,
+                           dv, Real(-1));
+          };
+          for (int begin = last / kSolved * kSolved; begin >= 0; begin -= kSolved) {
+            const int end = std::min(begin + kSolved, n);
+            subtract(begin, end - begin, end, n);
+            for (int i = end - 2; i >= begin; i--) subtract(i, 1, i + 1, end);
+          }
           small::add_abt(dA.data(), X.data(), c.Vn.data(), n, dv, n, Real(-1));
           for (int i = 0; i < n; i++)
             for (int e = 0; e < dv; e++) Y[i * dv + e] = -c.beta[i] * c.eG[i] * X[i * dv + e];
@@ -328,7 +354,9 @@ void gated_delta_rule_backward(Cpu<Real>&, Real* dqkv, Real* dg, Real* dbeta, co
 
           const Real through_states = c.eG[last] * dot(S0, dS.data(), dk * dv);
           for (Real& x : dS) x *= c.eG[last];
-          for (int i = 0; i < n; i++) small::add_ab(dS.data(), &c.q[i * dk], &dO[i * dv], dk, 1, dv, c.eG[i]);
+          for (int i = 0; i < n; i++)
+            for (int e = 0; e < dv; e++) dO[i * dv + e] *= c.eG[i];
+          small::add_atb(dS.data(), c.q.data(), dO.data(), dk, n, dv);
           small::add_atb(dS.data(), c.k.data(), Y.data(), dk, n, dv);
 
           for (int i = 0; i < n; i++) {

@@ -25,6 +25,7 @@
 
 #include "json.h"
 #include "regular_file.h"
+#include "safetensors.h"
 
 namespace gdn {
 namespace data {
@@ -207,7 +208,7 @@ inline TokenFile shard(std::shared_ptr<const RegularFile> file, std::string_view
 
 // Opens a file and tells what it holds. vocabulary: that of shards where it is not the format's, else 0.
 inline TokenFile open_tokens(const std::string& path, int vocabulary = 0, bool keep_open = true) {
-  auto file = std::make_shared<const RegularFile>(path, keep_open);
+  auto file = std::make_shared<const RegularFile>(path, keep_open, Change::by_content);
   if (file->size() == 0) fail(path + ": empty file, expected at least one token");
   std::string head(size_t(std::min<int64_t>(int64_t(file->size()), kHeadBytes)), '\0');
   file->read(head.data(), 0, head.size());
@@ -260,6 +261,20 @@ inline std::vector<int32_t> read_tokens(const TokenFile& file, int64_t first, in
   throw BadToken(file.path() + ": token " + std::to_string(first + (outside - tokens.begin())) + " is " +
                  std::to_string(uint32_t(*outside)) + ", expected less than the vocabulary of " +
                  std::to_string(file.vocabulary));
+}
+
+// What tells a file from another one, as far as reading its ends shows: size and XXH64 of its first and last MiB.
+inline std::string fingerprint(const TokenFile& file) {
+  const uint64_t size = file.file->size(), piece = std::min<uint64_t>(size, uint64_t{1} << 20);
+  std::vector<char> bytes(2 * piece);
+  file.file->read(bytes.data(), 0, piece);
+  file.file->read(bytes.data() + piece, size - piece, piece);
+  safetensors::Xxh64 hash;
+  hash.update(bytes.data(), bytes.size());
+  char text[64];
+  std::snprintf(text, sizeof text, "%llu bytes, xxh64 of its ends %016llx", static_cast<unsigned long long>(size),
+                static_cast<unsigned long long>(hash.digest()));
+  return text;
 }
 
 }  // namespace data

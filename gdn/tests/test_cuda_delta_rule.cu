@@ -268,8 +268,6 @@ TEST_CASE("cuda delta rule: many chunks" * needs_gpu()) {
   for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
 }
 
-#ifndef GDN_READABLE
-
 // What GPUs with 99 KiB (sm_86, 89, 120) and 163 KiB (sm_80) of shared memory a block run, on one with more:
 // all compiled head sizes, one value head a key head and several, whole and cut; where blocks take several
 // work tiles; and with so few SMs that blocks of the passes have all the warps that fit. The plans:
@@ -431,8 +429,6 @@ TEST_CASE("cuda delta rule: against the readable one" * needs_gpu()) {
       }
     }
 }
-
-#endif  // GDN_READABLE
 
 TEST_CASE("cuda delta rule: the same bits in two runs" * needs_gpu()) {
   Cuda device;

@@ -66,6 +66,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-resume=maybe", "-resume 'maybe'"},
                         Case{"stray", "stray"},
                         Case{"-opt adam", "-opt 'adam'"},
+                        Case{"-sum last", "-sum 'last'"},
                         Case{"-param up", "-param 'up'"},
                         Case{"-gains both", "-gains 'both'"},
                         Case{"-gates both", "-gates 'both'"},
@@ -131,7 +132,7 @@ TEST_CASE("program: -h lists every option with its default") {
                              "-prompt ",     "-eps ",         "-wd_mode ",   "-gains ",   "-coord_check ",
                              "-vocab ",      "-temperature ", "-top_k ",     "-top_p ",   "-mask_docs ",
                              "-lr_of ",      "-gates ",       "-readout ",   "-clip_norm ", "-init_of ", "-logit_factor ",
-                             "-vocab_size ", "-separator "}) {
+                             "-vocab_size ", "-separator ", "-sum ", "-timeout "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -159,7 +160,7 @@ TEST_CASE("program: log.csv has its header, a row a step, and validations; the s
   REQUIRE(o.code == 0);
   const std::string log = read_file(folder.path / "out" / "log.csv");
   CHECK(log.rfind("# train_gdn ", 0) == 0);  // where it comes from
-  const std::string header = "\nstep,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time\n";
+  const std::string header = "\nstep,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time,wait_ms\n";
   CHECK(log.find(header) == log.find('\n'));
   for (const char* start : {"\n1,train,", "\n6,train,", "\n3,val,", "\n6,val,"}) {
     CAPTURE(start);
@@ -438,6 +439,19 @@ TEST_CASE("program: data that shrink while training: one line, a checkpoint, exi
     CHECK(o.out.find("saved out/step_") != std::string::npos);
     CHECK(run(folder, "-d cpu -gen 2 -load out").code == 0);
   }
+}
+
+TEST_CASE("program: data that are touched, or copied anew, while training end no run") {
+  Folder folder;
+  write_file(folder.path / "d.txt", std::string(100000, 'x'));
+  const std::string later =
+      "{ (while ! grep -q 'step 2/' .out 2>/dev/null; do sleep 0.02; done; touch d.txt; while ! grep -q 'step "
+      "20/' .out; do sleep 0.02; done; cp d.txt e.txt; mv e.txt d.txt) & }";
+  const Outcome o = run(folder, kTiny + std::string("-n 200 -save 0 -i d.txt -o out"), later);
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
+  CHECK(o.err.find("d.txt: has a new time of change; its bytes are as before") != std::string::npos);
+  CHECK(o.err.find("d.txt: was replaced; its bytes are as before") != std::string::npos);
 }
 
 TEST_CASE("program: shards of another tokenizer train, resume and generate with their vocabulary") {
