@@ -201,7 +201,7 @@ class Run {
   }
 
   [[noreturn]] void fail_batch() {
-    if (step_ > saved_step_) save();  // keep what was learned
+    if (step_ > 0 && step_ > saved_step_) save();  // keep what was learned
     std::rethrow_exception(batch_error_);
   }
 

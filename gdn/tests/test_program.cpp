@@ -1004,6 +1004,25 @@ TEST_CASE("program: the version names commit and compiler; -min_lr takes a share
   CHECK(weights("-opt sgd") == weights("-opt sgd -min_lr lr/20"));
 }
 
+TEST_CASE("program: the tests that dev/doc/faults.md names are there") {
+  std::string sources;
+  for (const auto& entry : fs::directory_iterator("gdn/tests"))
+    if (entry.path().extension() == ".cpp") sources += read_file(entry.path());
+  const std::string text = read_file("dev/doc/faults.md");
+  int names = 0;
+  for (size_t begin = 0; (begin = text.find('`', begin)) != std::string::npos;) {
+    const size_t end = text.find('`', begin + 1);
+    REQUIRE(end != std::string::npos);
+    const std::string name = text.substr(begin + 1, end - begin - 1);
+    begin = end + 1;
+    if (name.find(": ") == std::string::npos) continue;  // no test's name
+    CAPTURE(name);
+    CHECK(sources.find("\"" + name + "\"") != std::string::npos);
+    names++;
+  }
+  CHECK(names > 40);
+}
+
 TEST_CASE("program: what a terminal gets is printable, and a step's line fits it by whole fields") {
   TerminalText terminal;
   CHECK(terminal("a\tb\n\x1b[31m") == "a\tb\n\\x1b[31m");
