@@ -140,22 +140,33 @@ void sum_losses(Cuda&, double* total, const float* losses, int rows);
 
 // ---- optimizer --------------------------------------------------------------------------------------------
 
-// *norm (GPU memory) = sqrt(sum over `spans` [count] of norm_weight * sum of squares of their gradients);
-// gradients [n] float is the arena, the spans lie in GPU memory as for the updates below.
-void global_norm(Cuda&, float* norm, const float* gradients, size_t n, const ParameterSpan* spans, int count,
-                 void* scratch);
-size_t global_norm_scratch_bytes(Cuda&, size_t n);
+// sum [n] += x [n] and *loss_sum += *loss (GPU memory): two partial sums over micro-batches become one. n is a
+// multiple of 4.
+void add_gradients(Cuda&, float* sum, const float* x, size_t n, double* loss_sum, const double* loss);
+
+// sums[k] (GPU memory) = sum over `spans` [count] of norm_weight * sum of squares of their gradients in block k of
+// the arena (kArenaBlock numbers each), for the blocks of `range`. gradients is the arena, the spans lie in GPU
+// memory as for the updates below.
+void sum_of_squares(Cuda&, double* sums, const float* gradients, const ArenaRange& range,
+                    const ParameterSpan* spans, int count);
+
+// *norm (GPU memory) = sqrt(sum of the blocks' sums), through the groups [count] of the arena (GPU memory): zeros at
+// their ends change nothing.
+void norm_of_sums(Cuda&, float* norm, const double* sums, const ArenaRange* groups, int count);
 
 // *norm = NaN where *loss is not finite (both in GPU memory): the update then changes nothing.
 void check_loss(Cuda&, float* norm, const double* loss);
 
-// master, moments, gradients: float arenas; weights: act arena, rounded to nearest even. `spans` [count] lies
-// in GPU memory like the arenas, ascending in offset and disjoint, each offset a multiple of 8. *norm and *step
-// in GPU memory; nothing changes when the norm is not finite.
+// master, moments, gradients: float arenas; weights: act arena, rounded to nearest even. Of the arenas the numbers of
+// `range` are done, where all of these arrays begin. `spans` [count] lies in GPU memory like the arenas, ascending in
+// offset and disjoint, each offset a multiple of 8. *norm and *step in GPU memory; nothing changes when the norm is
+// not finite.
 void adamw_update(Cuda&, float* master, act* weights, float* moment1, float* moment2, const float* gradients,
-                  const ParameterSpan* spans, int count, const float* norm, const AdamwStep*);
+                  const ArenaRange& range, const ParameterSpan* spans, int count, const float* norm,
+                  const AdamwStep*);
 void sgd_update(Cuda&, float* master, act* weights, float* moment, const float* gradients,
-                const ParameterSpan* spans, int count, const float* norm, const SgdStep*);
+                const ArenaRange& range, const ParameterSpan* spans, int count, const float* norm,
+                const SgdStep*);
 
 // weights [n] act = master [n] float, rounded to nearest even
 void round_weights(Cuda&, act* weights, const float* master, size_t n);

@@ -292,26 +292,34 @@ void bench_optimizer(Cuda& dev, Table& table, const Options& o) {
   const Floats master(dev, n), gradients(dev, n, -1e-3f, 1e-3f), moment1(dev, n), moment2(dev, n, 0, 1),
       norm(dev, 1, 1, 2);
   const Acts weights(dev, n);
-  const Bytes scratch(dev, gdn::global_norm_scratch_bytes(dev, n), "a benchmark");
+  const gdn::ArenaRange all = {0, (n + gdn::kArenaBlock - 1) / gdn::kArenaBlock * gdn::kArenaBlock};
+  const Buffer<Cuda, gdn::ArenaRange> group(dev, 1, "a benchmark");
+  dev.upload(group.get(), &all, sizeof(all));
+  const Buffer<Cuda, double> sums(dev, all.size() / gdn::kArenaBlock, "a benchmark");
   const int count = int(spans.size());
-  table.memory("global_norm", 4.0 * n,
-               [&](int i) {
-                 gdn::global_norm(dev, norm[0], gradients[i], n, dev_spans.get(), count, scratch.get());
-               });
+  table.memory("gradient norm", 4.0 * n, [&](int i) {
+    gdn::sum_of_squares(dev, sums.get(), gradients[i], all, dev_spans.get(), count);
+    gdn::norm_of_sums(dev, norm[0], sums.get(), group.get(), 1);
+  });
+  Buffer<Cuda, double> loss(dev, 1, "a benchmark");
+  loss.zero();
+  table.memory("add_gradients", 12.0 * n, [&](int i) {
+    gdn::add_gradients(dev, moment1[i], gradients[i], n, loss.get(), loss.get());
+  });
   gdn::AdamwStep adamw;
   adamw.learning_rate = 1e-3f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;
   const Buffer<Cuda, gdn::AdamwStep> dev_adamw(dev, 1, "a benchmark");
   dev.upload(dev_adamw.get(), &adamw, sizeof(adamw));
   table.memory("adamw_update", 30.0 * n, [&](int i) {
-    gdn::adamw_update(dev, master[i], weights[i], moment1[i], moment2[i], gradients[i], dev_spans.get(),
-                      count, norm[0], dev_adamw.get());
+    gdn::adamw_update(dev, master[i], weights[i], moment1[i], moment2[i], gradients[i], all,
+                      dev_spans.get(), count, norm[0], dev_adamw.get());
   });
   gdn::SgdStep sgd;
   sgd.learning_rate = 1e-3f, sgd.momentum = 0.9f;
   const Buffer<Cuda, gdn::SgdStep> dev_sgd(dev, 1, "a benchmark");
   dev.upload(dev_sgd.get(), &sgd, sizeof(sgd));
   table.memory("sgd_update", 22.0 * n, [&](int i) {
-    gdn::sgd_update(dev, master[i], weights[i], moment1[i], gradients[i], dev_spans.get(), count, norm[0],
+    gdn::sgd_update(dev, master[i], weights[i], moment1[i], gradients[i], all, dev_spans.get(), count, norm[0],
                     dev_sgd.get());
   });
   table.memory("round_weights", 6.0 * n, [&](int i) { gdn::round_weights(dev, weights[i], master[i], n); });

@@ -162,7 +162,8 @@ class Bench {
 
   // A step is always running ahead of the one being queued, so that no range waits for the host.
   void print_phases() {
-    gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength, false);
+    gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength,
+                                          gdn::GradientSum::tree, false);
     queue(training_step);
     gdn::RangeTimes times(dev_);
     for (int i = 0; i < kPhaseSteps; i++) {
@@ -183,7 +184,8 @@ class Bench {
   }
 
   void write_trace(const std::string& file, const Row& row) {
-    gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength, false);
+    gdn::TrainingStep<Cuda> training_step(parameters_, *model_, *optimizer_, batch_, batch_, kLength,
+                                          gdn::GradientSum::tree, false);
     const gdn::Trace trace = gdn::trace_step(
         dev_, [&] { queue(training_step); }, [&] { finish(training_step); });
     gdn::write_trace(file, trace,

@@ -19,8 +19,8 @@
 // as input is not among them: the embedding's change is its update. Where W_emb is the head too,
 // "update:lm_head" is that of the logits of tokens that the batch does not have as input: the rows of the
 // others were also moved as an embedding, by what h is not aligned with, which adds a part d^-1/2 (under SGD
-// with embeddings of kBaseStd the larger one at d = 128 and 256) to the output's Theta(1). "grad:dt_bias" is the
-// gradient at the gate's input a, summed over tokens.
+// with embeddings of kBaseStd the larger one at d = 128 and 256) to the output's Theta(1). "grad:dt_bias" is
+// the gradient at the gate's input a, summed over tokens.
 #pragma once
 
 #include <algorithm>
@@ -71,10 +71,10 @@ inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, 
   const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
   const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
   if (is_gradient) return {};
-  // Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b
-  // start at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their
-  // input. With the learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are
-  // aligned indeed, by d^-1/2 where they are not yet.
+  // Gates as output weights (-gates output, aligned: mup_research.h), with a number of heads that does not
+  // grow: a and b start at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2
+  // through their input. With the learning rate of aligned signs SGD moves their weights by Theta(1) where
+  // the signs are aligned indeed, by d^-1/2 where they are not yet.
   if (gates != GateRule::independent && !fixed_head_size && of_gates(activation)) {
     const SlopeRange falls = {-0.5, 0}, stays = {0, 0};
     if (is_update) return {gates == GateRule::aligned && optimizer == OptimizerKind::sgd ? falls : stays, {}};

@@ -519,34 +519,64 @@ void sum_losses(Cpu<Real>&, double* total, const Real* losses, int rows) {
 // ---- optimizer
 // ----------------------------------------------------------------------------------------------------
 
-// *norm = sqrt(sum over `spans` [count] of norm_weight * sum of squares of their gradients), always summed in
-// the same order. gradients [n] is the arena.
+// sum [n] += x [n] and *loss_sum += *loss: two partial sums over micro-batches become one.
 template <class Real>
-void global_norm(Cpu<Real>&, Real* norm, const Real* gradients, size_t, const ParameterSpan* spans, int count,
-                 void*) {
-  constexpr size_t kPiece = 1 << 16;
-  std::vector<ParameterSpan> pieces;
-  for (int s = 0; s < count; s++)
-    for (size_t done = 0; done < spans[s].size; done += kPiece) {
-      pieces.push_back(spans[s]);
-      pieces.back().offset += done;
-      pieces.back().size = std::min(kPiece, spans[s].size - done);
-    }
-  std::vector<double> sums(pieces.size());
-#pragma omp parallel for schedule(static)
-  for (size_t p = 0; p < pieces.size(); p++) {
-    for (size_t i = pieces[p].offset; i < pieces[p].offset + pieces[p].size; i++)
-      sums[p] += double(gradients[i]) * double(gradients[i]);
-    sums[p] *= double(pieces[p].norm_weight);
-  }
-  double sum = 0;
-  for (double s : sums) sum += s;
-  *norm = Real(std::sqrt(sum));
+void add_gradients(Cpu<Real>&, Real* sum, const Real* x, size_t n, double* loss_sum, const double* loss) {
+#pragma omp parallel for simd schedule(static)
+  for (size_t i = 0; i < n; i++) sum[i] += x[i];
+  *loss_sum += *loss;
 }
 
+// sum: of `pieces` pieces of `piece` numbers, each `stride` numbers behind the last; x has as many, one behind the
+// other, and is added.
 template <class Real>
-size_t global_norm_scratch_bytes(Cpu<Real>&, size_t) {
-  return 0;
+void add_pieces(Cpu<Real>&, Real* sum, const Real* x, int pieces, size_t piece, size_t stride) {
+  for (int p = 0; p < pieces; p++) {
+    Real* const to = sum + size_t(p) * stride;
+    const Real* const from = x + size_t(p) * piece;
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < piece; i++) to[i] += from[i];
+  }
+}
+
+// *sum = the sum of x [n], n a power of two, in the order of a binary tree.
+template <class Real>
+void sum_tree(Cpu<Real>&, double* sum, const double* x, int n) {
+  std::vector<double> sums(x, x + n);
+  for (n /= 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  *sum = sums[0];
+}
+
+// sums[k] = sum over `spans` [count] of norm_weight * sum of squares of their gradients in block k of the arena
+// (kArenaBlock numbers each), for the blocks of `range`, always in the same order. gradients is the arena.
+template <class Real>
+void sum_of_squares(Cpu<Real>&, double* sums, const Real* gradients, const ArenaRange& range,
+                    const ParameterSpan* spans, int count) {
+#pragma omp parallel for schedule(static)
+  for (size_t begin = range.begin; begin < range.end; begin += kArenaBlock) {
+    const size_t end = begin + kArenaBlock;
+    const ParameterSpan* s = std::partition_point(
+        spans, spans + count, [&](const ParameterSpan& span) { return span.offset + span.size <= begin; });
+    double total = 0;
+    for (; s != spans + count && s->offset < end; s++) {
+      double sum = 0;
+      for (size_t i = std::max(s->offset, begin); i < std::min(s->offset + s->size, end); i++)
+        sum += double(gradients[i]) * double(gradients[i]);
+      total += double(s->norm_weight) * sum;
+    }
+    sums[begin / kArenaBlock] = total;
+  }
+}
+
+// *norm = sqrt(sum of the blocks' sums), block by block through the groups [count] of the arena: zeros at their
+// ends change nothing.
+template <class Real>
+void norm_of_sums(Cpu<Real>&, Real* norm, const double* sums, const ArenaRange* groups, int count) {
+  double sum = 0;
+  for (int g = 0; g < count; g++)
+    for (size_t i = groups[g].begin; i < groups[g].end; i += kArenaBlock) sum += sums[i / kArenaBlock];
+  *norm = Real(std::sqrt(sum));
 }
 
 // *norm = NaN where *loss is not finite: the update then changes nothing.
@@ -561,23 +591,32 @@ Real clip_factor(Real norm, Real clip) {
   return clip > 0 && norm > clip ? clip / norm : Real(1);
 }
 
+// What of a tensor lies in a range of the arena, counted from the range's beginning; end <= begin where nothing
+// does.
+inline ArenaRange within(const ParameterSpan& span, const ArenaRange& range) {
+  return {std::max(span.offset, range.begin) - range.begin,
+          std::max(std::min(span.offset + span.size, range.end), range.begin) - range.begin};
+}
+
 // One AdamW step (Loshchilov, Hutter, arXiv 1711.05101, decay coupled to the learning rate as in PyTorch)
 // over `spans` [count] of the arenas: master, gradient, m, v; `weights` receives the rounded copy that enters
-// matrix products (on the CPU the same array as master). Nothing changes when *norm is not finite.
+// matrix products (on the CPU the same array as master). Of the arenas it does the numbers of `range`, where all
+// five arrays begin. Nothing changes when *norm is not finite.
 //   p -= lr wd p;   m = b1 m + (1-b1) g;   v = b2 v + (1-b2) g^2;   p -= lr (m / (1-b1^t)) / (sqrt(v /
 //   (1-b2^t)) + eps)
 template <class Real>
 void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* moment2,
-                  const Real* gradients, const ParameterSpan* spans, int count, const Real* norm,
-                  const AdamwStep* step) {
+                  const Real* gradients, const ArenaRange& range, const ParameterSpan* spans, int count,
+                  const Real* norm, const AdamwStep* step) {
   if (!std::isfinite(*norm)) return;
   const Real clip = clip_factor(*norm, Real(step->clip)), b1 = step->beta1, b2 = step->beta2;
   const Real correction1 = Real(step->correction1), correction2 = Real(step->correction2);
   for (int s = 0; s < count; s++) {
     const Real lr = Real(step->learning_rate) * spans[s].learning_rate_scale,
                decay = 1 - lr * spans[s].weight_decay;
+    const ArenaRange mine = within(spans[s], range);
 #pragma omp parallel for simd schedule(static)
-    for (size_t i = spans[s].offset; i < spans[s].offset + spans[s].size; i++) {
+    for (size_t i = mine.begin; i < mine.end; i++) {
       const Real g = clip * gradients[i];
       moment1[i] = b1 * moment1[i] + (1 - b1) * g;
       moment2[i] = b2 * moment2[i] + (1 - b2) * g * g;
@@ -592,13 +631,15 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
 //   g = clip * gradient + wd p;   m = mom m + g;   p -= lr (g + mom m)
 template <class Real>
 void sgd_update(Cpu<Real>&, Real* master, Real* weights, Real* moment, const Real* gradients,
-                const ParameterSpan* spans, int count, const Real* norm, const SgdStep* step) {
+                const ArenaRange& range, const ParameterSpan* spans, int count, const Real* norm,
+                const SgdStep* step) {
   if (!std::isfinite(*norm)) return;
   const Real clip = clip_factor(*norm, Real(step->clip)), momentum = step->momentum;
   for (int s = 0; s < count; s++) {
     const Real lr = Real(step->learning_rate) * spans[s].learning_rate_scale, decay = spans[s].weight_decay;
+    const ArenaRange mine = within(spans[s], range);
 #pragma omp parallel for simd schedule(static)
-    for (size_t i = spans[s].offset; i < spans[s].offset + spans[s].size; i++) {
+    for (size_t i = mine.begin; i < mine.end; i++) {
       const Real g = clip * gradients[i] + decay * master[i];
       moment[i] = momentum * moment[i] + g;
       master[i] -= lr * (g + momentum * moment[i]);

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -67,7 +68,10 @@ struct Cuda {
   cublasLtHandle_t cublaslt = nullptr;
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
   std::string name;
-  int sm_count = 0;
+  int sm_count = 0, device_count = 0;
+  // Shared memory a block may have. Tests lower it, as the environment's GDN_SHARED_BYTES does (never below 99
+  // KiB), to run what a GPU with less of it runs.
+  int shared_bytes = 0;
   size_t memory_bytes = 0;
   std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
   std::map<std::tuple<int, int, int, int>, MatmulPlan>
@@ -76,14 +80,18 @@ struct Cuda {
   // destructors.
   std::function<void(const char* name, int layer)> on_range;
 
-  Cuda() {
+  // GPU number `local_rank` of this host, counted round where there are fewer.
+  explicit Cuda(int local_rank = 0) {
     const std::string reason = unavailable();
     if (!reason.empty()) throw std::runtime_error("no usable GPU: " + reason);
-    cuda_check(cudaSetDevice(0));
+    cuda_check(cudaGetDeviceCount(&device_count));
+    const int number = local_rank % device_count;
+    cuda_check(cudaSetDevice(number));
     cudaDeviceProp properties;
-    cuda_check(cudaGetDeviceProperties(&properties, 0));
+    cuda_check(cudaGetDeviceProperties(&properties, number));
     name = properties.name;
     sm_count = properties.multiProcessorCount;
+    shared_bytes = lowered_shared_bytes(int(properties.sharedMemPerBlockOptin));
     memory_bytes = properties.totalGlobalMem;
     try {
       cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -129,8 +137,8 @@ struct Cuda {
     cudaGetLastError();  // running out of memory is not sticky; do not blame the next launch for it
     size_t free_bytes = 0, total_bytes = 0;
     cuda_check(cudaMemGetInfo(&free_bytes, &total_bytes));
-    throw std::runtime_error("out of GPU memory: " + mebibytes(bytes) + " asked for " + what + ", " +
-                             mebibytes(free_bytes) + " of " + mebibytes(total_bytes) + " free; " + remedy);
+    throw OutOfMemory("out of GPU memory: " + mebibytes(bytes) + " asked for " + what + ", " +
+                      mebibytes(free_bytes) + " of " + mebibytes(total_bytes) + " free; " + remedy);
   }
   // Unchecked: it runs in destructors, often because an exception with the real error is on its way up.
   void release(void* p) noexcept { cudaFree(p); }
@@ -237,6 +245,18 @@ struct Cuda {
     if (status == cudaSuccess) status = cudaGraphInstantiate(&graph.executable, recorded, 0);
     cudaGraphDestroy(recorded);
     cuda_check(status);
+  }
+
+  static int lowered_shared_bytes(int bytes) {
+    constexpr int kLeast = 99 * 1024;
+    const char* lower = std::getenv("GDN_SHARED_BYTES");
+    if (!lower) return bytes;
+    char* end = nullptr;
+    const long value = std::strtol(lower, &end, 10);
+    if (*lower == 0 || *end != 0 || value < kLeast || value > bytes)
+      throw std::runtime_error("GDN_SHARED_BYTES is '" + std::string(lower) + "'; expected " +
+                               std::to_string(kLeast) + " to this GPU's " + std::to_string(bytes));
+    return int(value);
   }
 
   static std::string mebibytes(size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }

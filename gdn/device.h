@@ -33,6 +33,11 @@
 
 namespace gdn {
 
+// A device has less memory than was asked for.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 inline size_t physical_memory() {
   const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
   return pages > 0 && page > 0 ? size_t(pages) * size_t(page) : SIZE_MAX;
@@ -51,8 +56,8 @@ struct Cpu {
     // More than the machine has is refused here: the kernel would grant it, and kill the process that uses it.
     const size_t memory = physical_memory();
     if (bytes > memory || in_use_ > memory - bytes || posix_memalign(&p, 64, bytes ? bytes : 64) != 0)
-      throw std::runtime_error("out of memory: " + std::to_string(bytes >> 20) + " MiB asked for " + what +
-                               "; " + remedy);
+      throw OutOfMemory("out of memory: " + std::to_string(bytes >> 20) + " MiB asked for " + what + "; " +
+                        remedy);
     allocated[what] += bytes;
     in_use_ += malloc_usable_size(p);
     return p;

@@ -140,7 +140,8 @@ class Model {
 
   // Logits and losses and, where loss_weight != 0, the head's weight gradient and, in the place of h, the
   // gradient of h, in row chunks.
-  void classify(float loss_weight) {
+  // The sum of the losses is added to *loss_sum (device memory).
+  void classify(float loss_weight, double* loss_sum) {
     Range<Device> range(dev_, "classifier");
     const int M = shape_.rows(), d = config_.width, V = config_.padded_vocab;
     const size_t head = p_.table.lm_head;
@@ -154,7 +155,7 @@ class Model {
       linear_backward_weight(dev_, p_.gradients(head), acts_.logits, h, rows, V, d, logit_scale_);
       linear_backward_input(dev_, h, acts_.logits, p_.weights(head), rows, V, d, logit_scale_);
     }
-    sum_losses(dev_, acts_.loss_sum.get(), acts_.losses, M);
+    sum_losses(dev_, loss_sum, acts_.losses, M);
   }
 
   // acts_.dx is the gradient of the residual stream; each branch adds its own on the way down.
@@ -226,8 +227,8 @@ class Model {
     std::vector<int32_t> packed(kPackedRows * size_t(batch) * length);
     pack_batch(packed.data(), tokens, targets, batch, length, config_.padded_vocab, separator_);
     upload_batch(packed.data(), batch, length);
-    zero_loss();
-    forward_backward(loss_weight);
+    acts_.loss_sum.zero();
+    forward_backward(loss_weight, acts_.loss_sum.get());
   }
 
   // The same in parts. `packed` [4,B*T] (pack_batch) may be pinned memory, and is then read later.
@@ -238,12 +239,11 @@ class Model {
   // The token that starts a document where the chunked form masks them: state and convolution then see
   // nothing before it.
   int separator() const { return separator_; }
-  void zero_loss() { acts_.loss_sum.zero(); }
-  // Of the batch uploaded last. Launches and touches no host memory; its loss is added to the sum since
-  // zero_loss().
-  void forward_backward(float loss_weight) {
+  // Of the batch uploaded last. Launches and touches no host memory; the sum of its tokens' losses is added to
+  // *loss_sum (device memory).
+  void forward_backward(float loss_weight, double* loss_sum) {
     forward(nullptr);
-    classify(loss_weight);
+    classify(loss_weight, loss_sum);
     backward();
   }
 
@@ -256,18 +256,17 @@ class Model {
       document_positions(position.data(), tokens, batch, length, separator_);
       dev_.upload(position_, position.data(), position.size() * sizeof(int32_t));
     }
-    zero_loss();
+    acts_.loss_sum.zero();
     forward(nullptr);
-    classify(0);
+    classify(0, acts_.loss_sum.get());
   }
 
   // Sum over the last call's tokens of -ln p(target). Waits for the device.
   double loss_sum() {
     double sum = 0;
-    dev_.download(&sum, device_loss_sum(), sizeof(sum));
+    dev_.download(&sum, acts_.loss_sum.get(), sizeof(sum));
     return sum;
   }
-  const double* device_loss_sum() const { return acts_.loss_sum.get(); }
 
   // What the last forward left in layer l: valid until the next call, and with Recompute::nothing for all
   // layers.

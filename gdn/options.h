@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../mup.h"
+#include "shapes.h"
 
 namespace gdn {
 
@@ -66,11 +67,13 @@ struct Options {
   ReadoutRule readout = ReadoutRule::param;
   double logit_factor = 1;
   DeviceChoice device = DeviceChoice::automatic;
+  double timeout = 15;
   uint64_t seed = 42;
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
   int keep = 2;
   int recompute = 0;
+  GradientSum sum = GradientSum::tree;
   bool mask_docs = false, coord_check = false, help = false, version = false;
   Resume resume = Resume::no;
   std::string load, evaluate;
@@ -200,6 +203,10 @@ class OptionTable {
     whole("recompute", "0|1|2", o.recompute, 0, 2,
           "what the backward pass recomputes to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
+    choice("sum", o.sum, {GradientSum::tree, GradientSum::running},
+           "order in which the gradients of a step's B/b micro-batches are added: by a binary tree, whose bits "
+           "do not depend on the number of ranks, or one after the other, without the tree's log2(B/b) spare "
+           "buffers");
     flag("mask_docs", o.mask_docs,
          "of shards: state and convolution see nothing before a document's start (-separator); -gen does as "
          "the training did")
@@ -240,6 +247,9 @@ class OptionTable {
     whole("seed", "N", o.seed, 0, std::numeric_limits<int64_t>::max(),
           "seed of initial values, data order and samples");
     choice("d", o.device, {DeviceChoice::automatic, DeviceChoice::cuda, DeviceChoice::cpu}, "device")
+        .of_this_call();
+    real("timeout", "S", o.timeout, 1, 1e6,
+         "of several ranks: one that is not heard of for S seconds ends the run")
         .of_this_call();
     section("output", OptionKind::run);
     text("o", "FOLDER", o.output, "log.csv and checkpoints", "run_001, run_002, ... (the first that is free)")

@@ -31,30 +31,70 @@ struct LayerOffsets {
   size_t attn_norm, in_proj, taps, A_log, dt_bias, o_norm, o_proj, mlp_norm, gate_up, down;
 };
 
+// A range of the arena that a rank updates, and where its moments lie among those of all its ranges.
+struct ShardPart {
+  ArenaRange range;
+  size_t at = 0;
+};
+
 struct ParameterTable {
   std::vector<Tensor> tensors;
   std::vector<LayerOffsets> layers;
   size_t embedding = 0, final_norm = 0, lm_head = 0;  // lm_head = embedding where they are tied
   size_t size = 0;                                    // elements of the arena, zero padding included
   size_t count = 0;                                   // parameters
+  // The arena cut into what a backward finishes together: the embedding, each layer's matrices, the head
+  // where it is not the embedding, and last the vectors of all layers. Each group's size is a multiple of
+  // kArenaBlock times the number of ranks: rank r has the r-th equal part of every group.
+  std::vector<ArenaRange> groups;
+  const ArenaRange& vectors() const { return groups.back(); }
+  // Rank r's part of a group, of `ranks` equal ones.
+  static ArenaRange part(const ArenaRange& group, int rank, int ranks) {
+    const size_t size = group.size() / size_t(ranks);
+    return {group.begin + size_t(rank) * size, group.begin + size_t(rank + 1) * size};
+  }
+  // What rank `rank` of `ranks` updates: a part of every group, and the whole arena where it is the only one.
+  std::vector<ShardPart> shard(int rank, int ranks) const {
+    if (ranks == 1) return {{{0, size}, 0}};
+    std::vector<ShardPart> parts;
+    size_t at = 0;
+    for (const ArenaRange& group : groups) {
+      parts.push_back({part(group, rank, ranks), at});
+      at += parts.back().range.size();
+    }
+    return parts;
+  }
 };
 
-inline ParameterTable make_parameter_table(const ModelConfig& c) {
+// The large tensors, "matrices": all but the vectors, which are gains, taps and the gates' scalars.
+inline bool drawn_from_a_normal(TensorClass cls) { return cls <= TensorClass::gate; }
+
+inline ParameterTable make_parameter_table(const ModelConfig& c, int ranks = 1) {
   ParameterTable table;
+  size_t vectors = 0;  // their elements so far; they are moved behind the matrices at the end
   // Appends a tensor; `aligned` ones start at a multiple of 64 elements, the others right behind the last.
   const auto add = [&](const std::string& name, TensorClass cls, std::vector<int64_t> shape,
                        bool aligned = true, FanIn fan_in = FanIn::width) {
-    if (aligned) table.size = (table.size + 63) / 64 * 64;
-    Tensor t{name, cls, std::move(shape), table.size, 1, fan_in};
+    size_t& end = drawn_from_a_normal(cls) ? table.size : vectors;
+    if (aligned) end = (end + 63) / 64 * 64;
+    Tensor t{name, cls, std::move(shape), end, 1, fan_in};
     for (int64_t n : t.shape) t.size *= size_t(n);
-    table.size += t.size;
+    end += t.size;
     table.count += t.size;
     table.tensors.push_back(t);
     return t.offset;
   };
+  // Ends the group of what was added since the last one.
+  const auto end_group = [&] {
+    const size_t begin = table.groups.empty() ? 0 : table.groups.back().end,
+                 unit = kArenaBlock * size_t(ranks);
+    table.size = begin + (table.size - begin + unit - 1) / unit * unit;
+    table.groups.push_back({begin, table.size});
+  };
   const MixerShape mixer = c.mixer_shape(1, 1);
   const int64_t d = c.width, keys = mixer.key_dim(), values = mixer.value_dim(), heads = c.heads_v;
   table.embedding = add("model.embeddings.weight", TensorClass::embedding, {c.padded_vocab, d});
+  end_group();
   for (int l = 0; l < c.layers; l++) {
     const std::string layer = "model.layers." + std::to_string(l) + ".", attn = layer + "attn.";
     LayerOffsets at;
@@ -78,16 +118,23 @@ inline ParameterTable make_parameter_table(const ModelConfig& c) {
     add(layer + "mlp.up_proj.weight", TensorClass::hidden, {c.mlp_size, d}, false);
     at.down = add(layer + "mlp.down_proj.weight", TensorClass::hidden, {d, c.mlp_size}, true, FanIn::inner);
     table.layers.push_back(at);
+    end_group();
   }
   table.final_norm = add("model.norm.weight", TensorClass::gain, {d});
   table.lm_head =
       c.tied ? table.embedding : add("lm_head.weight", TensorClass::unembedding, {c.padded_vocab, d});
-  table.size = (table.size + 63) / 64 * 64;
+  if (!c.tied) end_group();
+  const size_t base = table.size;
+  for (Tensor& t : table.tensors)
+    if (!drawn_from_a_normal(t.cls)) t.offset += base;
+  for (LayerOffsets& at : table.layers)
+    for (size_t* offset : {&at.attn_norm, &at.taps, &at.A_log, &at.dt_bias, &at.o_norm, &at.mlp_norm})
+      *offset += base;
+  table.final_norm += base;
+  table.size += vectors;
+  end_group();
   return table;
 }
-
-// The large tensors: all but gains, taps and the gates' scalars.
-inline bool drawn_from_a_normal(TensorClass cls) { return cls <= TensorClass::gate; }
 
 // Initial value number `index` of a tensor (model.md, "Initial values"): a function of seed, name and index
 // alone.
@@ -118,29 +165,53 @@ class Parameters {
       !std::is_same<real, act>::value;  // are the working weights a rounded copy?
   static constexpr const char* kRemedy = "choose a smaller -w or -L";
 
-  Parameters(Device& device, const ModelConfig& model_config)
+  // Those of one rank of several. Where the weights that enter matrix products are a copy, it has the master
+  // weights of its shard, and those of the vectors, which the layers read.
+  Parameters(Device& device, const ModelConfig& model_config, int rank = 0, int ranks = 1)
       : dev(device),
         config(model_config),
-        table(make_parameter_table(model_config)),
-        master_(device, table.size, "master weights", kRemedy),
+        table(make_parameter_table(model_config, ranks)),
+        rank(rank),
+        ranks(ranks),
+        shard(table.shard(rank, ranks)),
+        master_(device, whole() ? table.size : table.vectors().begin / size_t(ranks), "master weights",
+                kRemedy),
+        vectors_(device, whole() ? 0 : table.vectors().size(), "master weights", kRemedy),
         weights_(device, kRounded ? table.size : 0, "bf16 weights", kRemedy) {
     master_.zero();
+    vectors_.zero();
   }
 
-  real* master(size_t offset = 0) const { return master_.get() + offset; }
+  // Does this rank have all master weights? If not, the layers' offsets are those of vectors.
+  bool whole() const { return ranks == 1 || !kRounded; }
+  real* master(size_t offset = 0) const {
+    return whole() ? master_.get() + offset : vectors_.get() + (offset - table.vectors().begin);
+  }
+  // Of a part of this rank's shard.
+  real* master(const ShardPart& part) const {
+    const bool sharded = !whole() && part.range.begin < table.vectors().begin;
+    return sharded ? master_.get() + part.at : master(part.range.begin);
+  }
   act* weights(size_t offset = 0) const {
     if constexpr (kRounded)
       return weights_.get() + offset;
     else
       return master_.get() + offset;
   }
-  // Gradients take memory only in training.
-  void allocate_gradients() {
-    gradients_ = Buffer<Device, real>(dev, table.size, "gradients", kRemedy);
-    gradients_.zero();
+  // Gradients take memory only in training. Buffer 0 is the gradients; further ones take the partial sums of
+  // a step's micro-batches (TrainingStep). The layers add to the buffer in use.
+  void allocate_gradients(int spares = 0) {
+    gradients_.resize(std::min<size_t>(gradients_.size(), 1));
+    for (int i = int(gradients_.size()); i <= spares; i++)
+      gradients_.emplace_back(dev, table.size, i ? "spare gradients" : "gradients",
+                              i ? "-sum running needs none" : kRemedy);
+    use_gradients(0);
+    for (auto& buffer : gradients_) buffer.zero();
   }
-  real* gradients(size_t offset = 0) const { return gradients_.get() + offset; }
-  void zero_gradients() { gradients_.zero(); }
+  void use_gradients(int buffer) { gradients_in_use_ = gradients_[size_t(buffer)].get(); }
+  real* gradients(size_t offset = 0) const { return gradients_in_use_ + offset; }
+  real* gradient_buffer(int buffer) const { return gradients_[size_t(buffer)].get(); }
+  void zero_gradients() { dev.zero(gradients(), table.size * sizeof(real)); }
 
   // Initial values from the seed, times a factor for each class (check_init_factors).
   void initialize(uint64_t seed, const ClassFactors& factors = ones()) {
@@ -151,24 +222,37 @@ class Parameters {
       const uint64_t key = stream_key(seed, t.name);
       const double factor = factors[int(t.cls)];
       if (drawn_from_a_normal(t.cls)) {
-        random_normals(dev, master(t.offset), t.size, key, factor * init_std(mup, t.cls, t.fan_in));
+        random_normals(dev, filled(t.offset), t.size, key, factor * init_std(mup, t.cls, t.fan_in));
         continue;
       }
       values.resize(t.size);
       for (size_t i = 0; i < t.size; i++) values[i] = real(factor) * real(initial_value(t, mup, key, i));
-      dev.upload(master(t.offset), values.data(), t.size * sizeof(real));
+      dev.upload(filled(t.offset), values.data(), t.size * sizeof(real));
     }
-    round();
+    take_over();
   }
 
-  // The rounded weights from the master weights.
+  // Where all master weights are written to, whatever this rank keeps of them: their own memory, or that of
+  // the gradients, which have to be there. take_over() then makes them the weights.
+  real* filled(size_t offset = 0) const { return whole() ? master(offset) : gradients(offset); }
+  void take_over() {
+    if (!whole()) {
+      for (const ShardPart& part : shard)
+        if (part.range.begin < table.vectors().begin)
+          dev.copy(master(part), filled(part.range.begin), part.range.size() * sizeof(real));
+      dev.copy(vectors_.get(), filled(table.vectors().begin), vectors_.bytes());
+    }
+    round_weights(dev, weights(), filled(), table.size);
+    if (!whole()) zero_gradients();
+  }
+
+  // The rounded weights from the master weights, of which this rank has all.
   void round() { round_weights(dev, weights(), master(), table.size); }
 
-  // The optimizer's view: each tensor's learning rate, decay and weight in the norm under the parametrization.
-  // The factors multiply the learning rates, and decay where it is coupled to them.
+  // The optimizer's view: each tensor's learning rate, decay and weight in the norm under the
+  // parametrization. The factors multiply the learning rates, and decay where it is coupled to them.
   std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay,
-                                   DecayMode mode = DecayMode::coupled,
-                                   const ClassFactors& factors = ones(),
+                                   DecayMode mode = DecayMode::coupled, const ClassFactors& factors = ones(),
                                    ClipNorm clip_norm = ClipNorm::plain) const {
     const Mup mup = config.mup();
     std::vector<ParameterSpan> spans;
@@ -180,17 +264,22 @@ class Parameters {
       spans.push_back({t.offset, t.size, float(factor * learning_rate_scale(mup, optimizer, t.cls, t.fan_in)),
                        float(decay), float(clip_weight(mup, t.cls, clip_norm, t.fan_in))});
     }
+    std::sort(spans.begin(), spans.end(),
+              [](const ParameterSpan& a, const ParameterSpan& b) { return a.offset < b.offset; });
     return spans;
   }
 
   Device& dev;
   const ModelConfig config;
   const ParameterTable table;
+  const int rank, ranks;
+  const std::vector<ShardPart> shard;  // what this rank updates
 
  private:
-  Buffer<Device, real> master_;
+  Buffer<Device, real> master_, vectors_;
   Buffer<Device, act> weights_;
-  Buffer<Device, real> gradients_;
+  std::vector<Buffer<Device, real>> gradients_;
+  real* gradients_in_use_ = nullptr;
 };
 
 }  // namespace gdn

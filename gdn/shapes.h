@@ -53,11 +53,25 @@ struct ParameterSpan {
   float norm_weight = 1;          // of its gradient's squares in the norm that is clipped (mup.h)
 };
 
+// The parameter arena in blocks of this many numbers: the squares of a gradient are summed block by block,
+// and a rank's share of the arena is made of whole blocks, so that no sum depends on the number of ranks.
+constexpr size_t kArenaBlock = 4096;
+
+// Numbers [begin, end) of the arena, both multiples of kArenaBlock.
+struct ArenaRange {
+  size_t begin = 0, end = 0;
+  size_t size() const { return end - begin; }
+};
+
+// The order in which a step's micro-batches are summed (training_step.h).
+enum class GradientSum { tree, running };
+inline const char* name(GradientSum sum) { return sum == GradientSum::tree ? "tree" : "running"; }
+
 // What an update reads of its step. It lies in the device's memory, so that a recorded graph finds there what
 // changes from step to step.
 struct AdamwStep {
   float learning_rate = 0, beta1 = 0, beta2 = 0, epsilon = 1e-8f;
-  float clip = 0;  // gradients are scaled by min(1, clip / norm); 0: never
+  float clip = 0;                           // gradients are scaled by min(1, clip / norm); 0: never
   double correction1 = 1, correction2 = 1;  // 1 - beta^t: the moments start at 0
 
   // The corrections of step t, which counts from 1.

@@ -1,20 +1,34 @@
 // One optimizer step over a batch of several micro-batches:
 //
-//   gradients = 0;  for each micro-batch: forward, backward;  norm of the gradients;  clipped update
+//   gradients = sum over the micro-batches of (forward, backward);  norm of the gradients;  clipped update
 //
-// It is queued on the device and read back later, so that the host reads the next batch, and hands it over, while
-// the device computes. On the GPU a micro-batch is one CUDA graph and the update another; what changes from step
-// to step (tokens, their order, learning rate, bias corrections) they find in device memory. On the CPU a step is
-// done when queue() returns.
+// The sum over n micro-batches, and that of their losses, is taken in the order of a fixed binary tree over
+// their index: a node over c > 1 of them adds the sum of its first ceil(c / 2) and that of the others.
+// Whoever computes a subtree, the bits are the same. It needs ceil(log2(n)) spare gradient buffers.
+// GradientSum::running adds one micro-batch after the other and needs none.
+//
+// It is queued on the device and read back later, so that the host reads the next batch, and hands it over,
+// while the device computes. On the GPU a micro-batch is one CUDA graph and the update another; what changes
+// from step to step (tokens, their order, learning rate, bias corrections) they find in device memory. On the
+// CPU a step is done when queue() returns.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
+#include <vector>
 
 #include "model.h"
 #include "optimizer.h"
 
 namespace gdn {
+
+// Spare gradient buffers for the tree over n micro-batches: its depth.
+inline int spare_gradient_buffers(GradientSum sum, int64_t n) {
+  int depth = 0;
+  if (sum == GradientSum::tree)
+    while ((int64_t(1) << depth) < n) depth++;
+  return depth;
+}
 
 template <class Device>
 class TrainingStep {
@@ -29,55 +43,66 @@ class TrainingStep {
     double seconds = 0;  // since the step before ended where one was still running, else since this one began
   };
 
-  // Steps over `global_batch` sequences of `length` tokens, `micro_batch` at a time (a divisor). Without graphs
-  // each layer is launched by itself; the bits are the same.
+  // Steps over `global_batch` sequences of `length` tokens, `micro_batch` at a time (a divisor). With several
+  // ranks (of the parameters) each does an equal share of the micro-batches, in their order: a subtree.
+  // Without graphs each layer is launched by itself; the bits are the same. Throws OutOfMemory where the
+  // device has no room for the spare gradients.
   TrainingStep(Parameters<Device>& parameters, Model<Device>& model, Optimizer<Device>& optimizer,
-               int64_t global_batch, int micro_batch, int length, bool graphs = true)
+               int64_t global_batch, int micro_batch, int length, GradientSum sum = GradientSum::tree,
+               bool graphs = true)
       : dev_(parameters.dev),
         p_(parameters),
         model_(model),
         optimizer_(optimizer),
         micro_batches_(int(global_batch / micro_batch)),
+        my_micro_batches_(micro_batches_ / parameters.ranks),
         micro_batch_(micro_batch),
         length_(length),
+        sum_(sum),
         graphs_(graphs),
-        slots_{{dev_, batch_numbers()}, {dev_, batch_numbers()}} {}
+        slots_{{dev_, batch_numbers()}, {dev_, batch_numbers()}},
+        micro_batch_graphs_(size_t(spare_gradient_buffers(sum, my_micro_batches_)) + 1),
+        losses_(dev_, micro_batch_graphs_.size(), "statistics") {
+    p_.allocate_gradients(int(micro_batch_graphs_.size()) - 1);
+  }
 
-  // Takes the batch of the next queue(): inputs, targets [B,T]. At most one step may be running.
+  // Takes the batch of the next queue(): inputs, targets [B / ranks,T], this rank's share. At most one step
+  // may be running.
   void load(const int32_t* inputs, const int32_t* targets) {
     if (queued_ - done_ > 1) throw std::logic_error("TrainingStep: a batch for a third step");
     Range<Device> range(dev_, "pack batch");
     const int rows = micro_batch_ * length_;
-    for (int i = 0; i < micro_batches_; i++)
+    for (int i = 0; i < my_micro_batches_; i++)
       pack_batch(next().batch.get() + kPackedRows * size_t(i) * rows, inputs + size_t(i) * rows,
                  targets + size_t(i) * rows, micro_batch_, length_, p_.config.padded_vocab,
                  model_.separator());
   }
 
-  // Queues step `step` (from 1) over the batch loaded last. Where its loss or gradient is not finite it changes
-  // nothing.
+  // Queues step `step` (from 1) over the batch loaded last. Where its loss or gradient is not finite it
+  // changes nothing.
   void queue(int64_t step, double learning_rate) {
     Range<Device> range(dev_, "training step");
     Slot& slot = next();
     slot.behind_another = queued_ > done_;
     dev_.record(slot.begin);
-    {
-      Range<Device> r(dev_, "zero gradients");
-      p_.zero_gradients();
-      model_.zero_loss();
+    if (sum_ == GradientSum::tree) {
+      sum_micro_batches(slot, 0, my_micro_batches_, 0);
+    } else {
+      zero(0);
+      for (int i = 0; i < my_micro_batches_; i++) add_micro_batch(slot, i, 0);
     }
-    const int rows = micro_batch_ * length_;
-    const float loss_weight = float(1.0 / (double(rows) * micro_batches_));
-    for (int i = 0; i < micro_batches_; i++) {
-      {
-        Range<Device> r(dev_, "upload batch");
-        model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
-      }
-      run(micro_batch_graph_, "micro-batch", [&] { model_.forward_backward(loss_weight); });
-    }
+    p_.use_gradients(0);
     optimizer_.upload_scalars(*slot.scalars.get(), step, learning_rate);
-    run(update_graph_, "update", [&] { optimizer_.update(model_.device_loss_sum()); });
-    dev_.download_later(slot.loss.get(), model_.device_loss_sum(), sizeof(double));
+    const bool in_graph = !optimizer_.exchange() || optimizer_.exchange()->in_graph();
+    const auto update = [&] {
+      if (optimizer_.exchange()) {
+        for (const ArenaRange& group : p_.table.groups) optimizer_.sum_over_ranks(group);
+        optimizer_.sum_over_ranks(losses_.get());
+      }
+      optimizer_.update(losses_.get());
+    };
+    run(update_graph_, "update", update, in_graph);
+    dev_.download_later(slot.loss.get(), losses_.get(), sizeof(double));
     dev_.download_later(slot.norm.get(), optimizer_.device_norm(), sizeof(real));
     dev_.record(ends_[queued_ % 3]);
     queued_++;
@@ -99,14 +124,14 @@ class TrainingStep {
   }
 
   // Of a micro-batch and of the update, once they have run twice.
-  const typename Device::Graph& micro_batch_graph() const { return micro_batch_graph_; }
+  const typename Device::Graph& micro_batch_graph() const { return micro_batch_graphs_[0]; }
   const typename Device::Graph& update_graph() const { return update_graph_; }
 
  private:
   // Of one step: what the device reads and writes while the host goes on.
   struct Slot {
     Slot(Device& dev, size_t numbers) : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1) {}
-    HostBuffer<Device, int32_t> batch;  // [micro-batches,4,rows]
+    HostBuffer<Device, int32_t> batch;  // [this rank's micro-batches,4,rows]
     HostBuffer<Device, typename Optimizer<Device>::Scalars> scalars;
     HostBuffer<Device, double> loss;
     HostBuffer<Device, real> norm;
@@ -114,13 +139,47 @@ class TrainingStep {
     bool behind_another = false;
   };
 
-  size_t batch_numbers() const { return kPackedRows * size_t(micro_batches_) * micro_batch_ * length_; }
+  // Buffer `buffer` = the sum over `count` micro-batches from number `first` on; uses those behind it.
+  void sum_micro_batches(Slot& slot, int first, int count, int buffer) {
+    if (count == 1) {
+      zero(buffer);
+      add_micro_batch(slot, first, buffer);
+      return;
+    }
+    const int left = (count + 1) / 2;
+    sum_micro_batches(slot, first, left, buffer);
+    sum_micro_batches(slot, first + left, count - left, buffer + 1);
+    add_gradients(dev_, p_.gradient_buffer(buffer), p_.gradient_buffer(buffer + 1), p_.table.size,
+                  losses_.get() + buffer, losses_.get() + buffer + 1);
+  }
+
+  void zero(int buffer) {
+    Range<Device> r(dev_, "zero gradients");
+    p_.use_gradients(buffer);
+    p_.zero_gradients();
+    dev_.zero(losses_.get() + buffer, sizeof(double));
+  }
+
+  // Adds micro-batch i's gradients and loss to buffer `buffer`.
+  void add_micro_batch(Slot& slot, int i, int buffer) {
+    const int rows = micro_batch_ * length_;
+    const float loss_weight = float(1.0 / (double(rows) * micro_batches_));
+    {
+      Range<Device> r(dev_, "upload batch");
+      model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
+    }
+    p_.use_gradients(buffer);
+    run(micro_batch_graphs_[size_t(buffer)], "micro-batch",
+        [&] { model_.forward_backward(loss_weight, losses_.get() + buffer); });
+  }
+
+  size_t batch_numbers() const { return kPackedRows * size_t(my_micro_batches_) * micro_batch_ * length_; }
   Slot& next() { return slots_[queued_ % 2]; }
 
   template <class Calls>
-  void run(typename Device::Graph& graph, const char* name, const Calls& calls) {
+  void run(typename Device::Graph& graph, const char* name, const Calls& calls, bool recordable = true) {
     Range<Device> range(dev_, name);
-    if (graphs_)
+    if (graphs_ && recordable)
       dev_.replay(graph, calls);
     else
       calls();
@@ -130,12 +189,15 @@ class TrainingStep {
   Parameters<Device>& p_;
   Model<Device>& model_;
   Optimizer<Device>& optimizer_;
-  const int micro_batches_, micro_batch_, length_;
+  const int micro_batches_, my_micro_batches_, micro_batch_, length_;
+  const GradientSum sum_;
   const bool graphs_;
   Slot slots_[2];                   // of steps in turn
   typename Device::Event ends_[3];  // of the last step that was waited for, and of two that may run
   int64_t queued_ = 0, done_ = 0;
-  typename Device::Graph micro_batch_graph_, update_graph_;
+  std::vector<typename Device::Graph> micro_batch_graphs_;  // by the gradient buffer that they add to
+  Buffer<Device, double> losses_;                           // sums of the tokens' losses, as the gradients
+  typename Device::Graph update_graph_;
 };
 
 }  // namespace gdn

@@ -624,6 +624,17 @@ TEST_CASE("cpu layers: the same bits with any number of threads") {
   }
 }
 
+// The norm of all gradients, which begin at 0 of the arena.
+template <class Real>
+Real norm_of(Cpu<Real>& dev, const Array<Real>& gradients, const ParameterSpan* spans, int count) {
+  const ArenaRange all = {0, (gradients.size() + kArenaBlock - 1) / kArenaBlock * kArenaBlock};
+  std::vector<double> sums(all.end / kArenaBlock, -1);
+  Real norm = -1;
+  sum_of_squares(dev, sums.data(), gradients.data(), all, spans, count);
+  norm_of_sums(dev, &norm, sums.data(), &all, 1);
+  return norm;
+}
+
 TEST_CASE("cpu gemm, gradient norm, optimizers: the same bits with any number of threads") {
   const int m = 70, n = 300, k = 200, size = 300001;
   const auto a = Random().array<float>(m * k), b = Random(2).array<float>(k * n);
@@ -636,11 +647,12 @@ TEST_CASE("cpu gemm, gradient norm, optimizers: the same bits with any number of
   check_any_number_of_threads([&] {
     Array<float> c = unset<float>(m * n), norm = unset<float>(1);
     cpu_gemm(false, false, m, n, k, 1.f, a.data(), k, b.data(), n, 0.f, c.data(), n);
-    global_norm(cpu<float>, norm.data(), gradients.data(), gradients.size(), spans, 2, nullptr);
+    norm[0] = norm_of(cpu<float>, gradients, spans, 2);
+    const ArenaRange all = {0, size_t(size)};
     auto master = gradients, weights = gradients, moment1 = gradients, moment2 = Array<float>(size, 0.5f);
     adamw_update(cpu<float>, master.data(), weights.data(), moment1.data(), moment2.data(), gradients.data(),
-                 spans, 2, norm.data(), &adamw);
-    sgd_update(cpu<float>, master.data(), weights.data(), moment1.data(), gradients.data(), spans, 2,
+                 all, spans, 2, norm.data(), &adamw);
+    sgd_update(cpu<float>, master.data(), weights.data(), moment1.data(), gradients.data(), all, spans, 2,
                norm.data(), &sgd);
     return Tensors<float>{{"c", c}, {"norm", norm}, {"master", master}};
   });
@@ -894,10 +906,11 @@ struct Arena {
 
   void update(const double* gradients, const double* norm, const AdamwStep& step) {
     adamw_update(cpu<double>, master.data(), weights.data(), moment1.data(), moment2.data(), gradients,
-                 kSpans, 3, norm, &step);
+                 {0, kArena}, kSpans, 3, norm, &step);
   }
   void update(const double* gradients, const double* norm, const SgdStep& step) {
-    sgd_update(cpu<double>, master.data(), weights.data(), moment1.data(), gradients, kSpans, 3, norm, &step);
+    sgd_update(cpu<double>, master.data(), weights.data(), moment1.data(), gradients, {0, kArena}, kSpans, 3, norm,
+               &step);
   }
   bool operator==(const Arena& other) const {
     return master == other.master && moment1 == other.moment1 && moment2 == other.moment2;
@@ -923,11 +936,11 @@ void check_optimizer(Step step) {
       set_step(now, i + 1);
       now.learning_rate = step.learning_rate / (1 + i);  // a schedule
       const auto gradients = random.array<double>(kArena, -1.0 / (1 + i), 1.0 / (1 + i));
-      double squares = 0, norm = -1;
+      double squares = 0;
       for (const ParameterSpan& span : kSpans)
         for (size_t p = span.offset; p < span.offset + span.size; p++)
           squares += span.norm_weight * gradients[p] * gradients[p];
-      global_norm(cpu<double>, &norm, gradients.data(), kArena, kSpans, 3, nullptr);
+      const double norm = norm_of(cpu<double>, gradients, kSpans, 3);
       CHECK(norm == doctest::Approx(std::sqrt(squares)).epsilon(1e-14));
       arena.update(gradients.data(), &norm, now);
       const double factor = clip == 0 ? 1 : std::min(1.0, double(clip) / std::sqrt(squares));
@@ -976,11 +989,9 @@ TEST_CASE("sgd: PyTorch's algorithm with Nesterov momentum; nothing moves when t
 TEST_CASE("global norm: long arrays, none, and what is not finite") {
   auto gradients = Random().array<float>(200001);
   const auto norm = [&] {
-    float out = -1;
     ParameterSpan all;
     all.size = gradients.size();
-    global_norm(cpu<float>, &out, gradients.data(), gradients.size(), &all, 1, nullptr);
-    return out;
+    return norm_of(cpu<float>, gradients, &all, 1);
   };
   long double squares = 0;
   for (float g : gradients) squares += static_cast<long double>(g) * g;
@@ -993,6 +1004,50 @@ TEST_CASE("global norm: long arrays, none, and what is not finite") {
   CHECK(norm() == doctest::Approx(5e30f));
   gradients.clear();
   CHECK(norm() == 0);
+}
+
+TEST_CASE("gradient norm and updates by ranges of the arena have the bits of the whole") {
+  const size_t size = 5 * kArenaBlock;
+  const auto gradients = Random().array<float>(size);
+  const std::vector<ParameterSpan> spans = {{8, 1003, 1.f, 0.1f, 3.f},
+                                            {1016, kArenaBlock, 2.f, 0.f, 1.f},
+                                            {2 * kArenaBlock + 8, size - 2 * kArenaBlock - 100, 0.5f, 0.2f, 0.7f}};
+  const int count = int(spans.size());
+  AdamwStep adamw;
+  adamw.learning_rate = 0.01f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;
+  SgdStep sgd;
+  sgd.learning_rate = 0.01f, sgd.momentum = 0.9f, sgd.clip = 1;
+  const auto all = [&](const std::vector<ArenaRange>& ranges) {
+    Tensors<float> out;
+    std::vector<double> sums(size / kArenaBlock, -1);
+    for (const ArenaRange& range : ranges)
+      sum_of_squares(cpu<float>, sums.data(), gradients.data(), range, spans.data(), count);
+    const ArenaRange whole = {0, size};
+    Array<float> norm(1);
+    norm_of_sums(cpu<float>, norm.data(), sums.data(), &whole, 1);
+    auto master = Random(3).array<float>(size), moment1 = Array<float>(size, 0.25f),
+         moment2 = Array<float>(size, 0.5f), weights = master, momentum = moment1;
+    for (const ArenaRange& range : ranges) {
+      const size_t at = range.begin;
+      adamw_update(cpu<float>, &master[at], &weights[at], &moment1[at], &moment2[at], &gradients[at], range,
+                   spans.data(), count, norm.data(), &adamw);
+      sgd_update(cpu<float>, &master[at], &weights[at], &momentum[at], &gradients[at], range, spans.data(),
+                 count, norm.data(), &sgd);
+    }
+    return Tensors<float>{{"norm", norm},       {"master", master},   {"weights", weights},
+                          {"moment1", moment1}, {"moment2", moment2}, {"momentum", momentum}};
+  };
+  const auto whole = all({{0, size}});
+  CHECK(whole.at("norm")[0] > 0);
+  CHECK(all({{2 * kArenaBlock, size}, {0, kArenaBlock}, {kArenaBlock, 2 * kArenaBlock}}) == whole);
+  // zeros behind a group's end leave the sum as it is
+  const std::vector<double> sums = {0.1, 0.2, 0.3}, padded = {0.1, 0.2, 0, 0, 0.3, 0};
+  const ArenaRange groups[] = {{0, 2 * kArenaBlock}, {2 * kArenaBlock, 3 * kArenaBlock}},
+                   padded_groups[] = {{0, 4 * kArenaBlock}, {4 * kArenaBlock, 6 * kArenaBlock}};
+  double a = 0, b = 1;
+  norm_of_sums(cpu<double>, &a, sums.data(), groups, 2);
+  norm_of_sums(cpu<double>, &b, padded.data(), padded_groups, 2);
+  CHECK(a == b);
 }
 
 TEST_CASE("check loss: a loss that is not finite makes the norm NaN, another leaves it") {

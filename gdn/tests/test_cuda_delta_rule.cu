@@ -205,21 +205,28 @@ double allowed_error(const Doubles& oracle, const Doubles& reference) {
   return 2 * (reference.size() < 256 ? std::max(error, kBf16Error) : error);
 }
 
-void check_against_recurrence(Cuda& device, const MixerShape& shape, Regime regime, int seed) {
+// With each of `shared_bytes` a block; 0: all that the GPU has.
+void check_against_recurrence(Cuda& device, const MixerShape& shape, Regime regime, int seed,
+                              const std::vector<int>& shared_bytes = {0}) {
   const Inputs in = make_inputs(shape, regime, seed);
   const Results reference = recurrence<double>(shape, in);
   Results oracle = recurrence<float>(shape, in);
   for (Doubles& output : oracle.of)
     for (double& x : output) x = round_to_bf16(x);
-  const GpuResults gpu = run_on_gpu(device, shape, in);
-  const Results ours =
-      split_results(shape, to_double(gpu.o), to_double(gpu.dqkv), to_double(gpu.dg), to_double(gpu.dbeta));
-  for (int i = 0; i < kOutputs; i++) {
-    const double error = relative_error(ours.of[i], reference.of[i]);
-    const double oracle_error = relative_error(oracle.of[i], reference.of[i]);
-    INFO(describe(shape), ", ", kRegimeNames[regime], ", ", kOutputNames[i], ": error ", error, ", oracle's ",
-         oracle_error);
-    CHECK(error <= allowed_error(oracle.of[i], reference.of[i]));
+  for (const int bytes : shared_bytes) {
+    const int all = device.shared_bytes;
+    if (bytes > 0) device.shared_bytes = std::min(bytes, all);
+    const GpuResults gpu = run_on_gpu(device, shape, in);
+    device.shared_bytes = all;
+    const Results ours =
+        split_results(shape, to_double(gpu.o), to_double(gpu.dqkv), to_double(gpu.dg), to_double(gpu.dbeta));
+    INFO(describe(shape), ", ", kRegimeNames[regime], ", bytes of shared memory (0: all): ", bytes);
+    for (int i = 0; i < kOutputs; i++) {
+      const double error = relative_error(ours.of[i], reference.of[i]);
+      const double oracle_error = relative_error(oracle.of[i], reference.of[i]);
+      INFO(kOutputNames[i], ": error ", error, ", oracle's ", oracle_error);
+      CHECK(error <= allowed_error(oracle.of[i], reference.of[i]));
+    }
   }
 }
 
@@ -261,12 +268,48 @@ TEST_CASE("cuda delta rule: many chunks" * needs_gpu()) {
   for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
 }
 
-#ifndef GDN_READABLE
+// What GPUs with 99 KiB (sm_86, 89, 120) and 163 KiB (sm_80) of shared memory a block run, on one with more:
+// all compiled head sizes, one value head a key head and several, whole and cut; where blocks take several
+// work tiles; and with so few SMs that blocks of the passes have all the warps that fit. The plans:
+// dev/delta_rule_plans. In a build for Hopper the kernels on wgmma have one plan, and need more: build with
+// GPU_ARCH=80.
+TEST_CASE("cuda delta rule: every head size in 99 and 163 KiB of shared memory" * needs_gpu()) {
+  using namespace gdn::delta_rule;
+  if (has_wgmma()) {
+    MESSAGE("skipped: this build's kernels are on wgmma; with GPU_ARCH=80 it runs");
+    return;
+  }
+  Cuda device;
+  const std::vector<int> shared_bytes = {0, kSharedBytes163, kSharedBytes99};
+  int seed = 600;
+  const auto check = [&](const MixerShape& shape) {
+    for (const Regime regime : {kInitial, kStrongDecay, kWeakDecayBetaToTwo})
+      check_against_recurrence(device, shape, regime, seed++, shared_bytes);
+  };
+  device.sm_count = 1;
+  for (const int heads_v : {1, 2})
+    for (const MixerShape& shape :
+         {make_shape(2, 130, 1, heads_v, 32, 64), make_shape(1, 200, 1, heads_v, 64, 128),
+          make_shape(1, 65, 1, heads_v, 96, 192), make_shape(1, 130, 1, heads_v, 128, 256),
+          make_shape(1, 130, 1, heads_v, 192, 384), make_shape(1, 65, 1, heads_v, 256, 512),
+          make_shape(1, 200, 1, heads_v, 48, 80), make_shape(1, 130, 1, heads_v, 112, 128),
+          make_shape(1, 130, 1, heads_v, 176, 32), make_shape(1, 200, 1, heads_v, 208, 16)})
+      check(shape);
+  device.sm_count = 132;
+  for (const MixerShape& shape : {make_shape(3, 900, 5, 10, 256, 64), make_shape(3, 900, 8, 8, 144, 48)})
+    check_against_recurrence(device, shape, kInitial, seed++, shared_bytes);
+  // cut, where the number of splits does not depend on shared memory
+  for (const MixerShape& shape : {make_shape(1, 900, 1, 1, 96, 48), make_shape(1, 1090, 1, 2, 128, 256),
+                                  make_shape(1, 800, 1, 1, 176, 64), make_shape(1, 1500, 1, 1, 256, 96)}) {
+    REQUIRE(choose_splits(device, shape).count >= 3);
+    check(shape);
+  }
+}
 
 // More blocks of the passes than SMs: on Hopper they have two warpgroups then. Every compiled dk.
-const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
-                                     make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
-                                     make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
+const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128),  make_shape(2, 130, 1, 1, 64, 80),
+                                     make_shape(1, 330, 1, 2, 80, 112),  make_shape(1, 450, 2, 2, 112, 128),
+                                     make_shape(2, 40, 1, 1, 128, 256),  make_shape(1, 130, 1, 1, 176, 96),
                                      make_shape(1, 190, 1, 1, 256, 256), make_shape(1, 130, 1, 1, 96, 144)};
 
 TEST_CASE("cuda delta rule: two warpgroups a block" * needs_gpu()) {
@@ -386,8 +429,6 @@ TEST_CASE("cuda delta rule: against the readable one" * needs_gpu()) {
       }
     }
 }
-
-#endif  // GDN_READABLE
 
 TEST_CASE("cuda delta rule: the same bits in two runs" * needs_gpu()) {
   Cuda device;

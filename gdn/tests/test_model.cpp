@@ -347,12 +347,24 @@ struct Trajectory {
 
 enum class How { layer_by_layer, queued, queued_as_graphs };
 
-// Six steps of 4 sequences, `micro_batch` at a time. Queued, a step is read back while the next one runs, and
+// The sum of arrays in the order of the tree (training_step.h).
+template <class Real>
+std::vector<Real> tree_sum(const std::vector<std::vector<Real>>& arrays, size_t first, size_t count) {
+  if (count == 1) return arrays[first];
+  const size_t left = (count + 1) / 2;
+  std::vector<Real> sum = tree_sum(arrays, first, left);
+  const std::vector<Real> other = tree_sum(arrays, first + left, count - left);
+  for (size_t i = 0; i < sum.size(); i++) sum[i] += other[i];
+  return sum;
+}
+
+// Six steps of 6 sequences, `micro_batch` at a time. Queued, a step is read back while the next one runs, and
 // one step's loss is asked for in between as a validation does.
 template <class Device>
-Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
+Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how, GradientSum sum = GradientSum::tree,
                          Recompute recompute = Recompute::nothing) {
-  constexpr int kBatch = 4, kLength = 70, kSteps = 6;
+  using real = typename Device::real;
+  constexpr int kBatch = 6, kLength = 70, kSteps = 6;
   Device dev;
   Parameters<Device> p(dev, make_config(64, 32, 2, 3, 0, 2, 50, Parametrization::mup));
   p.allocate_gradients();
@@ -361,7 +373,7 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
   settings.kind = kind;
   Optimizer<Device> optimizer(p, settings);
   Model<Device> model(p, micro_batch, kLength, Use::training, recompute);
-  TrainingStep<Device> training_step(p, model, optimizer, kBatch, micro_batch, kLength,
+  TrainingStep<Device> training_step(p, model, optimizer, kBatch, micro_batch, kLength, sum,
                                      how == How::queued_as_graphs);
   Trajectory<Device> out;
   const auto wait = [&] {
@@ -383,11 +395,23 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
       continue;
     }
     p.zero_gradients();
-    double loss = 0;
+    std::vector<std::vector<real>> gradients;
+    std::vector<std::vector<double>> losses;
     for (int row = 0; row < kBatch; row += micro_batch) {
+      if (sum == GradientSum::tree) p.zero_gradients();
       model.forward_backward(&b.tokens[row * kLength], &b.targets[row * kLength], micro_batch, kLength,
                              1.0f / (kBatch * kLength));
-      loss += model.loss_sum();
+      losses.push_back({model.loss_sum()});
+      gradients.emplace_back(p.table.size);
+      dev.download(gradients.back().data(), p.gradients(), p.table.size * sizeof(real));
+    }
+    double loss = 0;
+    for (const auto& l : losses) loss += l[0];
+    if (sum == GradientSum::tree) {
+      const std::vector<real> all = tree_sum(gradients, 0, gradients.size());
+      dev.upload(p.gradients(), all.data(), all.size() * sizeof(real));
+      dev.synchronize();
+      loss = tree_sum(losses, 0, losses.size())[0];
     }
     out.losses.push_back(loss / (kBatch * kLength));
     out.norms.push_back(optimizer.step(step, learning_rate));
@@ -414,15 +438,61 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how,
 template <class Device>
 void check_queued_steps() {
   for (OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::sgd})
-    for (int micro_batch : {4, 2, 1}) {
+    for (const auto& [micro_batch, sum] :
+         {std::pair(6, GradientSum::tree), {2, GradientSum::tree}, {1, GradientSum::tree}, {2, GradientSum::running}}) {
       CAPTURE(micro_batch);
-      const auto expected = train<Device>(kind, micro_batch, How::layer_by_layer);
+      CAPTURE(name(sum));
+      const auto expected = train<Device>(kind, micro_batch, How::layer_by_layer, sum);
       CHECK(expected.losses.front() != expected.losses.back());
-      CHECK(train<Device>(kind, micro_batch, How::queued) == expected);
-      CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs) == expected);
+      CHECK(train<Device>(kind, micro_batch, How::queued, sum) == expected);
+      CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs, sum) == expected);
+      if (micro_batch != 2 || sum == GradientSum::running) continue;
       for (Recompute recompute : {Recompute::convolution, Recompute::layers})
-        CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs, recompute) == expected);
+        CHECK(train<Device>(kind, micro_batch, How::queued_as_graphs, sum, recompute) == expected);
     }
+}
+
+TEST_CASE("training step: the tree over n micro-batches needs ceil(log2(n)) spare gradients, the running sum none") {
+  const int depth[] = {0, 1, 2, 2, 3, 3, 3, 3, 4};
+  for (int n = 1; n <= 9; n++) {
+    CAPTURE(n);
+    CHECK(spare_gradient_buffers(GradientSum::tree, n) == depth[n - 1]);
+    CHECK(spare_gradient_buffers(GradientSum::running, n) == 0);
+  }
+  CHECK(spare_gradient_buffers(GradientSum::tree, 1 << 24) == 24);
+}
+
+TEST_CASE("parameters: groups cut the arena into equal parts of whole blocks for every rank") {
+  for (const bool tied : {false, true}) {
+    ModelConfig config = make_config(64, 32, 3, 3, 0, 2, 50, Parametrization::mup);
+    config.tied = tied;
+    const ParameterTable one = make_parameter_table(config);
+    for (const int ranks : {1, 2, 4, 16}) {
+      CAPTURE(ranks);
+      const ParameterTable table = make_parameter_table(config, ranks);
+      REQUIRE(table.groups.size() == size_t(tied ? 5 : 6));
+      size_t end = 0;
+      for (const ArenaRange& group : table.groups) {
+        CHECK(group.begin == end);
+        CHECK(group.size() % (kArenaBlock * size_t(ranks)) == 0);
+        end = group.end;
+      }
+      CHECK(end == table.size);
+      CHECK(table.count == one.count);
+      for (size_t i = 0; i < table.tensors.size(); i++) {  // at the same place of the same group, and not beyond
+        const Tensor &t = table.tensors[i], &o = one.tensors[i];
+        CAPTURE(t.name);
+        for (size_t g = 0; g < table.groups.size(); g++) {
+          const bool here = t.offset >= table.groups[g].begin && t.offset < table.groups[g].end;
+          CHECK(here == (o.offset >= one.groups[g].begin && o.offset < one.groups[g].end));
+          if (!here) continue;
+          CHECK(t.offset + t.size <= table.groups[g].end);
+          CHECK(t.offset - table.groups[g].begin == o.offset - one.groups[g].begin);
+          CHECK((g + 1 == table.groups.size()) == !drawn_from_a_normal(t.cls));
+        }
+      }
+    }
+  }
 }
 
 TEST_CASE("training step: queued steps have the bits of steps done layer by layer") {

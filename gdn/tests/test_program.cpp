@@ -67,6 +67,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-resume=maybe", "-resume 'maybe'"},
                         Case{"stray", "stray"},
                         Case{"-opt adam", "-opt 'adam'"},
+                        Case{"-sum last", "-sum 'last'"},
                         Case{"-param up", "-param 'up'"},
                         Case{"-gains both", "-gains 'both'"},
                         Case{"-gates both", "-gates 'both'"},
@@ -123,24 +124,17 @@ TEST_CASE("program: -h lists every option with its default") {
   Folder folder;
   const Outcome o = run(folder, "-h");
   CHECK(o.code == 0);
-  for (const char* option : {"-i ",           "-j ",        "-w ",
-                             "-w0 ",          "-L ",        "-heads ",
-                             "-head_dim ",    "-ev ",       "-T ",
-                             "-b ",           "-B ",        "-n ",
-                             "-opt ",         "-lr ",       "-wd ",
-                             "-b1 ",          "-b2 ",       "-mom ",
-                             "-clip ",        "-warmup ",   "-min_lr ",
-                             "-param ",       "-d ",        "-seed ",
-                             "-o ",           "-v ",        "-save ",
-                             "-keep ",        "-resume ",   "-eval ",
-                             "-skip_bad ",    "-version ",  "-s ",
-                             "-load ",        "-gen ",      "-prompt ",
-                             "-eps ",         "-wd_mode ",  "-gains ",
-                             "-coord_check ", "-vocab ",    "-temperature ",
-                             "-top_k ",       "-top_p ",    "-mask_docs ",
-                             "-lr_of ",       "-gates ",    "-readout ",
-                             "-clip_norm ",   "-init_of ",  "-logit_factor ",
-                             "-vocab_size ",  "-separator "}) {
+  for (const char* option : {"-i ",          "-j ",           "-w ",         "-w0 ",      "-L ",
+                             "-heads ",      "-head_dim ",    "-ev ",        "-T ",       "-b ",
+                             "-B ",          "-n ",           "-opt ",       "-lr ",      "-wd ",
+                             "-b1 ",         "-b2 ",          "-mom ",       "-clip ",    "-warmup ",
+                             "-min_lr ",     "-param ",       "-d ",         "-seed ",    "-o ",
+                             "-v ",          "-save ",        "-keep ",      "-resume ",  "-eval ",
+                             "-skip_bad ",   "-version ",     "-s ",         "-load ",    "-gen ",
+                             "-prompt ",     "-eps ",         "-wd_mode ",   "-gains ",   "-coord_check ",
+                             "-vocab ",      "-temperature ", "-top_k ",     "-top_p ",   "-mask_docs ",
+                             "-lr_of ",      "-gates ",       "-readout ",   "-clip_norm ", "-init_of ", "-logit_factor ",
+                             "-vocab_size ", "-separator ", "-sum ", "-timeout "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -168,7 +162,7 @@ TEST_CASE("program: log.csv has its header, a row a step, and validations; the s
   REQUIRE(o.code == 0);
   const std::string log = read_file(folder.path / "out" / "log.csv");
   CHECK(log.rfind("# train_gdn ", 0) == 0);  // where it comes from
-  const std::string header = "\nstep,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time\n";
+  const std::string header = "\nstep,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time,wait_ms\n";
   CHECK(log.find(header) == log.find('\n'));
   for (const char* start : {"\n1,train,", "\n6,train,", "\n3,val,", "\n6,val,"}) {
     CAPTURE(start);

@@ -76,43 +76,21 @@ void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, co
   const int dk = shape.head_dim_k,
             bytes = warpgroup ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
   const auto kernel = warpgroup ? prepare_sm90_kernel : prepare_kernel;
-  allow_shared_bytes(kernel, bytes, "the gated delta rule");
+  allow_shared_bytes(device, kernel, bytes, "the gated delta rule");
   const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
   kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta, sizes(shape),
                                                           s);
   launched("prepare_kernel");
 }
 
-// The most stages and copies of q and k that fit in `limit` bytes of shared memory; {0, 0} if none do. A
-// third stage would reach two work tiles ahead where a tile is one step, and there are q and k of two.
-inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
-  const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
-  const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
-  for (const GradientBuffers buffers :
-       {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2}, GradientBuffers{2, 1}})
-    if (gradient_shared_bytes(dk, PW, group > 1, buffers) <= limit && (steps > 1 || buffers.stages == 2))
-      return buffers;
-  return {0, 0};
-}
-
-// Shared memory of each of `blocks` CTAs that share an SM, which reserves 1 KiB for each.
-inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
-
-template <int PW>
+template <int PW, bool kCompact>
 void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
-                      const MixerShape& shape, float s) {
-  int blocks = gradient_blocks(PW);
-  GradientBuffers buffers = gradient_buffers(shape, PW, shared_bytes_share(blocks));
-  if (buffers.stages == 0) {
-    blocks = 1;
-    buffers = gradient_buffers(shape, PW, shared_bytes_limit());
-  }
-  const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k, buffers);
-  allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
+                      const MixerShape& shape, float s, const GradientPlan& plan) {
+  allow_shared_bytes(device, gradients_kernel<PW, kCompact>, plan.bytes, "the gated delta rule");
   const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
-  const int grid = std::min(work_tiles, blocks * device.sm_count);
-  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(
-      dqkv, dg, dbeta, in, sizes(shape), work_tiles, buffers, s);
+  const int grid = std::min(work_tiles, plan.ctas * device.sm_count);
+  gradients_kernel<PW, kCompact><<<grid, gradient_threads(PW), plan.bytes, device.stream>>>(
+      dqkv, dg, dbeta, in, sizes(shape), work_tiles, plan.buffers, s);
   launched("gradients_kernel");
 }
 
@@ -183,14 +161,13 @@ void launch_sm90_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, con
   const GateInputs gates = {in.gates, in.saved.exponents, in.adjoints.exponents};
   constexpr int bytes = GradientLayout<kTiles, kGrouped>::kBytes;
   const auto kernel = gradients_sm90_kernel<kTiles, kGrouped>;
-  allow_shared_bytes(kernel, bytes, "the gated delta rule");
+  allow_shared_bytes(device, kernel, bytes, "the gated delta rule");
   const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
   kernel<<<std::min(work_tiles, device.sm_count), kGradientThreads, bytes, device.stream>>>(
       tensors, dg, dbeta, gates, size, work_tiles, s);
   launched("gradients_sm90_kernel");
 }
 
-// Slices of dk as wide as shared memory allows.
 void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
                const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
   const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
@@ -208,12 +185,15 @@ void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
     if (dk <= 128) return with_group(std::integral_constant<int, 2>());
     return launch(std::integral_constant<int, 4>(), std::false_type());
   }
-  const auto fits = [&](int PW) { return gradient_buffers(shape, PW, shared_bytes_limit()).stages > 0; };
-  if (dk <= 32) return launch_gradients<32>(device, dqkv, dg, dbeta, in, shape, s);
-  if (dk <= 64 || !fits(96)) return launch_gradients<64>(device, dqkv, dg, dbeta, in, shape, s);
-  if (dk <= 96 || (dk > 128 && dk <= 192) || !fits(128))
-    return launch_gradients<96>(device, dqkv, dg, dbeta, in, shape, s);
-  launch_gradients<128>(device, dqkv, dg, dbeta, in, shape, s);
+  const GradientPlan plan = gradient_plan(shape, device.shared_bytes);
+  if (plan.compact) {
+    if (has_wgmma()) throw std::runtime_error("GDN_SHARED_BYTES: code for sm_90a has no kernels for less");
+    return launch_gradients<kCompactColumns, true>(device, dqkv, dg, dbeta, in, shape, s, plan);
+  }
+  if (plan.columns == 32) return launch_gradients<32, false>(device, dqkv, dg, dbeta, in, shape, s, plan);
+  if (plan.columns == 64) return launch_gradients<64, false>(device, dqkv, dg, dbeta, in, shape, s, plan);
+  if (plan.columns == 96) return launch_gradients<96, false>(device, dqkv, dg, dbeta, in, shape, s, plan);
+  launch_gradients<128, false>(device, dqkv, dg, dbeta, in, shape, s, plan);
 }
 
 }  // namespace delta_rule

@@ -11,8 +11,9 @@
 //   gradients_kernel      (G1)-(G5)  dq dk dg dbeta  chunk, key head, sequence    bwd_dqkwg, bwd_wy
 // On Hopper prepare_sm90_kernel, *_pass_sm90_kernel and, for most head sizes, gradients_sm90_kernel take
 // their places (wgmma, TMA); elsewhere all run on mma.sync. Where a pass has fewer CTAs than the GPU holds,
-// sequences are split (splits.cuh). The state and its gradient stay in fp32 registers for the whole sequence
-// or split. There are no atomics: results have the same bits in every run.
+// sequences are split (splits.cuh). Warps, stages and slices by head size and by the GPU's shared memory:
+// schedule.h, dev/doc/delta_rule_plans.md. The state and its gradient stay in fp32 registers for the whole
+// sequence or split. There are no atomics: results have the same bits in every run.
 //
 // Times in ms on an H200 (dev/bench_delta_rule, dev/results/delta_rule_speed). The forward saves N, P
 // and the gates, so the backward is two kernels. (With 16/32 heads the clock falls under load: the single
@@ -109,7 +110,7 @@ inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(sh
 
 // CTAs of a pass that the GPU holds at once (occupancy x SMs).
 inline int resident_ctas(const Cuda& device, const MixerShape& shape) {
-  return device.sm_count * pass_blocks(shape.head_dim_k);
+  return device.sm_count * resident_passes(shape.head_dim_k, device.shared_bytes);
 }
 
 // Splits of a sequence if CTAs of 64 columns of dv leave SMs idle.
@@ -181,19 +182,6 @@ void with_head_dim_k(int dk, const Launch& launch) {
   if (dk <= 128) return launch(std::integral_constant<int, 128>());
   if (dk <= 192) return launch(std::integral_constant<int, 192>());
   launch(std::integral_constant<int, 256>());
-}
-
-// Warps of a CTA of the mma.sync passes, 16 columns of dv each: many, for they share loads, but no more than
-// fit in shared memory and leave every SM a CTA; slices of equal size.
-inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int splits) {
-  const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
-  const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
-  int warps = std::min(kMaxPassWarps, tiles);
-  while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
-  while (warps > (splits > 1 ? 4 : 1) &&
-         shape.batch * splits * shape.heads_v * slices(warps) < device.sm_count)
-    warps = (warps + 1) / 2;
-  return slices(slices(warps));
 }
 
 // Consumer warpgroups of a CTA of the wgmma passes, 64 columns of dv each. Two share loads, and a CTA of two

@@ -6,8 +6,6 @@
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kMaxColumnGroups = 32;  // dv <= 512 in groups of 16 columns
-
 struct GradientInputs {
   const act *qkv, *d_o;
   Saved saved;

@@ -1,17 +1,20 @@
 // Sizes of a call of the gated delta rule, and of what its kernels pass on.
 #pragma once
 
-#include "../../shapes.h"
 #include "../ptx.cuh"
+#include "schedule.h"
 
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kMatrixStride = kChunk + 8;  // row stride of a [64,64] 16-bit tile in shared memory
+// Code for sm_90a, where the kernels on wgmma take the place of those on mma.sync; the latter are then empty.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(GDN_EMULATED)
+constexpr bool kHopperCode = true;
+#else
+constexpr bool kHopperCode = false;
+#endif
 
 constexpr int kMatrixElements = kChunk * kChunk;  // elements of such a tile in global memory
-
-constexpr int kGates = 4 * kChunk;  // floats of a chunk's gates
 
 enum Gate {
   kBeta,

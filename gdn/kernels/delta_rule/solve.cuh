@@ -51,11 +51,6 @@ __device__ inline void chunk_gates(float* gates, int n) {
   }
 }
 
-// A diagonal 16x16 block of L in shared memory, transposed: [16 columns][kBlockStride rows] float.
-constexpr int kBlockStride = 20;
-
-constexpr int kDiagonalBlock = 16 * kBlockStride;  // floats
-
 __device__ inline void store_diagonal_block(float* to, const float (&left)[4], const float (&right)[4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll
@@ -289,21 +284,16 @@ __device__ inline void multiply_by_decay(RowBlock x, const float* G, float* colu
 // row block 3 - w of P, five blocks in all, whatever w. Rows are ld elements apart, or (kWgmma) in swizzled
 // tiles of 64 columns (sm90/tiles.cuh).
 template <bool kWgmma>
-struct PrepareTiles {
+struct PrepareTiles : PrepareLayout<kWgmma> {
   act* q;
-  int ld, tiles;  // numbers from row to row; tiles that a row takes (kWgmma)
 
-  __host__ __device__ PrepareTiles(void* at, int dk)
-      : q(static_cast<act*>(at)), ld((dk > 32 ? dk : 32) + 8), tiles((dk + kTileRow - 1) / kTileRow) {}
-  __host__ __device__ int row_block() const { return 16 * (kWgmma ? kTileRow : ld); }
-  __host__ __device__ int k_at() const { return kChunk * (kWgmma ? tiles * kTileRow : ld); }
-  // N starts behind the last diagonal block of L.
-  __host__ __device__ int n_at() const { return 3 * row_block() + 2 * kDiagonalBlock; }
-  int bytes() const { return 2 * std::max(2 * k_at(), n_at() + 2 * kChunk * kMatrixStride); }
-  __device__ const act* k() const { return q + k_at(); }
-  __device__ __half* n() const { return reinterpret_cast<__half*>(q + n_at()); }
+  __device__ PrepareTiles(void* at, int dk) : PrepareLayout<kWgmma>(dk), q(static_cast<act*>(at)) {}
+  __device__ const act* k() const { return q + this->k_at(); }
+  __device__ __half* n() const { return reinterpret_cast<__half*>(q + this->n_at()); }
   // Diagonal block i of L overwrites warp i's rows of q, which no other warp reads.
-  __device__ float* diagonal_block(int i) const { return reinterpret_cast<float*>(q + i * row_block()); }
+  __device__ float* diagonal_block(int i) const {
+    return reinterpret_cast<float*>(q + i * this->row_block());
+  }
 };
 
 // Accumulators of warp w: row block 3 - w of q k^T and row block w of k k^T, the first 32 columns of each;
@@ -403,14 +393,6 @@ __device__ inline void write_row_of_p(__half* to, RowBlock qk, const float* G, f
         if (t + i < 2 * kRows + 2) w[i] = pack_fp16(qk.tile(t + i)[2 * row], qk.tile(t + i)[2 * row + 1]);
       store_32_columns(to + (16 * kRows + g + 8 * row) * kChunk + 8 * t, w, 16 * (kRows + 1) - 8 * t);
     }
-}
-
-// Dynamic shared memory: gates, 64 floats a warp for multiply_by_decay, tiles.
-constexpr int kPrepareFloats = kGates + 4 * kChunk;
-
-template <bool kWgmma>
-int prepare_shared_bytes(int dk) {
-  return 4 * kPrepareFloats + PrepareTiles<kWgmma>(nullptr, dk).bytes();
 }
 
 // The block issues cp.async of q and k [64, dk] of a chunk: n rows, zero-fill below, and (kWgmma) up to a

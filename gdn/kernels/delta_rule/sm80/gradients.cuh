@@ -13,20 +13,6 @@
 namespace gdn {
 namespace delta_rule {
 
-// Warps: four m-tiles of 16 tokens times gradient_n_splits splits of the columns; as few as registers allow.
-__host__ __device__ constexpr int gradient_n_splits(int PW) { return PW == 128 ? 4 : 2; }
-
-__host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_n_splits(PW); }
-
-// CTAs that fit in an SM.
-__host__ __device__ constexpr int gradient_blocks(int PW) { return PW > 64 ? 1 : 2; }
-
-constexpr int kMaxNSplits = 4;
-
-constexpr int kStep = 32;  // columns of dv a step takes
-
-constexpr int kTokenStride = kStep + 8;  // row strides in shared memory
-
 constexpr int kTokenThreads = kChunk * kStep / 8;
 
 // One stage of the cp.async pipeline: kStep columns of dv.
@@ -35,34 +21,6 @@ struct GradientStage {
   __half *E, *x;              // the same shape; x arrives times 2^b_j
   __half *states, *d_states;  // [kStep, PW + 8]
 };
-
-__host__ __device__ constexpr int gradient_stage_bytes(int PW) {
-  return 2 * (3 * kChunk * kTokenStride + 2 * kStep * (PW + 8));
-}
-
-__host__ __device__ constexpr int key_stride(int dk, int PW) { return (dk + PW - 1) / PW * PW + 8; }
-
-__host__ __device__ constexpr int keys_bytes(int dk, int PW) { return 2 * 2 * kChunk * key_stride(dk, PW); }
-
-// A head tile is one value head's part of a work tile. Its gates [4,64] and exponents a_j, b_j are prefetched
-// up to three head tiles ahead.
-constexpr int kHeadTiles = 4;
-constexpr int kHeadTileBytes = 4 * (kGates + 2 * kMaxColumnGroups);
-
-// Floats of DgSums: rows, columns, reads, writes with 4 x 64 each; per warp <S0,dS> and its largest product.
-constexpr int kDgSums = (3 * kMaxNSplits + 4 + 1) * kChunk;
-
-// Stages of the pipeline; and copies of q and k, 2 if those of the next chunk are prefetched.
-struct GradientBuffers {
-  int stages, keys;
-};
-
-__host__ __device__ constexpr int gradient_shared_bytes(int dk, int PW, bool grouped,
-                                                        GradientBuffers buffers) {
-  return buffers.stages * gradient_stage_bytes(PW) + buffers.keys * keys_bytes(dk, PW) +
-         2 * 2 * kChunk * kMatrixStride + kHeadTiles * kHeadTileBytes + 4 * (kMaxColumnGroups + kDgSums) +
-         (grouped ? 2 * kChunk * PW * 4 : 0);
-}
 
 template <int PW>
 __device__ inline GradientStage gradient_stage(unsigned char* shared, int index) {
@@ -80,9 +38,11 @@ struct HeadTile {
   int *exponents, *d_exponents;  // a_j, b_j
 };
 
-__device__ inline HeadTile head_tile_at(unsigned char* head_tiles, int index) {
+// The `index`-th head tile of the CTA, in a ring of 2 or 4.
+__device__ inline HeadTile head_tile_at(unsigned char* head_tiles, int ring, int index) {
   HeadTile head_tile;
-  head_tile.gates = reinterpret_cast<float*>(head_tiles + index % kHeadTiles * kHeadTileBytes);
+  head_tile.gates =
+      reinterpret_cast<float*>(head_tiles + (ring == 2 ? index % 2 : index % 4) * kHeadTileBytes);
   head_tile.exponents = reinterpret_cast<int*>(head_tile.gates + kGates);
   head_tile.d_exponents = head_tile.exponents + kMaxColumnGroups;
   return head_tile;
@@ -502,6 +462,19 @@ __device__ inline void accumulate_over_group(float* group_sums, float (&x)[Tiles
     }
 }
 
+// The same with the sums in registers.
+template <int Tiles>
+__device__ inline void accumulate_over_group(float (&group_sums)[Tiles][4], float (&x)[Tiles][4],
+                                             bool first) {
+#pragma unroll
+  for (int t = 0; t < Tiles; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if (!first) x[t][e] += group_sums[t][e];
+      group_sums[t][e] = x[t][e];
+    }
+}
+
 // Stores a warp's rows [16 tokens, 8 Tiles] as bf16 to `to`, row g at the m-tile's first token.
 template <int Tiles>
 __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int valid_columns,
@@ -520,21 +493,27 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
 // (G1)-(G5) for work tiles, a chunk of a key head of a sequence each. Persistent: a CTA takes tiles gridDim.x
 // apart; loads of the next steps cross the boundaries of head tiles and work tiles.
 //
+// kCompact: for GPUs with less shared memory. dqk and dkk lie in the stage whose step was the last, the sums
+// over a group's value heads in registers, and there may be one stage, filled between the steps.
+//
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10
 // GB; 71 GFLOP. H100: 0.509 ms (dev/results/delta_rule_speed): issue slots 43%, a quarter of the instructions
 // after a work tile's last step. On Hopper it runs where gradients_sm90_kernel does not: dv no multiple of
 // 64, or shared key heads with dk > 128.
-template <int PW>
-__global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
+template <int PW, bool kCompact>
+__global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW, kCompact))
     gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int work_tiles,
                      GradientBuffers buffers, float s) {
+  if (kCompact && kHopperCode) return;  // Hopper has room for the other
   extern __shared__ __align__(16) unsigned char shared[];
   const int warp = threadIdx.x / 32, n_split = warp / 4, ld = key_stride(size.dk, PW);
   const int m_tile = (warp + 3 * n_split) % 4;  // the four schedulers get m_tiles of different lengths
   act* keys = reinterpret_cast<act*>(shared + buffers.stages * gradient_stage_bytes(PW));
   __half* score_gradients = reinterpret_cast<__half*>(keys + buffers.keys * 2 * kChunk * ld);
-  unsigned char* head_tiles = reinterpret_cast<unsigned char*>(score_gradients + 2 * kChunk * kMatrixStride);
-  float* factors = reinterpret_cast<float*>(head_tiles + kHeadTiles * kHeadTileBytes);
+  unsigned char* head_tiles =
+      reinterpret_cast<unsigned char*>(score_gradients) + (kCompact ? 0 : kScoreGradientsBytes);
+  const int ring = delta_rule::head_tiles(kCompact, buffers);
+  float* factors = reinterpret_cast<float*>(head_tiles + ring * kHeadTileBytes);
   const DgSums dg_sums = dg_sums_at(factors + kMaxColumnGroups);
   float* group_sums = factors + kMaxColumnGroups + kDgSums;  // dq, then dk
 
@@ -552,19 +531,21 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
       const bool last = next.ends_head_tile(size);
       next.advance<PW>(size);
       if (last && next.work_tile < work_tiles)
-        copy_head_tile(head_tile_at(head_tiles, next.head_tile), in, size, next);
+        copy_head_tile(head_tile_at(head_tiles, ring, next.head_tile), in, size, next);
       if (++next_stage == buffers.stages) next_stage = 0;
     }
     cp_async_commit();
   };
-  copy_head_tile(head_tile_at(head_tiles, 0), in, size, now);
+  copy_head_tile(head_tile_at(head_tiles, ring, 0), in, size, now);
   cp_async_commit();
   cp_async_wait_all();
   __syncthreads();
   for (int i = 1; i < buffers.stages; i++) copy_next();
 
+  using Sums = Sm80GradientSums<PW>;
+  float group_d_oS[kCompact ? Sums::kColumnTiles : 1][4], group_XS[kCompact ? Sums::kColumnTiles : 1][4];
   while (now.work_tile < work_tiles) {
-    const HeadTile head_tile = head_tile_at(head_tiles, now.head_tile);
+    const HeadTile head_tile = head_tile_at(head_tiles, ring, now.head_tile);
     act *q = keys_of(now), *k = q + kChunk * ld;
     if (now.starts_work_tile()) {
       if (buffers.keys == 1) {
@@ -584,6 +565,10 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     Sm80GradientSums<PW> sums = {};
     float states = 0.f;
     for (int e = 0; e < size.dv; e += kStep) {
+      if (kCompact && buffers.stages == 1) {
+        __syncthreads();  // all are done with the stage
+        copy_next();
+      }
       if (buffers.stages == 3)
         cp_async_wait_all_but_one();
       else
@@ -591,7 +576,7 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
       const GradientStage stage = gradient_stage<PW>(shared, now_stage);
       scale_step<PW>(stage, head_tile, size, e, c);
       __syncthreads();
-      copy_next();
+      if (!kCompact || buffers.stages > 1) copy_next();
       add_step<PW>(sums, states, stage, factors + e / 16, m_tile, n_split);
       if (++now_stage == buffers.stages) now_stage = 0;
     }
@@ -600,6 +585,9 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     if (lane == 0) dg_sums.states[warp] = states;
     leave_largest<PW>(dg_sums, sums, s);
     __syncthreads();
+    if (kCompact)  // this tile's last stage: refilled only when all are past the next barrier of the loop
+      score_gradients = reinterpret_cast<__half*>(
+          shared + (now_stage == 0 ? buffers.stages - 1 : now_stage - 1) * gradient_stage_bytes(PW));
     const int hk = now.key_head, n = size.rows_in(now.chunk);
     const int64_t row = now.row(size), head_row = row * size.heads_v + now.value_head(size);
     const int scale_exponent = scale_exponent_of_block(dg_sums);
@@ -615,7 +603,10 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     scale_tiles(sums.d_oS, result_unit);
     scale_tiles(sums.XS, result_unit);
     const int group = size.value_heads_per_key;
-    if (group > 1) {
+    if constexpr (kCompact) {
+      accumulate_over_group(group_d_oS, sums.d_oS, now.head == 0);
+      accumulate_over_group(group_XS, sums.XS, now.head == 0);
+    } else if (group > 1) {
       accumulate_over_group(group_sums, sums.d_oS, now.head == 0);
       accumulate_over_group(group_sums + kChunk * PW, sums.XS, now.head == 0);
     }

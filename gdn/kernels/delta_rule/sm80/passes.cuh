@@ -21,12 +21,8 @@ __device__ inline void convert_own_copies_to_fp16(act* tile, int ld, int columns
                             [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
 }
 
-constexpr int kMaxPassWarps = 8;
-
 // N and P packed into one tile of 64 rows of five 16x16 blocks: block N_ij at (i, j), block P_ij at (3 - i, 4
 // - i + j), in the half that N's lower triangle leaves free.
-constexpr int kPackedStride = 5 * 16 + 8, kPackedElements = kChunk * kPackedStride;
-
 __device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kPackedStride + j); }
 
 __device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kPackedStride + 4 - i + j); }
@@ -40,10 +36,6 @@ struct Sm80Stage {
   __half* matrices;  // N and P: [64, kPackedStride]
   float* gates;      // [4, 64]
 };
-
-__host__ __device__ constexpr int pass_stage_bytes(int DK, int warps) {
-  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + kPackedElements) + 4 * kGates;
-}
 
 template <int DK>
 __device__ inline Sm80Stage pass_stage(unsigned char* shared, int index, int warps) {
@@ -245,13 +237,14 @@ __device__ inline void add_intra_chunk(float (&out)[8][4], const float (&written
   }
 }
 
-// (F1)-(F4) over the chunks of a split. One CTA: a sequence, a value head, a slice of dv; two cp.async
-// stages. Writes o and, unless null, Saved.
+// (F1)-(F4) over the chunks of a split. One CTA: a sequence, a value head, a slice of dv. Two cp.async
+// stages, a chunk's loads overlapping the products of the chunk before; or one stage, filled between the
+// chunks, where shared memory is short (schedule.h). Writes o and, unless null, Saved.
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.24 GB, writes o, states, E 0.40 GB;
 // 52 GFLOP. H100: 0.327 ms (dev/results/layer_speed): shared memory is busy half of the cycles with
 // operands that every warp loads for itself.
-template <int DK>
+template <int DK, int kStages>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
                         Sizes size, Splits splits, float s) {
@@ -261,22 +254,26 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const act* values = qkv + size.v_column(block.h);
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & 1, block.warps), block, size, block.first_chunk,
-                 qkv, values, size.channels, matrices, gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & (kStages - 1), block.warps), block, size,
+                 block.first_chunk, qkv, values, size.channels, matrices, gates);
 
   float state[DK / 8][4] = {};
   if (active && block.split > 0)
     load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
+    if (kStages == 1 && chunk > block.first_chunk) {
+      __syncthreads();  // all are done with the stage
+      copy_chunk<DK>(stage, block, size, chunk, qkv, values, size.channels, matrices, gates);
+    }
     wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk + 1 < block.end_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
-                     values, size.channels, matrices, gates);
+    if (kStages == 2 && chunk + 1 < block.end_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & (kStages - 1), block.warps), block, size, chunk + 1,
+                     qkv, values, size.channels, matrices, gates);
     if (!active) continue;
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t stride = int64_t(size.heads_v) * size.dv, out = row * stride + block.h * size.dv + column;
@@ -346,7 +343,7 @@ __device__ inline void solve_backward(float (&x)[8][4], const Sm80Stage& stage) 
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB;
 // 52 GFLOP. H100: 0.341 ms (dev/results/layer_speed).
-template <int DK, bool kStates>
+template <int DK, int kStages, bool kStates>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
                          const float* gates, Sizes size, Splits splits, float s) {
@@ -357,9 +354,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   const bool active = column < size.dv;
   const int64_t stride = int64_t(size.heads_v) * size.dv;
   const act* values = d_o + block.h * size.dv;
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & 1, block.warps), block, size,
+  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & (kStages - 1), block.warps), block, size,
                  block.end_chunk - 1, qkv, values, stride, matrices, gates);
 
   float state[DK / 8][4] = {};  // dS
@@ -367,12 +364,17 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
-    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
+    if constexpr (kStages == 1)
+      if (chunk + 1 < block.end_chunk) {
+        __syncthreads();  // all are done with the stage
+        copy_chunk<DK>(stage, block, size, chunk, qkv, values, stride, matrices, gates);
+      }
     wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk > block.first_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
-                     values, stride, matrices, gates);
+    if (kStages == 2 && chunk > block.first_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & (kStages - 1), block.warps), block, size, chunk - 1,
+                     qkv, values, stride, matrices, gates);
     if (!active) continue;
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t out = row * stride + block.h * size.dv + column;
@@ -424,7 +426,7 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
 // (F1), (F2), (F4) alone: the final states of all splits but the last, from a state of zero, to the boundary
 // state of the next; and M of those that are neither first nor last: CTAs from slices_v on compute rows of
 // M^T.
-template <int DK>
+template <int DK, int kStages>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
                          Splits splits, int slices_v) {
@@ -438,21 +440,25 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   if (transition) block.first_column = size.dv;  // v = 0
   const bool active = row < (transition ? size.dk : size.dv);
   const act* values = qkv + size.v_column(block.h);
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & 1, block.warps), block, size, block.first_chunk,
-                 qkv, values, size.channels, matrices, gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & (kStages - 1), block.warps), block, size,
+                 block.first_chunk, qkv, values, size.channels, matrices, gates);
 
   float state[DK / 8][4] = {};
   if (transition) unit_state<DK>(state, row);
   int exponent = 0;
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
+    if (kStages == 1 && chunk > block.first_chunk) {
+      __syncthreads();  // all are done with the stage
+      copy_chunk<DK>(stage, block, size, chunk, qkv, values, size.channels, matrices, gates);
+    }
     wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk + 1 < block.end_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
-                     values, size.channels, matrices, gates);
+    if (kStages == 2 && chunk + 1 < block.end_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & (kStages - 1), block.warps), block, size, chunk + 1,
+                     qkv, values, size.channels, matrices, gates);
     if (!active) continue;
     const uint32_t v_columns = lane_address_columns_first(stage.values + 16 * warp, ld);
     exponent = rescale_state<DK>(state, largest_of_values(v_columns, ld), exponent);

@@ -11,8 +11,6 @@
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kTileRow = 64;  // columns of a tile
-
 constexpr int kTileBytes = kChunk * 2 * kTileRow;
 
 // Byte offset of a 16-byte vector in a swizzled tile.
