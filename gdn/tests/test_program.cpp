@@ -902,7 +902,8 @@ TEST_CASE("program: threads that wait sleep, unless the caller chose; the proces
                                     std::string("export GOMP_SPINCOUNT=5")}) {
     CAPTURE(chosen);
     fs::remove(folder.path / ".out");
-    Started started(folder, kTiny + std::string("-n 1000000 -save 0 -resume auto -o out"), chosen);
+    Started started(folder, kTiny + std::string("-n 1000000 -save 0 -resume auto -o out"),
+                    "unset OMP_WAIT_POLICY GOMP_SPINCOUNT && " + chosen);
     wait_for(folder.path / ".out", "step 1/");
     const std::string process = "/proc/" + std::to_string(started.child) + "/";
     CHECK(read_file(process + "comm") == "train_gdn\n");
