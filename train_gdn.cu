@@ -276,7 +276,7 @@ class Run {
   }
 
   [[noreturn]] void fail_batch() {
-    if (step_ > saved_step_) save();  // keep what was learned
+    if (step_ > 0 && step_ > saved_step_) save();  // keep what was learned
     std::rethrow_exception(batch_error_);
   }
 
@@ -618,6 +618,7 @@ int run(int argc, char** argv, Communicator& ranks) {
 }  // namespace gdn
 
 int main(int argc, char** argv) {
+  gdn::open_closed_streams();
   gdn::Communicator ranks;
   try {
     const int code = gdn::run(argc, argv, ranks);

@@ -74,7 +74,7 @@ constexpr const char* kReadKeys[] = {"model_type",         "use_gate",
                                      "expand_v",           "allow_neg_eigval",
                                      "hidden_ratio",       "intermediate_size",
                                      "vocab_size",         "tie_word_embeddings",
-                                     "train_gdn"};
+                                     "train_gdn",          "train_gdn_export"};
 constexpr const char* kHarmlessKeys[] = {"architectures",
                                          "transformers_version",
                                          "torch_dtype",
@@ -180,6 +180,13 @@ inline void require_supported(const Json& json) {
   require("use_l2warp", {false}, "false");
   require("hidden_act", {"swish", "silu"}, "\"swish\"");
   require("output_gate_activation", {"swish", "silu"}, "\"swish\"");
+  // scripts/export_hf.py puts muP's multipliers into weights and norm_eps, and names the checkpoint
+  if (const Json *eps = json.find("norm_eps"), *source = json.find("train_gdn_export");
+      source && eps && *eps != Json(kNormEps))
+    throw std::runtime_error("'norm_eps' is " + json::described(*eps) +
+                             " in this export of a muP model, this program has only 1e-06; load the checkpoint that "
+                             "it was made from, " +
+                             (source->is<std::string>() ? std::get<std::string>(source->value) : "with -load"));
   require("norm_eps", {kNormEps}, "1e-06");
 }
 
@@ -547,7 +554,7 @@ std::string save_run(const std::string& out_dir, Parameters<Device>& p, const Op
 
 // A checkpoint by its own path, or the newest one in a run's folder. Throws one line when there is none.
 inline Checkpoint open_any_checkpoint(const std::string& path) {
-  if (std::filesystem::exists(path + "/config.json")) return open_checkpoint(path);
+  if (path_exists(path + "/config.json")) return open_checkpoint(path);
   std::string damaged;
   const std::string newest = find_newest_checkpoint(path, [&](const std::string& line) { damaged = line; });
   if (newest.empty())

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <iterator>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -97,6 +98,7 @@ inline ClassFactors ones() {
 // Reads "conv=0.5,gain=2"; classes that are not named have 1. Throws one line that says what was expected.
 inline ClassFactors parse_class_factors(const std::string& text) {
   ClassFactors factors = ones();
+  std::set<TensorClass> named;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string part = text.substr(begin, end - begin);
@@ -114,6 +116,8 @@ inline ClassFactors parse_class_factors(const std::string& text) {
       throw std::runtime_error("factor '" + part + "': expected CLASS=X with X from 0 to 1e6 and CLASS of " +
                                names);
     }
+    if (!named.insert(*found).second)
+      throw std::runtime_error("factor '" + part + "': " + name(*found) + " is named twice, expected once");
     factors[int(*found)] = factor;
     begin = end + 1;
   }

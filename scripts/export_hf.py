@@ -16,7 +16,8 @@ Exact where r and f are powers of 2; else the scaled weights are rounded to thei
 vocab_size is the number of tokens.
 
 ./train_gdn -load takes a checkpoint itself rather than its export: of a muP export with r other than 1 it refuses
-norm_eps, as its norms have a fixed eps of 1e-6.
+norm_eps, as its norms have a fixed eps of 1e-6, and says which checkpoint it was made from (train_gdn_export in
+config.json: run folder and step).
 
 --vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, or the
 vocab.txt of tokenize_text.py; the tokenizer then loads with AutoTokenizer. A model of bytes gets a tokenizer of 256 bytes. Without PyTorch; weights keep their type.
@@ -168,7 +169,8 @@ def export(checkpoint: Path, out: Path, source: Path | None, tied: bool) -> None
     end = {256: None, 50257: END_OF_TEXT}.get(vocab)
     types = {"F32": "float32", "F64": "float64", "BF16": "bfloat16"}
     config |= {"vocab_size": vocab, "tie_word_embeddings": HEAD not in exported, "bos_token_id": end, "eos_token_id": end,
-               "norm_eps": config["norm_eps"] / stream**2, "pad_token_id": None, "torch_dtype": types[exported[EMBEDDING][0]]}  # fmt: skip
+               "norm_eps": config["norm_eps"] / stream**2, "pad_token_id": None, "torch_dtype": types[exported[EMBEDDING][0]],
+               "train_gdn_export": "/".join(checkpoint.resolve().parts[-2:])}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise Error(f"{out}: is not empty")
