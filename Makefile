@@ -78,6 +78,7 @@ RANKS := $(BUILD)/gdn/communicator.o
 ifneq ($(NVCC),)
 HEAD_DIMS := 32 64 96 128 192 256
 PASSES := $(HEAD_DIMS:%=$(BUILD)/gdn/kernels/delta_rule/delta_rule_head_dim_%.o)
+RANKS += $(BUILD)/gdn/communicator_cuda.o
 LAYERS := $(PASSES) $(filter-out %/delta_rule_head_dim.o,$(call objects,$(wildcard gdn/*.cu gdn/kernels/*.cu gdn/kernels/*/*.cu)))
 TESTS += $(call objects,$(wildcard gdn/tests/*.cu))
 else

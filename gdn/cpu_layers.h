@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -525,6 +526,12 @@ void add_gradients(Cpu<Real>&, Real* sum, const Real* x, size_t n, double* loss_
 #pragma omp parallel for simd schedule(static)
   for (size_t i = 0; i < n; i++) sum[i] += x[i];
   *loss_sum += *loss;
+}
+
+// *nanoseconds = the time, of a clock that goes on steadily.
+template <class Real>
+void time_stamp(Cpu<Real>&, int64_t* nanoseconds) {
+  *nanoseconds = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
 }
 
 // sum: of `pieces` pieces of `piece` numbers, each `stride` numbers behind the last; x has as many, one behind the

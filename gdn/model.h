@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -159,7 +160,7 @@ class Model {
   }
 
   // acts_.dx is the gradient of the residual stream; each branch adds its own on the way down.
-  void backward() {
+  void backward(const std::function<void(int group)>& complete) {
     Range<Device> range(dev_, "backward");
     const int M = shape_.rows(), d = config_.width;
     dev_.zero(acts_.dx, size_t(M) * d * sizeof(act));
@@ -170,6 +171,7 @@ class Model {
       if (recompute_ == Recompute::layers) recompute_layer(l);
       mlp_backward(l);
       mixer_backward(l);
+      if (complete) complete(l + 1);
     }
     Range<Device> r(dev_, "embedding backward");
     embedding_backward(dev_, p_.gradients(p_.table.embedding), acts_.dx, tokens_, order_, M, d,
@@ -240,11 +242,16 @@ class Model {
   // nothing before it.
   int separator() const { return separator_; }
   // Of the batch uploaded last. Launches and touches no host memory; the sum of its tokens' losses is added to
-  // *loss_sum (device memory).
-  void forward_backward(float loss_weight, double* loss_sum) {
+  // *loss_sum (device memory). `complete` is called with the number of a group of the arena when the last launch that
+  // adds to its gradients has been made; it may be empty.
+  void forward_backward(float loss_weight, double* loss_sum, const std::function<void(int group)>& complete = {}) {
     forward(nullptr);
     classify(loss_weight, loss_sum);
-    backward();
+    if (complete && !config_.tied) complete(config_.layers + 1);
+    backward(complete);
+    if (!complete) return;
+    complete(0);
+    complete(int(p_.table.groups.size()) - 1);
   }
 
   // The sum of the tokens' losses, in nats, without gradients.

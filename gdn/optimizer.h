@@ -99,8 +99,8 @@ class Optimizer {
   // The gradients of this rank's part of a group of the arena become the sum over the ranks.
   void sum_over_ranks(const ArenaRange& group) {
     Range<Device> range(dev_, "exchange gradients");
-    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradients(group.begin), group.size() / size_t(p_.ranks),
-              received_.get());
+    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradient_buffer(0) + group.begin,
+              group.size() / size_t(p_.ranks), received_.get());
   }
   // *loss (device memory) likewise.
   void sum_over_ranks(double* loss) {
@@ -115,7 +115,7 @@ class Optimizer {
     Range<Device> range(dev_, "optimizer");
     const int count = int(spans_.size());
     for (const ShardPart& part : p_.shard)
-      sum_of_squares(dev_, sums_.get(), p_.gradients(), part.range, spans_.get(), count);
+      sum_of_squares(dev_, sums_.get(), p_.gradient_buffer(0), part.range, spans_.get(), count);
     if (exchange_) gather(sums_.get(), kArenaBlock);
     norm_of_sums(dev_, norm_.get(), sums_.get(), groups_.get(), int(groups_.size()));
     if (loss) check_loss(dev_, norm_.get(), loss);
@@ -123,13 +123,17 @@ class Optimizer {
       const size_t begin = part.range.begin;
       if (config_.kind == OptimizerKind::adamw)
         adamw_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at,
-                     moment2_.get() + part.at, p_.gradients(begin), part.range, spans_.get(), count,
+                     moment2_.get() + part.at, p_.gradient_buffer(0) + begin, part.range, spans_.get(), count,
                      norm_.get(), &scalars_.get()->adamw);
       else
-        sgd_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at, p_.gradients(begin),
-                   part.range, spans_.get(), count, norm_.get(), &scalars_.get()->sgd);
+        sgd_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at,
+                   p_.gradient_buffer(0) + begin, part.range, spans_.get(), count, norm_.get(),
+                   &scalars_.get()->sgd);
     }
-    if (!exchange_) return;
+  }
+  // With several ranks: the new weights of every rank's shard to all.
+  void gather_weights() {
+    Range<Device> range(dev_, "gather weights");
     gather(p_.weights(), 1);
     if (p_.whole()) return;
     const ArenaRange& vectors = p_.table.vectors();
@@ -147,8 +151,10 @@ class Optimizer {
   // Of an array with a number for each `numbers` of the arena, every rank's part of every group to all.
   template <class T>
   void gather(T* array, size_t numbers) {
-    for (const ArenaRange& group : p_.table.groups)
-      exchange_->gather_parts(array + group.begin / numbers, group.size() / size_t(p_.ranks) / numbers);
+    exchange_->together([&] {
+      for (const ArenaRange& group : p_.table.groups)
+        exchange_->gather_parts(array + group.begin / numbers, group.size() / size_t(p_.ranks) / numbers);
+    });
   }
 
   const OptimizerConfig config_;

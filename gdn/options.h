@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../mup.h"
+#include "communicator.h"
 #include "shapes.h"
 
 namespace gdn {
@@ -68,6 +69,7 @@ struct Options {
   double logit_factor = 1;
   DeviceChoice device = DeviceChoice::automatic;
   double timeout = 15;
+  ExchangeBy exchange_by = ExchangeBy::automatic;
   uint64_t seed = 42;
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
@@ -247,6 +249,9 @@ class OptionTable {
     whole("seed", "N", o.seed, 0, std::numeric_limits<int64_t>::max(),
           "seed of initial values, data order and samples");
     choice("d", o.device, {DeviceChoice::automatic, DeviceChoice::cuda, DeviceChoice::cpu}, "device")
+        .of_this_call();
+    choice("comm", o.exchange_by, {ExchangeBy::automatic, ExchangeBy::nccl, ExchangeBy::host},
+           "of several ranks: GPU data by NCCL, or through host memory, which auto takes where ranks share a GPU")
         .of_this_call();
     real("timeout", "S", o.timeout, 1, 1e6,
          "of several ranks: one that is not heard of for S seconds ends the run")

@@ -134,7 +134,7 @@ TEST_CASE("program: -h lists every option with its default") {
                              "-prompt ",     "-eps ",         "-wd_mode ",   "-gains ",   "-coord_check ",
                              "-vocab ",      "-temperature ", "-top_k ",     "-top_p ",   "-mask_docs ",
                              "-lr_of ",      "-gates ",       "-readout ",   "-clip_norm ", "-init_of ", "-logit_factor ",
-                             "-vocab_size ", "-separator ", "-sum ", "-timeout "}) {
+                             "-vocab_size ", "-separator ", "-sum ", "-timeout ", "-comm "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
