@@ -64,6 +64,8 @@ _library, _library_lock = None, threading.Lock()
 def library():
     """The shared library, loaded at the first call."""
     global _library
+    if _library is not None:
+        return _library
     with _library_lock:
         if _library is None:
             root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -217,51 +219,67 @@ def _require(condition, message):
         raise ValueError("gated delta rule: " + message)
 
 
-def _compute_type(tensors):
-    """The type that a call computes in, of all tensors."""
+_COMPUTE_TYPES = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32,
+                  torch.float16: torch.float32}
+
+
+def _compute_type(**tensors):
+    """The type that a call computes in, of all its tensors."""
+    compute = torch.float32
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        if tensor is None:
+            continue
+        if tensor.dtype not in _COMPUTE_TYPES:
             raise TypeError(f"gated delta rule: {name} is {tensor.dtype}, expected float32, float64, bfloat16 or float16")
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors.values()) else torch.float32
+        if tensor.dtype == torch.float64:
+            compute = torch.float64
+    return compute
 
 
-def _checked(q, k, v, g, beta, initial_state, cu_seqlens, v_first):
-    tensors = {"q": q, "k": k, "v": v, "g": g, "beta": beta}
-    if initial_state is not None:
-        tensors["initial_state"] = initial_state
-    for name in ("q", "k", "v"):
-        _require(tensors[name].dim() == 4, f"{name} has shape {list(tensors[name].shape)}, expected [B,T,heads,size]")
-    _require(q.shape == k.shape, f"q {list(q.shape)} and k {list(k.shape)}, expected the same shape")
+def _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first):
+    def refuse(name, tensor, expected):
+        raise ValueError(f"gated delta rule: {name} has shape {list(tensor.shape)}, expected {expected}")
+
+    if q.dim() != 4:
+        refuse("q", q, "[B,T,H,K]")
     batch, tokens, heads_k, dk = q.shape
-    heads, dv = v.shape[2:]
-    _require(v.shape[:2] == q.shape[:2], f"v has shape {list(v.shape)}, expected [{batch},{tokens},HV,V] as q and k have")
-    _require(heads_k > 0 and heads % heads_k == 0, f"{heads} value heads, expected a multiple of the {heads_k} heads of q and k")
-    for name in ("g", "beta"):
-        _require(list(tensors[name].shape) == [batch, tokens, heads],
-                 f"{name} has shape {list(tensors[name].shape)}, expected {[batch, tokens, heads]}")
+    if k.shape != q.shape:
+        refuse("k", k, f"that of q, {list(q.shape)}")
+    if v.dim() != 4 or v.shape[0] != batch or v.shape[1] != tokens:
+        refuse("v", v, f"[{batch},{tokens},HV,V], B and T those of q")
+    heads, dv = v.shape[2], v.shape[3]
+    if heads_k == 0 or heads % heads_k != 0:
+        refuse("v", v, f"heads a multiple of the {heads_k} of q and k")
+    if min(dk, dv) == 0:
+        refuse("v" if dv == 0 else "k", v if dv == 0 else k, "heads of at least one number")
+    for name, gate in (("g", g), ("beta", beta)):
+        if gate.shape != v.shape[:3]:
+            refuse(name, gate, list(v.shape[:3]))
     if cu_seqlens is not None:
-        _require(batch == 1, f"a batch of {batch} with cu_seqlens, expected 1: documents one after the other")
-        _require(cu_seqlens.dim() == 1 and not cu_seqlens.is_floating_point() and cu_seqlens.shape[0] >= 1,
-                 f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}, expected integers [N+1]")
+        if batch != 1:
+            refuse("q", q, "a batch of 1 with cu_seqlens: documents one after the other")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+            refuse("cu_seqlens", cu_seqlens, f"int32 or int64 [N+1] (it is {cu_seqlens.dtype})")
     if initial_state is not None:
-        count = _sequences(q, cu_seqlens)
-        shape = [count, heads, dv, dk] if v_first else [count, heads, dk, dv]
-        _require(list(initial_state.shape) == shape, f"initial_state has shape {list(initial_state.shape)}, expected {shape}")
-    for name, tensor in tensors.items():
-        _require(tensor.device == q.device, f"{name} is on {tensor.device}, q on {q.device}")
+        state = (_sequences(q, cu_seqlens), heads, dv, dk) if v_first else (_sequences(q, cu_seqlens), heads, dk, dv)
+        if initial_state.shape != state:
+            refuse("initial_state", initial_state, list(state))
+    for name, tensor in (("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state)):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"gated delta rule: {name} is on {tensor.device}, expected {q.device}, as q")
     if q.device.type != "cpu":
         raise NotImplementedError(f"gated delta rule: tensors on {q.device}, supported: the CPU")
-    return _compute_type(tensors)
 
 
 def _apply(q, k, v, g, beta, scale, initial_state, output_final_state, normalized, v_first, cu_seqlens, recurrent):
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    compute = _checked(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
-    inputs = [x if x is None else x.to(compute) for x in (q, k, v, g, beta, initial_state)]
+    compute = _compute_type(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
+    inputs = [x if x is None or x.dtype == compute else x.to(compute) for x in (q, k, v, g, beta, initial_state)]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final_state, _ = torch.ops.gdn.delta_rule(*inputs, cu_seqlens, scale, normalized, v_first, output_final_state,
                                                  recurrent, keep)
-    return o.to(q.dtype), final_state if output_final_state else None
+    return o if o.dtype == q.dtype else o.to(q.dtype), final_state if output_final_state else None
 
 
 def _state_layout(kwargs, state_v_first):
@@ -276,7 +294,7 @@ def _log_decay(g, A_log, dt_bias, use_gate_in_kernel):
         return g
     _require(A_log is not None, "use_gate_in_kernel without A_log")
     _require(g is not None, "use_gate_in_kernel without g")
-    compute = _compute_type({"g": g, "A_log": A_log})
+    compute = _compute_type(g=g, A_log=A_log)
     raw = g.to(compute) if dt_bias is None else g.to(compute) + dt_bias.to(compute)
     return -A_log.to(compute).exp() * torch.nn.functional.softplus(raw)
 
@@ -285,7 +303,7 @@ def _write_strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval):
     _require(use_beta_sigmoid_in_kernel or not allow_neg_eigval, "allow_neg_eigval without use_beta_sigmoid_in_kernel")
     if not use_beta_sigmoid_in_kernel:
         return beta
-    beta = beta.to(_compute_type({"beta": beta})).sigmoid()
+    beta = beta.to(_compute_type(beta=beta)).sigmoid()
     return 2 * beta if allow_neg_eigval else beta
 
 
@@ -302,7 +320,8 @@ def chunk_gated_delta_rule(q, k, v, g, beta, scale=None, initial_state=None, out
         raise NotImplementedError("gated delta rule: cp_context, supported: None")
     if "head_first" in kwargs:
         raise DeprecationWarning("head_first has been removed. Inputs must be in `[B, T, H, ...]` format.")
-    _require(kwargs.get("chunk_size", 64) in (16, 32, 64), f"chunk_size {kwargs.get('chunk_size')}, expected 16, 32 or 64")
+    if kwargs.get("chunk_size", 64) not in (16, 32, 64):
+        raise ValueError(f"gated delta rule: chunk_size {kwargs['chunk_size']}, expected 16, 32 or 64")
     g = _log_decay(g, kwargs.get("A_log"), kwargs.get("dt_bias"), kwargs.get("use_gate_in_kernel", False))
     beta = _write_strength(beta, use_beta_sigmoid_in_kernel, allow_neg_eigval)
     if cu_seqlens is not None and cu_seqlens_cpu is not None:
