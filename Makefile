@@ -10,8 +10,9 @@
 # make clean
 #
 # Settings: NVCC= (empty: build without CUDA), GPU_ARCH=90a (default: the GPU present, else 80 with PTX for newer
-# ones), MARCH=native, CXX=g++, EXTRA= (more flags, for both compilers). make uses all cores unless -j says
-# otherwise, compiles what a change touches, and everything again where a setting has changed.
+# ones), MPI=no, NCCL=no (several ranks: found where they are installed), MARCH=native, CXX=g++, EXTRA= (more flags, for
+# both compilers). make uses all cores unless -j says otherwise, compiles what a change touches, and everything again where a
+# setting or a library it found has changed.
 
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc)
@@ -23,6 +24,11 @@ $(error $(CXX) is not installed: apt-get install g++)
 endif
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 HASH := \#
+# several ranks: MPI for the host, NCCL for what lies on GPUs
+MPI_COMPILE := $(shell mpicc --showme:compile 2>/dev/null || mpicc -compile_info 2>/dev/null | cut -d ' ' -f 2-)
+MPI_LINK := $(shell mpicc --showme:link 2>/dev/null || mpicc -link_info 2>/dev/null | cut -d ' ' -f 2-)
+MPI ?= $(shell printf '$(HASH)include <mpi.h>\nint main() { return MPI_Finalize(); }\n' | \
+  $(CXX) -DOMPI_SKIP_MPICXX -x c++ - -o /dev/null $(MPI_COMPILE) $(MPI_LINK) 2>/dev/null && echo yes || echo no)
 DOCTEST := $(shell printf '$(HASH)include <doctest/doctest.h>\n' | $(CXX) -x c++ -E - >/dev/null 2>&1 && echo yes || echo no)
 
 BUILD := build
@@ -31,8 +37,13 @@ CXXFLAGS := -std=c++17 -O3 -march=$(MARCH) -fno-math-errno -fno-trapping-math -f
 DEPENDENCIES := -MMD -MP
 COMPILE_CXX = $(CXX) $(CXXFLAGS) -I. $(DEFINES) $(DEPENDENCIES) $(EXTRA) -x c++ -c
 LIBS :=
+ifeq ($(MPI),yes)
+DEFINES += -DGDN_MPI $(patsubst -I%,-isystem %,$(MPI_COMPILE))
+LIBS += $(MPI_LINK)
+endif
 
 ifeq ($(NVCC),)
+NCCL := no
 LINK = $(CXX) $(CXXFLAGS) $(EXTRA)
 else
 GPU_FOUND := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d . | grep -E '^[0-9]+$$')
@@ -49,12 +60,19 @@ COMPILE_NVCC = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler -diag-sup
   $(CXXFLAGS) -I. -I$(dir $(NVCC))../extras/CUPTI/include $(DEFINES) $(DEPENDENCIES) $(EXTRA) -c
 LINK = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler $(GENCODE) $(CXXFLAGS) $(EXTRA)
 LIBS += -lcublasLt
+NCCL ?= $(shell printf '$(HASH)include <nccl.h>\nint main() { int v; return ncclGetVersion(&v); }\n' | \
+  $(CXX) -x c++ - -o /dev/null $(CUDA_INCLUDES) -L$(dir $(NVCC))../lib64 -lnccl 2>/dev/null && echo yes || echo no)
+ifeq ($(NCCL),yes)
+DEFINES += -DGDN_NCCL
+LIBS += -lnccl
+endif
 endif
 
 # ---- what the programs are made of: objects in build/, one for each .cpp and .cu file
 
 objects = $(patsubst %,$(BUILD)/%.o,$(basename $(1)))
 TESTS := $(call objects,test_gdn.cu $(wildcard gdn/tests/*.cpp))
+RANKS := $(BUILD)/gdn/communicator.o
 ifneq ($(NVCC),)
 HEAD_DIMS := 32 64 96 128 192 256
 PASSES := $(HEAD_DIMS:%=$(BUILD)/gdn/kernels/delta_rule/delta_rule_head_dim_%.o)
@@ -69,10 +87,10 @@ HOST_CODE := $(call objects,train_gdn.cu test_gdn.cu dev/bench_step.cu dev/delta
 .PHONY: all test sanitize bench debug ci format gpu-check clean doctest force
 all: $(PROGRAMS)/train_gdn
 
-$(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(LAYERS)
+$(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
-$(PROGRAMS)/test_gdn: $(TESTS) $(BUILD)/gdn/library.o $(LAYERS)
+$(PROGRAMS)/test_gdn: $(TESTS) $(BUILD)/gdn/library.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
 # the layers for other programs: only the functions of gdn/library.h are visible
@@ -147,7 +165,7 @@ bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_delta_rule
 	./dev/bench_step -phases
 
-dev/bench_%: $(BUILD)/dev/bench_%.o $(LAYERS) | needs_nvcc
+dev/bench_%: $(BUILD)/dev/bench_%.o $(RANKS) $(LAYERS) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
 
 # prints the schedules of the delta rule's kernels; needs neither nvcc nor a GPU
@@ -170,7 +188,7 @@ format:
 
 gpu-check:
 	@echo "nvcc: $(or $(NVCC),not found: builds for the CPU alone)"
-	@echo "doctest: $(DOCTEST)"
+	@echo "doctest: $(DOCTEST), MPI: $(MPI), NCCL: $(NCCL)"
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:

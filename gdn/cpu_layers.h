@@ -546,6 +546,27 @@ void add_gradients(Cpu<Real>&, Real* sum, const Real* x, size_t n, double* loss_
   *loss_sum += *loss;
 }
 
+// sum: of `pieces` pieces of `piece` numbers, each `stride` numbers behind the last; x has as many, one behind the
+// other, and is added.
+template <class Real>
+void add_pieces(Cpu<Real>&, Real* sum, const Real* x, int pieces, size_t piece, size_t stride) {
+  for (int p = 0; p < pieces; p++) {
+    Real* const to = sum + size_t(p) * stride;
+    const Real* const from = x + size_t(p) * piece;
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < piece; i++) to[i] += from[i];
+  }
+}
+
+// *sum = the sum of x [n], n a power of two, in the order of a binary tree.
+template <class Real>
+void sum_tree(Cpu<Real>&, double* sum, const double* x, int n) {
+  std::vector<double> sums(x, x + n);
+  for (n /= 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
+  *sum = sums[0];
+}
+
 // sums[k] = sum over `spans` [count] of norm_weight * sum of squares of their gradients in block k of the arena
 // (kArenaBlock numbers each), for the blocks of `range`, always in the same order. gradients is the arena.
 template <class Real>

@@ -68,7 +68,7 @@ struct Cuda {
   cublasLtHandle_t cublaslt = nullptr;
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
   std::string name;
-  int sm_count = 0;
+  int sm_count = 0, device_count = 0;
   // Shared memory a block may have. Tests lower it, as the environment's GDN_SHARED_BYTES does (never below 99
   // KiB), to run what a GPU with less of it runs.
   int shared_bytes = 0;
@@ -80,12 +80,15 @@ struct Cuda {
   // destructors.
   std::function<void(const char* name, int layer)> on_range;
 
-  Cuda() {
+  // GPU number `local_rank` of this host, counted round where there are fewer.
+  explicit Cuda(int local_rank = 0) {
     const std::string reason = unavailable();
     if (!reason.empty()) throw std::runtime_error("no usable GPU: " + reason);
-    cuda_check(cudaSetDevice(0));
+    cuda_check(cudaGetDeviceCount(&device_count));
+    const int number = local_rank % device_count;
+    cuda_check(cudaSetDevice(number));
     cudaDeviceProp properties;
-    cuda_check(cudaGetDeviceProperties(&properties, 0));
+    cuda_check(cudaGetDeviceProperties(&properties, number));
     name = properties.name;
     sm_count = properties.multiProcessorCount;
     shared_bytes = lowered_shared_bytes(int(properties.sharedMemPerBlockOptin));

@@ -24,6 +24,7 @@
 #include "checkpoint.h"
 #include "model.h"
 #include "optimizer.h"
+#include "shard_reader.h"
 
 namespace gdn {
 
@@ -497,23 +498,51 @@ void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const 
 // ---- runs
 // ---------------------------------------------------------------------------------------------------------
 
-// Writes a checkpoint of the run and returns its path; see save_checkpoint.
+// Writes a checkpoint of the run and returns its path; see save_checkpoint. Its bytes do not depend on the number of
+// ranks. Of several ranks all call: rank 0 writes, and throws where that fails; the others return nothing.
 template <class Device>
 std::string save_run(const std::string& out_dir, Parameters<Device>& p, const Optimizer<Device>& optimizer,
-                     const TrainingCounters& counters, int keep) {
+                     const TrainingCounters& counters, int keep, Communicator& ranks) {
+  using Reader = ShardReader<Device>;
+  using real = typename Device::real;
+  Reader shards(ranks, p, optimizer);
+  if (!ranks.first()) {
+    shards.serve();
+    return "";
+  }
   CheckpointContents contents;
   contents.step = counters.step;
   contents.config = config_json(p.config);
   contents.counters = counters_json(counters);
   contents.metadata = {{"format", "pt"}};  // what transformers asks of a file it loads
+  const auto add = [&](const Tensor& t, const std::string& prefix, typename Reader::Array array, const real* whole) {
+    if (p.ranks == 1) {
+      contents.training_state.push_back(device_tensor(p.dev, t, prefix, whole + t.offset));
+      return;
+    }
+    const std::string name = prefix + t.name;
+    contents.training_state.push_back(
+        {name, dtype_name<real>(), t.shape, [&shards, t, name, array](void* host, size_t offset, size_t bytes) {
+           const size_t begin = t.offset * sizeof(real) + offset;
+           shards.read(array, host, begin, begin + bytes);
+           require_finite<real>(host, bytes, name);
+         }});
+  };
   for (const Tensor& t : p.table.tensors) {
     contents.model.push_back(device_tensor(p.dev, t, "", p.weights(t.offset)));
-    contents.training_state.push_back(device_tensor(p.dev, t, "master.", p.master(t.offset)));
-    contents.training_state.push_back(device_tensor(p.dev, t, "moment1.", optimizer.moment1(t.offset)));
-    if (optimizer.config().kind == OptimizerKind::adamw)
-      contents.training_state.push_back(device_tensor(p.dev, t, "moment2.", optimizer.moment2(t.offset)));
+    add(t, "master.", Reader::master, p.ranks == 1 ? p.master() : nullptr);
+    add(t, "moment1.", Reader::moment1, optimizer.moment1());
+    if (optimizer.config().kind == OptimizerKind::adamw) add(t, "moment2.", Reader::moment2, optimizer.moment2());
   }
-  return save_checkpoint(out_dir, contents, keep);
+  std::string path;
+  try {
+    path = save_checkpoint(out_dir, contents, keep);
+  } catch (...) {
+    shards.done();
+    throw;
+  }
+  shards.done();
+  return path;
 }
 
 // A checkpoint by its own path, or the newest one in a run's folder. Throws one line when there is none.
@@ -530,27 +559,33 @@ inline Checkpoint open_any_checkpoint(const std::string& path) {
 template <class Device>
 void load_parameters(Parameters<Device>& p, const Checkpoint& checkpoint) {
   for (const Tensor& t : p.table.tensors)
-    load_tensor(p.dev, p.master(t.offset), t,
+    load_tensor(p.dev, p.filled(t.offset), t,
                 checkpoint.has_training_state ? checkpoint.training_state : checkpoint.model,
                 checkpoint.has_training_state ? "master." : "", checkpoint.path, p.config.vocab);
-  p.round();
+  p.take_over();
 }
 
 // Moments. Throws one line when the checkpoint is of the other optimizer.
 template <class Device>
-void load_optimizer(Optimizer<Device>& optimizer, const Parameters<Device>& p, const Checkpoint& checkpoint) {
+void load_optimizer(Optimizer<Device>& optimizer, Parameters<Device>& p, const Checkpoint& checkpoint) {
   const bool adamw = optimizer.config().kind == OptimizerKind::adamw;
   const bool saved_adamw = checkpoint.training_state.find("moment2." + p.table.tensors[0].name) != nullptr;
   if (adamw != saved_adamw)
     throw std::runtime_error(checkpoint.path + ": was trained with " + (saved_adamw ? "adamw" : "sgd") +
                              ", not with -opt " + name(optimizer.config().kind));
-  for (const Tensor& t : p.table.tensors) {
-    load_tensor(p.dev, optimizer.moment1(t.offset), t, checkpoint.training_state, "moment1.", checkpoint.path,
-                p.config.vocab);
-    if (adamw)
-      load_tensor(p.dev, optimizer.moment2(t.offset), t, checkpoint.training_state, "moment2.",
-                  checkpoint.path, p.config.vocab);
-  }
+  using real = typename Device::real;
+  const auto load = [&](const std::string& prefix, real* moment) {
+    // with several ranks through the memory of the gradients
+    real* const whole = p.ranks == 1 ? moment : p.gradients();
+    for (const Tensor& t : p.table.tensors)
+      load_tensor(p.dev, whole + t.offset, t, checkpoint.training_state, prefix, checkpoint.path, p.config.vocab);
+    if (p.ranks == 1) return;
+    for (const ShardPart& part : p.shard)
+      p.dev.copy(moment + part.at, whole + part.range.begin, part.range.size() * sizeof(real));
+    p.zero_gradients();
+  };
+  load("moment1.", optimizer.moment1());
+  if (adamw) load("moment2.", optimizer.moment2());
 }
 
 }  // namespace gdn

@@ -1,4 +1,6 @@
 // AdamW or SGD over all parameters, with each tensor's own learning rate and decay (mup.h), and the schedule.
+// With several ranks each updates its shard, of which it alone has the moments (ZeRO-1, Rajbhandari et al.,
+// arXiv 1910.02054): the gradients of its shard come from all ranks, the new weights go to all.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "communicator.h"
 #include "parameters.h"
 
 namespace gdn {
@@ -46,17 +49,20 @@ class Optimizer {
     SgdStep sgd;
   };
 
-  Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config)
-      : config_(config), p_(parameters), dev_(parameters.dev) {
+  // exchange: with the other ranks; null where there are none.
+  Optimizer(Parameters<Device>& parameters, const OptimizerConfig& config,
+            Exchange<Device>* exchange = nullptr)
+      : config_(config), p_(parameters), dev_(parameters.dev), exchange_(exchange) {
     const char* remedy = Parameters<Device>::kRemedy;
     const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode,
                                                       config.learning_rate_factors, config.clip_norm);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
-    moment1_ = Buffer<Device, real>(dev_, p_.table.size, "first moments", remedy);
+    const size_t ranks = size_t(p_.ranks), shard = p_.table.size / ranks;
+    moment1_ = Buffer<Device, real>(dev_, shard, "first moments", remedy);
     moment1_.zero();
     if (config.kind == OptimizerKind::adamw) {
-      moment2_ = Buffer<Device, real>(dev_, p_.table.size, "second moments", remedy);
+      moment2_ = Buffer<Device, real>(dev_, shard, "second moments", remedy);
       moment2_.zero();
     }
     const std::vector<ArenaRange>& groups = p_.table.groups;
@@ -65,6 +71,11 @@ class Optimizer {
     norm_ = Buffer<Device, real>(dev_, 1, "gradient norm", remedy);
     sums_ = Buffer<Device, double>(dev_, p_.table.size / kArenaBlock, "gradient norm", remedy);
     scalars_ = Buffer<Device, Scalars>(dev_, 1, "work space", remedy);
+    if (!exchange_) return;
+    losses_ = Buffer<Device, double>(dev_, ranks, "statistics", remedy);
+    size_t largest = 0;
+    for (const ArenaRange& group : groups) largest = std::max(largest, group.size());
+    received_ = Buffer<Device, real>(dev_, ranks == 1 ? 0 : largest / 2, "exchange of gradients", remedy);
   }
 
   // Applies the accumulated gradients as step `step` (from 1) and returns their global norm before clipping.
@@ -85,37 +96,72 @@ class Optimizer {
     host.sgd = {float(learning_rate), config_.momentum, config_.clip};
     dev_.upload(scalars_.get(), &host, sizeof(host));
   }
-  // Launches and touches no host memory. Nothing is changed either when *loss (device memory) is not finite;
-  // it may be null.
+  // The gradients of this rank's part of a group of the arena become the sum over the ranks.
+  void sum_over_ranks(const ArenaRange& group) {
+    Range<Device> range(dev_, "exchange gradients");
+    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradients(group.begin), group.size() / size_t(p_.ranks),
+              received_.get());
+  }
+  // *loss (device memory) likewise.
+  void sum_over_ranks(double* loss) {
+    dev_.copy(losses_.get() + p_.rank, loss, sizeof(double));
+    exchange_->gather_parts(losses_.get(), 1);
+    sum_tree(dev_, loss, losses_.get(), p_.ranks);
+  }
+
+  // Launches and touches no host memory. With several ranks the gradients and *loss are those of all. Nothing
+  // is changed either when *loss (device memory) is not finite; it may be null.
   void update(const double* loss) {
     Range<Device> range(dev_, "optimizer");
     const int count = int(spans_.size());
-    const ArenaRange all = {0, p_.table.size};
-    sum_of_squares(dev_, sums_.get(), p_.gradients(), all, spans_.get(), count);
+    for (const ShardPart& part : p_.shard)
+      sum_of_squares(dev_, sums_.get(), p_.gradients(), part.range, spans_.get(), count);
+    if (exchange_) gather(sums_.get(), kArenaBlock);
     norm_of_sums(dev_, norm_.get(), sums_.get(), groups_.get(), int(groups_.size()));
     if (loss) check_loss(dev_, norm_.get(), loss);
-    if (config_.kind == OptimizerKind::adamw)
-      adamw_update(dev_, p_.master(), p_.weights(), moment1_.get(), moment2_.get(), p_.gradients(), all,
-                   spans_.get(), count, norm_.get(), &scalars_.get()->adamw);
-    else
-      sgd_update(dev_, p_.master(), p_.weights(), moment1_.get(), p_.gradients(), all, spans_.get(), count,
-                 norm_.get(), &scalars_.get()->sgd);
+    for (const ShardPart& part : p_.shard) {
+      const size_t begin = part.range.begin;
+      if (config_.kind == OptimizerKind::adamw)
+        adamw_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at,
+                     moment2_.get() + part.at, p_.gradients(begin), part.range, spans_.get(), count,
+                     norm_.get(), &scalars_.get()->adamw);
+      else
+        sgd_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at, p_.gradients(begin),
+                   part.range, spans_.get(), count, norm_.get(), &scalars_.get()->sgd);
+    }
+    if (!exchange_) return;
+    gather(p_.weights(), 1);
+    if (p_.whole()) return;
+    const ArenaRange& vectors = p_.table.vectors();
+    exchange_->gather_parts(p_.master(vectors.begin), vectors.size() / size_t(p_.ranks));
   }
   const real* device_norm() const { return norm_.get(); }
+  Exchange<Device>* exchange() const { return exchange_; }
 
   const OptimizerConfig& config() const { return config_; }
+  // Of this rank's shard: those of a part begin at part.at.
   real* moment1(size_t offset = 0) const { return moment1_.get() + offset; }
   real* moment2(size_t offset = 0) const { return moment2_.get() + offset; }  // AdamW only
 
  private:
+  // Of an array with a number for each `numbers` of the arena, every rank's part of every group to all.
+  template <class T>
+  void gather(T* array, size_t numbers) {
+    for (const ArenaRange& group : p_.table.groups)
+      exchange_->gather_parts(array + group.begin / numbers, group.size() / size_t(p_.ranks) / numbers);
+  }
+
   const OptimizerConfig config_;
   Parameters<Device>& p_;
   Device& dev_;
+  Exchange<Device>* const exchange_;
   Buffer<Device, ParameterSpan> spans_;
   Buffer<Device, ArenaRange> groups_;
   Buffer<Device, double> sums_;  // squares of the gradients, by block of the arena
   Buffer<Device, real> moment1_, moment2_, norm_;
   Buffer<Device, Scalars> scalars_;
+  Buffer<Device, double> losses_;  // of all ranks
+  Buffer<Device, real> received_;  // from another rank
 };
 
 }  // namespace gdn

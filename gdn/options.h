@@ -67,6 +67,7 @@ struct Options {
   ReadoutRule readout = ReadoutRule::param;
   double logit_factor = 1;
   DeviceChoice device = DeviceChoice::automatic;
+  double timeout = 15;
   uint64_t seed = 42;
   std::string output;
   int64_t validate_every = -1, validation_sequences = -1, save_every = -1, sample_every = -1;  // by device
@@ -246,6 +247,9 @@ class OptionTable {
     whole("seed", "N", o.seed, 0, std::numeric_limits<int64_t>::max(),
           "seed of initial values, data order and samples");
     choice("d", o.device, {DeviceChoice::automatic, DeviceChoice::cuda, DeviceChoice::cpu}, "device")
+        .of_this_call();
+    real("timeout", "S", o.timeout, 1, 1e6,
+         "of several ranks: one that is not heard of for S seconds ends the run")
         .of_this_call();
     section("output", OptionKind::run);
     text("o", "FOLDER", o.output, "log.csv and checkpoints", "run_001, run_002, ... (the first that is free)")

@@ -31,6 +31,12 @@ struct LayerOffsets {
   size_t attn_norm, in_proj, taps, A_log, dt_bias, o_norm, o_proj, mlp_norm, gate_up, down;
 };
 
+// A range of the arena that a rank updates, and where its moments lie among those of all its ranges.
+struct ShardPart {
+  ArenaRange range;
+  size_t at = 0;
+};
+
 struct ParameterTable {
   std::vector<Tensor> tensors;
   std::vector<LayerOffsets> layers;
@@ -42,6 +48,22 @@ struct ParameterTable {
   // kArenaBlock times the number of ranks: rank r has the r-th equal part of every group.
   std::vector<ArenaRange> groups;
   const ArenaRange& vectors() const { return groups.back(); }
+  // Rank r's part of a group, of `ranks` equal ones.
+  static ArenaRange part(const ArenaRange& group, int rank, int ranks) {
+    const size_t size = group.size() / size_t(ranks);
+    return {group.begin + size_t(rank) * size, group.begin + size_t(rank + 1) * size};
+  }
+  // What rank `rank` of `ranks` updates: a part of every group, and the whole arena where it is the only one.
+  std::vector<ShardPart> shard(int rank, int ranks) const {
+    if (ranks == 1) return {{{0, size}, 0}};
+    std::vector<ShardPart> parts;
+    size_t at = 0;
+    for (const ArenaRange& group : groups) {
+      parts.push_back({part(group, rank, ranks), at});
+      at += parts.back().range.size();
+    }
+    return parts;
+  }
 };
 
 // The large tensors, "matrices": all but the vectors, which are gains, taps and the gates' scalars.
@@ -143,16 +165,33 @@ class Parameters {
       !std::is_same<real, act>::value;  // are the working weights a rounded copy?
   static constexpr const char* kRemedy = "choose a smaller -w or -L";
 
-  Parameters(Device& device, const ModelConfig& model_config)
+  // Those of one rank of several. Where the weights that enter matrix products are a copy, it has the master
+  // weights of its shard, and those of the vectors, which the layers read.
+  Parameters(Device& device, const ModelConfig& model_config, int rank = 0, int ranks = 1)
       : dev(device),
         config(model_config),
-        table(make_parameter_table(model_config)),
-        master_(device, table.size, "master weights", kRemedy),
+        table(make_parameter_table(model_config, ranks)),
+        rank(rank),
+        ranks(ranks),
+        shard(table.shard(rank, ranks)),
+        master_(device, whole() ? table.size : table.vectors().begin / size_t(ranks), "master weights",
+                kRemedy),
+        vectors_(device, whole() ? 0 : table.vectors().size(), "master weights", kRemedy),
         weights_(device, kRounded ? table.size : 0, "bf16 weights", kRemedy) {
     master_.zero();
+    vectors_.zero();
   }
 
-  real* master(size_t offset = 0) const { return master_.get() + offset; }
+  // Does this rank have all master weights? If not, the layers' offsets are those of vectors.
+  bool whole() const { return ranks == 1 || !kRounded; }
+  real* master(size_t offset = 0) const {
+    return whole() ? master_.get() + offset : vectors_.get() + (offset - table.vectors().begin);
+  }
+  // Of a part of this rank's shard.
+  real* master(const ShardPart& part) const {
+    const bool sharded = !whole() && part.range.begin < table.vectors().begin;
+    return sharded ? master_.get() + part.at : master(part.range.begin);
+  }
   act* weights(size_t offset = 0) const {
     if constexpr (kRounded)
       return weights_.get() + offset;
@@ -183,17 +222,31 @@ class Parameters {
       const uint64_t key = stream_key(seed, t.name);
       const double factor = factors[int(t.cls)];
       if (drawn_from_a_normal(t.cls)) {
-        random_normals(dev, master(t.offset), t.size, key, factor * init_std(mup, t.cls, t.fan_in));
+        random_normals(dev, filled(t.offset), t.size, key, factor * init_std(mup, t.cls, t.fan_in));
         continue;
       }
       values.resize(t.size);
       for (size_t i = 0; i < t.size; i++) values[i] = real(factor) * real(initial_value(t, mup, key, i));
-      dev.upload(master(t.offset), values.data(), t.size * sizeof(real));
+      dev.upload(filled(t.offset), values.data(), t.size * sizeof(real));
     }
-    round();
+    take_over();
   }
 
-  // The rounded weights from the master weights.
+  // Where all master weights are written to, whatever this rank keeps of them: their own memory, or that of
+  // the gradients, which have to be there. take_over() then makes them the weights.
+  real* filled(size_t offset = 0) const { return whole() ? master(offset) : gradients(offset); }
+  void take_over() {
+    if (!whole()) {
+      for (const ShardPart& part : shard)
+        if (part.range.begin < table.vectors().begin)
+          dev.copy(master(part), filled(part.range.begin), part.range.size() * sizeof(real));
+      dev.copy(vectors_.get(), filled(table.vectors().begin), vectors_.bytes());
+    }
+    round_weights(dev, weights(), filled(), table.size);
+    if (!whole()) zero_gradients();
+  }
+
+  // The rounded weights from the master weights, of which this rank has all.
   void round() { round_weights(dev, weights(), master(), table.size); }
 
   // The optimizer's view: each tensor's learning rate, decay and weight in the norm under the
@@ -219,9 +272,11 @@ class Parameters {
   Device& dev;
   const ModelConfig config;
   const ParameterTable table;
+  const int rank, ranks;
+  const std::vector<ShardPart> shard;  // what this rank updates
 
  private:
-  Buffer<Device, real> master_;
+  Buffer<Device, real> master_, vectors_;
   Buffer<Device, act> weights_;
   std::vector<Buffer<Device, real>> gradients_;
   real* gradients_in_use_ = nullptr;

@@ -31,6 +31,8 @@ struct StepReport {
          floor = NAN;  // nats per token; floor: the entropy of the built-in stories, NaN where unknown
   double learning_rate = 0, norm = 0, milliseconds = 0, tokens_per_second = 0;
   double share_of_peak = 0;  // of the rate of matrix products that this device reaches, 0 to 1
+  int ranks = 1;
+  double waited_milliseconds = 0;  // of this rank, for others
 };
 
 // seconds as 1:02:03 or 2:03
@@ -78,7 +80,8 @@ inline int write_all(int descriptor, const std::string& bytes, size_t* done = nu
 // be written (a full disk) is said once, and remembered.
 class Reporter {
  public:
-  Reporter() : terminal_(isatty(STDOUT_FILENO)) {}
+  // live: whether a terminal gets a live line. mpirun makes one of each rank's output, whatever reads it.
+  explicit Reporter(bool live = true) : terminal_(live && isatty(STDOUT_FILENO)) {}
 
   void step(const StepReport& r) {
     // ETA from a running mean over about the last 20 steps
@@ -100,7 +103,9 @@ class Reporter {
     const std::string floor = std::isfinite(r.floor) ? field(" (floor %.4f)", r.floor) : "";
     for (const std::string& next :
          {field("loss %.4f", r.loss) + floor, "eta " + clock_text(double(r.steps - r.step) * mean_ms / 1000),
-          field("%.0f tokens/s", r.tokens_per_second), field("lr %.3e", r.learning_rate),
+          field("%.0f tokens/s", r.tokens_per_second) +
+              (r.ranks > 1 ? field(" (%.0f a rank)", r.tokens_per_second / r.ranks) : ""),
+          field("lr %.3e", r.learning_rate),
           field("norm %.3f", r.norm), field("%.1f ms", r.milliseconds),
           field("%.1f%% of peak", 100 * r.share_of_peak)}) {
       if (width > 0 && line.size() + 2 + next.size() > size_t(width)) break;
@@ -144,7 +149,8 @@ class Reporter {
 // wait in memory, and follow when it can be written again.
 class CsvLog {
  public:
-  static constexpr const char* kHeader = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time";
+  static constexpr const char* kHeader = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time,wait_ms";
+  static constexpr const char* kHeaderWithoutWait = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time";
   static constexpr const char* kOlderHeader = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol";
 
   // Opens path; of an older log the rows up to step `last_step` stay, so that a resumed run continues it, and
@@ -178,20 +184,20 @@ class CsvLog {
     std::string line;
     while (std::getline(file, line) && line.rfind("# ", 0) == 0) {
     }
-    return line.empty() || line == kHeader || line == kOlderHeader;
+    return line.empty() || line == kHeader || line == kHeaderWithoutWait || line == kOlderHeader;
   }
 
   void train(const StepReport& r) {
     char row[256];
-    std::snprintf(row, sizeof row, "%lld,train,%.6f,%.6e,%.6f,%.3f,%.1f,%.4f,%s,%.2f\n", (long long)r.step,
+    std::snprintf(row, sizeof row, "%lld,train,%.6f,%.6e,%.6f,%.3f,%.1f,%.4f,%s,%.2f,%.3f\n", (long long)r.step,
                   r.loss, r.learning_rate, r.norm, r.milliseconds, r.tokens_per_second, r.share_of_peak,
-                  floor_text(r.floor).c_str(), now());
+                  floor_text(r.floor).c_str(), now(), r.waited_milliseconds);
     write(row);
   }
   // Columns that a validation does not have stay empty.
   void validation(int64_t step, double loss, double floor) {
     char row[128];
-    std::snprintf(row, sizeof row, "%lld,val,%.6f,,,,,,%s,%.2f\n", (long long)step, loss,
+    std::snprintf(row, sizeof row, "%lld,val,%.6f,,,,,,%s,%.2f,\n", (long long)step, loss,
                   floor_text(floor).c_str(), now());
     write(row);
   }
@@ -264,8 +270,9 @@ class CsvLog {
       }
       any = true;
       const auto commas = std::count(row.begin(), row.end(), ',');
-      if (commas == 7) row += ",,";  // of before there were floor and time
-      if (row[0] >= '0' && row[0] <= '9' && (commas == 7 || commas == 9) &&
+      if (commas == 7) row += ",,,";  // of before there were floor and time
+      if (commas == 9) row += ",";    // of before there was wait_ms
+      if (row[0] >= '0' && row[0] <= '9' && (commas == 7 || commas == 9 || commas == 10) &&
           std::atoll(row.c_str()) <= last_step)
         rows += row + "\n";
     }

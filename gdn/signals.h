@@ -16,6 +16,7 @@ namespace gdn {
 namespace signals {
 
 inline volatile std::sig_atomic_t received = 0, count = 0, work_to_save = 0;
+inline volatile std::sig_atomic_t silent = 0;  // one of several ranks: who started them may send all the signal
 
 inline void on_signal(int signal) {
   constexpr char kFirst[] = "\ntrain_gdn: finishing this step and saving; twice more ends without saving\n";
@@ -24,6 +25,7 @@ inline void on_signal(int signal) {
   received = signal;
   count = count + 1;
   if (!work_to_save || count >= 3) _exit(128 + signal);
+  if (silent) return;
   const char* line = count == 1 ? kFirst : kSecond;
   if (write(STDERR_FILENO, line, std::strlen(line)) < 0) {
   }  // nobody may be there to read it

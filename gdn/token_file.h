@@ -25,6 +25,7 @@
 
 #include "json.h"
 #include "regular_file.h"
+#include "safetensors.h"
 
 namespace gdn {
 namespace data {
@@ -260,6 +261,20 @@ inline std::vector<int32_t> read_tokens(const TokenFile& file, int64_t first, in
   throw BadToken(file.path() + ": token " + std::to_string(first + (outside - tokens.begin())) + " is " +
                  std::to_string(uint32_t(*outside)) + ", expected less than the vocabulary of " +
                  std::to_string(file.vocabulary));
+}
+
+// What tells a file from another one, as far as reading its ends shows: size and XXH64 of its first and last MiB.
+inline std::string fingerprint(const TokenFile& file) {
+  const uint64_t size = file.file->size(), piece = std::min<uint64_t>(size, uint64_t{1} << 20);
+  std::vector<char> bytes(2 * piece);
+  file.file->read(bytes.data(), 0, piece);
+  file.file->read(bytes.data() + piece, size - piece, piece);
+  safetensors::Xxh64 hash;
+  hash.update(bytes.data(), bytes.size());
+  char text[64];
+  std::snprintf(text, sizeof text, "%llu bytes, xxh64 of its ends %016llx", static_cast<unsigned long long>(size),
+                static_cast<unsigned long long>(hash.digest()));
+  return text;
 }
 
 }  // namespace data

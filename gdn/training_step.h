@@ -43,9 +43,10 @@ class TrainingStep {
     double seconds = 0;  // since the step before ended where one was still running, else since this one began
   };
 
-  // Steps over `global_batch` sequences of `length` tokens, `micro_batch` at a time (a divisor). Without
-  // graphs each layer is launched by itself; the bits are the same. Throws OutOfMemory where the device has
-  // no room for the spare gradients.
+  // Steps over `global_batch` sequences of `length` tokens, `micro_batch` at a time (a divisor). With several
+  // ranks (of the parameters) each does an equal share of the micro-batches, in their order: a subtree.
+  // Without graphs each layer is launched by itself; the bits are the same. Throws OutOfMemory where the
+  // device has no room for the spare gradients.
   TrainingStep(Parameters<Device>& parameters, Model<Device>& model, Optimizer<Device>& optimizer,
                int64_t global_batch, int micro_batch, int length, GradientSum sum = GradientSum::tree,
                bool graphs = true)
@@ -54,22 +55,24 @@ class TrainingStep {
         model_(model),
         optimizer_(optimizer),
         micro_batches_(int(global_batch / micro_batch)),
+        my_micro_batches_(micro_batches_ / parameters.ranks),
         micro_batch_(micro_batch),
         length_(length),
         sum_(sum),
         graphs_(graphs),
         slots_{{dev_, batch_numbers()}, {dev_, batch_numbers()}},
-        micro_batch_graphs_(size_t(spare_gradient_buffers(sum, micro_batches_)) + 1),
+        micro_batch_graphs_(size_t(spare_gradient_buffers(sum, my_micro_batches_)) + 1),
         losses_(dev_, micro_batch_graphs_.size(), "statistics") {
     p_.allocate_gradients(int(micro_batch_graphs_.size()) - 1);
   }
 
-  // Takes the batch of the next queue(): inputs, targets [B,T]. At most one step may be running.
+  // Takes the batch of the next queue(): inputs, targets [B / ranks,T], this rank's share. At most one step
+  // may be running.
   void load(const int32_t* inputs, const int32_t* targets) {
     if (queued_ - done_ > 1) throw std::logic_error("TrainingStep: a batch for a third step");
     Range<Device> range(dev_, "pack batch");
     const int rows = micro_batch_ * length_;
-    for (int i = 0; i < micro_batches_; i++)
+    for (int i = 0; i < my_micro_batches_; i++)
       pack_batch(next().batch.get() + kPackedRows * size_t(i) * rows, inputs + size_t(i) * rows,
                  targets + size_t(i) * rows, micro_batch_, length_, p_.config.padded_vocab,
                  model_.separator());
@@ -83,14 +86,22 @@ class TrainingStep {
     slot.behind_another = queued_ > done_;
     dev_.record(slot.begin);
     if (sum_ == GradientSum::tree) {
-      sum_tree(slot, 0, micro_batches_, 0);
+      sum_micro_batches(slot, 0, my_micro_batches_, 0);
     } else {
       zero(0);
-      for (int i = 0; i < micro_batches_; i++) add_micro_batch(slot, i, 0);
+      for (int i = 0; i < my_micro_batches_; i++) add_micro_batch(slot, i, 0);
     }
     p_.use_gradients(0);
     optimizer_.upload_scalars(*slot.scalars.get(), step, learning_rate);
-    run(update_graph_, "update", [&] { optimizer_.update(losses_.get()); });
+    const bool in_graph = !optimizer_.exchange() || optimizer_.exchange()->in_graph();
+    const auto update = [&] {
+      if (optimizer_.exchange()) {
+        for (const ArenaRange& group : p_.table.groups) optimizer_.sum_over_ranks(group);
+        optimizer_.sum_over_ranks(losses_.get());
+      }
+      optimizer_.update(losses_.get());
+    };
+    run(update_graph_, "update", update, in_graph);
     dev_.download_later(slot.loss.get(), losses_.get(), sizeof(double));
     dev_.download_later(slot.norm.get(), optimizer_.device_norm(), sizeof(real));
     dev_.record(ends_[queued_ % 3]);
@@ -120,7 +131,7 @@ class TrainingStep {
   // Of one step: what the device reads and writes while the host goes on.
   struct Slot {
     Slot(Device& dev, size_t numbers) : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1) {}
-    HostBuffer<Device, int32_t> batch;  // [micro-batches,4,rows]
+    HostBuffer<Device, int32_t> batch;  // [this rank's micro-batches,4,rows]
     HostBuffer<Device, typename Optimizer<Device>::Scalars> scalars;
     HostBuffer<Device, double> loss;
     HostBuffer<Device, real> norm;
@@ -129,15 +140,15 @@ class TrainingStep {
   };
 
   // Buffer `buffer` = the sum over `count` micro-batches from number `first` on; uses those behind it.
-  void sum_tree(Slot& slot, int first, int count, int buffer) {
+  void sum_micro_batches(Slot& slot, int first, int count, int buffer) {
     if (count == 1) {
       zero(buffer);
       add_micro_batch(slot, first, buffer);
       return;
     }
     const int left = (count + 1) / 2;
-    sum_tree(slot, first, left, buffer);
-    sum_tree(slot, first + left, count - left, buffer + 1);
+    sum_micro_batches(slot, first, left, buffer);
+    sum_micro_batches(slot, first + left, count - left, buffer + 1);
     add_gradients(dev_, p_.gradient_buffer(buffer), p_.gradient_buffer(buffer + 1), p_.table.size,
                   losses_.get() + buffer, losses_.get() + buffer + 1);
   }
@@ -162,13 +173,13 @@ class TrainingStep {
         [&] { model_.forward_backward(loss_weight, losses_.get() + buffer); });
   }
 
-  size_t batch_numbers() const { return kPackedRows * size_t(micro_batches_) * micro_batch_ * length_; }
+  size_t batch_numbers() const { return kPackedRows * size_t(my_micro_batches_) * micro_batch_ * length_; }
   Slot& next() { return slots_[queued_ % 2]; }
 
   template <class Calls>
-  void run(typename Device::Graph& graph, const char* name, const Calls& calls) {
+  void run(typename Device::Graph& graph, const char* name, const Calls& calls, bool recordable = true) {
     Range<Device> range(dev_, name);
-    if (graphs_)
+    if (graphs_ && recordable)
       dev_.replay(graph, calls);
     else
       calls();
@@ -178,7 +189,7 @@ class TrainingStep {
   Parameters<Device>& p_;
   Model<Device>& model_;
   Optimizer<Device>& optimizer_;
-  const int micro_batches_, micro_batch_, length_;
+  const int micro_batches_, my_micro_batches_, micro_batch_, length_;
   const GradientSum sum_;
   const bool graphs_;
   Slot slots_[2];                   // of steps in turn

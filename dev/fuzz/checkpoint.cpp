@@ -15,7 +15,8 @@ std::string make_run() {
   parameters.initialize(1);
   parameters.allocate_gradients();
   gdn::Optimizer<Cpu> optimizer(parameters, gdn::OptimizerConfig{});
-  return gdn::save_run(fuzz::folder() + "/run", parameters, optimizer, {}, 0);
+  gdn::Communicator one_process;
+  return gdn::save_run(fuzz::folder() + "/run", parameters, optimizer, {}, 0, one_process);
 }
 
 }  // namespace

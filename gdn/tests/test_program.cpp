@@ -132,7 +132,7 @@ TEST_CASE("program: -h lists every option with its default") {
                              "-prompt ",     "-eps ",         "-wd_mode ",   "-gains ",   "-coord_check ",
                              "-vocab ",      "-temperature ", "-top_k ",     "-top_p ",   "-mask_docs ",
                              "-lr_of ",      "-gates ",       "-readout ",   "-clip_norm ", "-init_of ", "-logit_factor ",
-                             "-vocab_size ", "-separator ", "-sum "}) {
+                             "-vocab_size ", "-separator ", "-sum ", "-timeout "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }
@@ -160,7 +160,7 @@ TEST_CASE("program: log.csv has its header, a row a step, and validations; the s
   REQUIRE(o.code == 0);
   const std::string log = read_file(folder.path / "out" / "log.csv");
   CHECK(log.rfind("# train_gdn ", 0) == 0);  // where it comes from
-  const std::string header = "\nstep,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time\n";
+  const std::string header = "\nstep,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time,wait_ms\n";
   CHECK(log.find(header) == log.find('\n'));
   for (const char* start : {"\n1,train,", "\n6,train,", "\n3,val,", "\n6,val,"}) {
     CAPTURE(start);
