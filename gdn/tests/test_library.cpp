@@ -18,6 +18,7 @@
 
 #include "../cpu_layers.h"
 #include "../library.h"
+#include "../model_checkpoint.h"
 #include "relative_error.h"
 
 namespace {
@@ -365,6 +366,39 @@ TEST_CASE("library: the recurrence may decode in place; what is not wanted is no
   call.initial_state = call.final_state = {};
   call.tokens = 0;
   CHECK(gdn_delta_rule_forward(&call) == 0);
+}
+
+TEST_CASE_TEMPLATE("library: golden vectors with states and documents", Real, float, double) {
+  for (const char* name : {"documents", "long_memory", "beta_near_0"}) {
+    CAPTURE(name);
+    const gdn::SafetensorsFile file("gdn/tests/golden/delta_rule_" + std::string(name) + ".safetensors");
+    const auto read = [&](const std::string& tensor) {
+      std::vector<Real> out;
+      for (const double x : gdn::stored_values<double>(file.at(tensor), file.path())) out.push_back(Real(x));
+      return out;
+    };
+    const gdn::TensorView& documents = file.at("cu_seqlens");
+    std::vector<int64_t> cu_seqlens;
+    for (int64_t i = 0; i < documents.shape[0]; i++) {
+      int32_t x;
+      documents.read(&x, size_t(i) * sizeof x, sizeof x);
+      cu_seqlens.push_back(x);
+    }
+    DeltaRule<Real> x({1, file.at("q").shape[1], 1, 2, 16, 32, cu_seqlens}, false);
+    x.s = Real(0.25);
+    for (const char* input : {"q", "k", "v", "g", "beta", "initial_state", "d_o", "d_final_state"})
+      x.at[input] = read(input);
+    x.run();
+    const std::map<const char*, const char*> results = {
+        {"o", "o"},          {"final_state", "final_state"},
+        {"dq", "d_q"},       {"dk", "d_k"},
+        {"dv", "d_v"},       {"dg", "d_g"},
+        {"dbeta", "d_beta"}, {"d_initial_state", "d_initial_state"}};
+    for (const auto& [stored, ours] : results) {
+      CAPTURE(stored);
+      CHECK(gdn::relative_error(x.at[ours], read(stored)) <= (sizeof(Real) == 8 ? 6e-8 : 2e-5));
+    }
+  }
 }
 
 TEST_CASE("library: errors are one line with the value and what was expected") {
