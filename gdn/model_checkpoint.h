@@ -284,6 +284,35 @@ inline bool same_tensor(const TensorView& a, const TensorView& b) {
   return true;
 }
 
+// Where a file holds a model's tensor: under its name, or, of gate and up projection, as a half of
+// mlp.gate_proj where there is no mlp.up_proj: older flash-linear-attention has one above the other.
+// Throws one line where it has none.
+inline TensorView stored_tensor(const SafetensorsFile& file, const std::string& prefix, const Tensor& t) {
+  const std::string name = prefix + t.name;
+  for (const char* half : {"gate_proj.weight", "up_proj.weight"}) {
+    const size_t stem = name.size() - std::min(name.size(), std::strlen(half));
+    if (name.compare(stem, std::string::npos, half) != 0) continue;
+    const TensorView* both = file.find(name.substr(0, stem) + "gate_proj.weight");
+    if (!both || file.find(name.substr(0, stem) + "up_proj.weight")) continue;
+    if (both->shape != std::vector<int64_t>{2 * t.shape[0], t.shape[1]}) continue;
+    TensorView view = *both;
+    view.shape = t.shape;
+    view.bytes /= 2;
+    if (half[0] == 'u') view.offset += view.bytes;
+    return view;
+  }
+  return file.at(name);
+}
+
+// Whether a tensor is one that older flash-linear-attention keeps in every layer and never reads:
+// attn.D, a number a head.
+inline bool is_unused(const TensorView& view, const ModelConfig& config) {
+  for (int l = 0; l < config.layers; l++)
+    if (view.name == "model.layers." + std::to_string(l) + ".attn.D")
+      return view.shape == std::vector<int64_t>{config.heads_k};
+  return false;
+}
+
 // Throws one line naming the first tensor that a model has and the file does not, that has another shape, or
 // that the model does not have. Takes no memory for the model, so that sizes that a configuration merely
 // claims end here. A head beside tied embeddings is no other tensor where it is the same.
@@ -291,11 +320,12 @@ inline void require_tensors(const SafetensorsFile& file, const ModelConfig& conf
   const ParameterTable table = make_parameter_table(config);
   std::set<std::string> known;
   for (const Tensor& t : table.tensors) {
-    require_shape(file.at(t.name), t, path, config.vocab);
-    known.insert(t.name);
+    const TensorView view = stored_tensor(file, "", t);
+    require_shape(view, t, path, config.vocab);
+    known.insert(view.name);
   }
   for (const std::string& name : file.names()) {
-    if (known.count(name)) continue;
+    if (known.count(name) || is_unused(file.at(name), config)) continue;
     const bool tied_head = config.tied && name == "lm_head.weight";
     if (tied_head && same_tensor(file.at(name), file.at(table.tensors[0].name))) continue;
     throw std::runtime_error(path + ": tensor '" + name + "' " +
@@ -495,7 +525,7 @@ std::vector<Real> stored_values(const TensorView& view, const std::string& path)
 template <class Device>
 void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const SafetensorsFile& file,
                  const std::string& prefix, const std::string& path, int vocab) {
-  const TensorView& view = file.at(prefix + t.name);
+  const TensorView view = stored_tensor(file, prefix, t);
   require_shape(view, t, path, vocab);
   auto values = stored_values<typename Device::real>(view, path);
   values.resize(t.size);
