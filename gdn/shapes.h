@@ -53,6 +53,7 @@ struct ParameterSpan {
   float learning_rate_scale = 1;  // multiplies the step's learning rate (mup.h)
   float weight_decay = 0;         // this tensor's decay: -wd, or 0 where there is none
   float norm_weight = 1;          // of its gradient's squares in the norm that is clipped (mup.h)
+  float epsilon_scale = 1;        // multiplies AdamW's eps (mup.h)
 };
 
 // The parameter arena in blocks of this many numbers: the squares of a gradient are summed block by block,
