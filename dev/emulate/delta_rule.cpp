@@ -25,6 +25,7 @@ namespace {
 using namespace gdn;
 using namespace gdn::delta_rule;
 using Doubles = std::vector<double>;
+auto& wgmma_tiles = gdn::delta_rule::tiles;  // gdn::tiles is a namespace of the CPU's matrix products
 
 struct Inputs {
   std::vector<act> qkv, d_o;
@@ -122,16 +123,16 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   const PassInputs backward = {qkv.q, qkv.k, d_o, matrices.data(), gates.data()};
 
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
-  std::memset(tiles, 0x7f, sizeof tiles);
+  std::memset(wgmma_tiles, 0x7f, sizeof wgmma_tiles);
   const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(splits.count);
-  emulator::shared_memory = tiles;  // of prepare_kernel
+  emulator::shared_memory = wgmma_tiles;  // of prepare_kernel
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
     if (warpgroups)
       prepare_sm90_kernel(prepared, prepare_inputs, size, s);
     else
       prepare_kernel(prepared, prepare_inputs, size, s);
   });
-  emulator::shared_memory = warpgroups ? tiles : shared;
+  emulator::shared_memory = warpgroups ? wgmma_tiles : shared;
   const PassPlan plan = pass_plan(shape, 1, 1, shared_bytes);
   if (!warpgroups && plan.bytes > shared_bytes) throw std::logic_error("a plan that does not fit");
   // f with a constant: the plan's stages
@@ -250,8 +251,8 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
                                      state_tensor(states.data()),
                                      state_tensor(d_states.data())};
     const GateInputs gate_inputs = {gates.data(), exponents.data(), d_exponents.data()};
-    if (GradientLayout<kTiles, kGrouped>::kBytes > int(sizeof tiles)) std::abort();
-    emulator::shared_memory = tiles;
+    if (GradientLayout<kTiles, kGrouped>::kBytes > int(sizeof wgmma_tiles)) std::abort();
+    emulator::shared_memory = wgmma_tiles;
     emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, kGradientThreads, [&] {
       gradients_sm90_kernel<kTiles, kGrouped>(tensors, dg.data(), dbeta.data(), gate_inputs, size, work_tiles,
                                               s);
