@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -546,6 +547,12 @@ void add_gradients(Cpu<Real>&, Real* sum, const Real* x, size_t n, double* loss_
   *loss_sum += *loss;
 }
 
+// *nanoseconds = the time, of a clock that goes on steadily.
+template <class Real>
+void time_stamp(Cpu<Real>&, int64_t* nanoseconds) {
+  *nanoseconds = std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
+
 // sum: of `pieces` pieces of `piece` numbers, each `stride` numbers behind the last; x has as many, one behind the
 // other, and is added.
 template <class Real>
@@ -632,7 +639,7 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
   const Real correction1 = Real(step->correction1), correction2 = Real(step->correction2);
   for (int s = 0; s < count; s++) {
     const Real lr = Real(step->learning_rate) * spans[s].learning_rate_scale,
-               decay = 1 - lr * spans[s].weight_decay;
+               decay = 1 - lr * spans[s].weight_decay, epsilon = Real(step->epsilon) * spans[s].epsilon_scale;
     const ArenaRange mine = within(spans[s], range);
 #pragma omp parallel for simd schedule(static)
     for (size_t i = mine.begin; i < mine.end; i++) {
@@ -640,7 +647,7 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
       moment1[i] = b1 * moment1[i] + (1 - b1) * g;
       moment2[i] = b2 * moment2[i] + (1 - b2) * g * g;
       master[i] = decay * master[i] - lr * (moment1[i] / correction1) /
-                                          (std::sqrt(moment2[i] / correction2) + Real(step->epsilon));
+                                          (std::sqrt(moment2[i] / correction2) + epsilon);
       weights[i] = master[i];
     }
   }

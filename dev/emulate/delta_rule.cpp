@@ -96,8 +96,7 @@ template <int DK>
 Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int groups, int shared_bytes) {
   const bool warpgroups = groups > 0;
   const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, chunks = shape.chunks();
-  const Sizes size = {shape.tokens,          shape.heads_k,    H, dk, dv, chunks,
-                      shape.conv_channels(), H / shape.heads_k};
+  const Sizes size = {shape.tokens, shape.heads_k, H, dk, dv, chunks, H / shape.heads_k};
   const size_t count = size_t(shape.batch) * H * chunks;
   const float s = 1 / std::sqrt(float(dk)), unset = std::numeric_limits<float>::quiet_NaN();
 
@@ -113,9 +112,14 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   std::vector<act> o(in.d_o.size()), dqkv(in.qkv.size());
   const Saved saved = {states.data(), errors.data(), exponents.data()};
   const Adjoints adjoints = {d_states.data(), x.data(), d_exponents.data()};
-  const act *qkv = in.qkv.data(), *d_o = in.d_o.data();
-  const __half* N = matrices.data();
-  const float* G = gates.data();
+  const Qkv<const act> qkv = unpacked(in.qkv.data(), shape);
+  const Qkv<act> d_qkv = unpacked(dqkv.data(), shape);
+  const HeadRows<const act> d_o = dense_values(in.d_o.data(), shape);
+  const HeadRows<act> out = dense_values(o.data(), shape);
+  const Prepared prepared = {matrices.data(), gates.data()};
+  const PrepareInputs prepare_inputs = {qkv.q, qkv.k, in.g.data(), in.beta.data()};
+  const PassInputs forward = {qkv.q, qkv.k, qkv.v, matrices.data(), gates.data()};
+  const PassInputs backward = {qkv.q, qkv.k, d_o, matrices.data(), gates.data()};
 
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
   std::memset(tiles, 0x7f, sizeof tiles);
@@ -123,9 +127,9 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   emulator::shared_memory = tiles;  // of prepare_kernel
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
     if (warpgroups)
-      prepare_sm90_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
+      prepare_sm90_kernel(prepared, prepare_inputs, size, s);
     else
-      prepare_kernel(matrices.data(), gates.data(), qkv, in.g.data(), in.beta.data(), size, s);
+      prepare_kernel(prepared, prepare_inputs, size, s);
   });
   emulator::shared_memory = warpgroups ? tiles : shared;
   const PassPlan plan = pass_plan(shape, 1, 1, shared_bytes);
@@ -143,25 +147,25 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   if (n > 1) {
     emulator::launch({slices_v + slices_k, h, b * (n - 1)}, threads, [&] {
       if (warpgroups)
-        forward_state_sm90_kernel<DK>(qkv, N, G, size, splits, int(slices_v));
+        forward_state_sm90_kernel<DK>(forward, size, splits, int(slices_v));
       else
         with_stages([&](auto stages) {
-          forward_state_kernel<DK, decltype(stages)::value>(qkv, N, G, size, splits, int(slices_v));
+          forward_state_kernel<DK, decltype(stages)::value>(forward, size, splits, int(slices_v));
         });
     });
     emulator::launch(join, kMergeThreads,
                      [&] { merge_splits_kernel<merge_columns(DK), false>(splits, size); });
   }
   const unsigned slices = groups == 2 ? unsigned(divide_up(dv, 128)) : slices_v;
-  const int in_block = warpgroups ? pass_threads(DK, groups) : threads;
+  const int in_block = warpgroups ? pass_schedule(DK, groups).threads() : threads;
   emulator::launch({slices, h, b * n}, in_block, [&] {
     if (groups == 2)
-      forward_pass_sm90_kernel<DK, 2>(o.data(), saved, qkv, N, G, size, splits, s);
+      forward_pass_sm90_kernel<DK, 2>(forward, out, saved, size, splits, s);
     else if (warpgroups)
-      forward_pass_sm90_kernel<DK, 1>(o.data(), saved, qkv, N, G, size, splits, s);
+      forward_pass_sm90_kernel<DK, 1>(forward, out, saved, size, splits, s);
     else
       with_stages([&](auto stages) {
-        forward_pass_kernel<DK, decltype(stages)::value>(o.data(), saved, qkv, N, G, size, splits, s);
+        forward_pass_kernel<DK, decltype(stages)::value>(forward, out, saved, size, splits, s);
       });
   });
   std::fill(boundary_states.begin(), boundary_states.end(), unset);
@@ -169,19 +173,18 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   if (n > 1) {
     emulator::launch({slices_k, h, b * (n - 1)}, threads, [&] {  // transitions alone
       if (warpgroups)
-        forward_state_sm90_kernel<DK>(qkv, N, G, size, splits, 0);
+        forward_state_sm90_kernel<DK>(forward, size, splits, 0);
       else
         with_stages([&](auto stages) {
-          forward_state_kernel<DK, decltype(stages)::value>(qkv, N, G, size, splits, 0);
+          forward_state_kernel<DK, decltype(stages)::value>(forward, size, splits, 0);
         });
     });
-    emulator::launch({slices_v, h, b * (n - 1)}, warpgroups ? pass_threads(DK, 1) : threads, [&] {
+    emulator::launch({slices_v, h, b * (n - 1)}, warpgroups ? pass_schedule(DK, 1).threads() : threads, [&] {
       if (warpgroups)
-        backward_pass_sm90_kernel<DK, 1, true>(nullptr, {}, d_o, qkv, N, G, size, splits, s);
+        backward_pass_sm90_kernel<DK, 1, true>(backward, {}, {}, size, splits, s);
       else
         with_stages([&](auto stages) {
-          backward_pass_kernel<DK, decltype(stages)::value, true>(nullptr, {}, d_o, qkv, N, G, size, splits,
-                                                                  s);
+          backward_pass_kernel<DK, decltype(stages)::value, true>(backward, {}, {}, size, splits, s);
         });
     });
     emulator::launch(join, kMergeThreads,
@@ -189,13 +192,13 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   }
   emulator::launch({slices, h, b * n}, in_block, [&] {
     if (groups == 2)
-      backward_pass_sm90_kernel<DK, 2, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, splits, s);
+      backward_pass_sm90_kernel<DK, 2, false>(backward, d_qkv.v, adjoints, size, splits, s);
     else if (warpgroups)
-      backward_pass_sm90_kernel<DK, 1, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size, splits, s);
+      backward_pass_sm90_kernel<DK, 1, false>(backward, d_qkv.v, adjoints, size, splits, s);
     else
       with_stages([&](auto stages) {
-        backward_pass_kernel<DK, decltype(stages)::value, false>(dqkv.data(), adjoints, d_o, qkv, N, G, size,
-                                                                 splits, s);
+        backward_pass_kernel<DK, decltype(stages)::value, false>(backward, d_qkv.v, adjoints, size, splits,
+                                                                 s);
       });
   });
 
@@ -214,37 +217,39 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
     }
     return y;
   };
-  const GradientInputs gradient_inputs = {qkv, d_o, saved, adjoints, G};
+  const GradientInputs gradient_inputs = {qkv.q, qkv.k, d_o, saved, adjoints, gates.data()};
   std::vector<float> dg(in.g.size(), unset), dbeta(in.g.size(), unset);
   const int work_tiles = chunks * shape.heads_k * shape.batch;
   // Hopper's kernel where it takes these sizes
   const auto launch_sm90_gradients = [&](auto tiles_k, auto grouped) {
     constexpr int kTiles = decltype(tiles_k)::value;
     constexpr bool kGrouped = decltype(grouped)::value;
-    const int64_t T = shape.tokens, C = shape.conv_channels(), values = shape.value_dim();
+    const int64_t T = shape.tokens;
     const auto map = [](const void* at, int rank, int rows, std::array<int64_t, 4> sizes,
                         std::array<int64_t, 4> strides) {
       CUtensorMap m = {static_cast<unsigned char*>(const_cast<void*>(at)), rank, rows, {}, {}};
       for (int i = 0; i < rank; i++) m.size[i] = sizes[size_t(i)], m.stride[i] = strides[size_t(i)];
       return m;
     };
-    const auto keys = [&](const void* at) {
-      return map(at, 4, 2, {dk, 2 * shape.heads_k, T, shape.batch}, {1, dk, C, T * C});
+    const auto heads = [&](const auto& x, int64_t columns, int64_t count) {
+      return map(x.at, 4, 2, {columns, count, T, shape.batch},
+                 {1, x.head_stride, x.row_stride, T * x.row_stride});
     };
-    const auto value_tensor = [&](const void* at) {
-      return map(at, 4, 2, {dv, H, T, shape.batch}, {1, dv, values, T * values});
-    };
+    const auto keys = [&](const auto& x) { return heads(x, dk, shape.heads_k); };
+    const auto values = [&](const auto& x) { return heads(x, dv, H); };
     const auto state_tensor = [&](const void* at) {
       return map(at, 3, 1, {dk, dv, int64_t(count), 1}, {1, dk, int64_t(dk) * dv, 0});
     };
-    const GradientTensors tensors = {keys(qkv),
-                                     keys(dqkv.data()),
-                                     value_tensor(d_o),
-                                     value_tensor(errors.data()),
-                                     value_tensor(x.data()),
+    const GradientTensors tensors = {keys(qkv.q),
+                                     keys(qkv.k),
+                                     keys(d_qkv.q),
+                                     keys(d_qkv.k),
+                                     values(d_o),
+                                     values(dense_values(errors.data(), shape)),
+                                     values(dense_values(x.data(), shape)),
                                      state_tensor(states.data()),
                                      state_tensor(d_states.data())};
-    const GateInputs gate_inputs = {G, exponents.data(), d_exponents.data()};
+    const GateInputs gate_inputs = {gates.data(), exponents.data(), d_exponents.data()};
     if (GradientLayout<kTiles, kGrouped>::kBytes > int(sizeof tiles)) std::abort();
     emulator::shared_memory = tiles;
     emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, kGradientThreads, [&] {
@@ -267,8 +272,8 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
     const auto launch = [&](auto columns, auto compact) {
       constexpr int PW = decltype(columns)::value;
       emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, gradient_threads(PW), [&] {
-        gradients_kernel<PW, decltype(compact)::value>(dqkv.data(), dg.data(), dbeta.data(), gradient_inputs,
-                                                       size, work_tiles, plan.buffers, s);
+        gradients_kernel<PW, decltype(compact)::value>({d_qkv.q, d_qkv.k, dg.data(), dbeta.data()},
+                                                       gradient_inputs, size, work_tiles, plan.buffers, s);
       });
     };
     constexpr int kWide = DK <= 128 ? DK : DK == 192 ? 96 : 128;

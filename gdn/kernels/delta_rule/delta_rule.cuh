@@ -46,6 +46,7 @@
 #include <type_traits>
 
 #include "../common.cuh"
+#include "gradient_common.cuh"
 #include "sm80/passes.cuh"
 #include "sm90/passes.cuh"
 
@@ -72,8 +73,13 @@ inline bool has_wgmma() {
 
 inline Sizes sizes(const MixerShape& shape) {
   require_head_dims(shape);
-  return {shape.tokens,     shape.heads_k,  shape.heads_v,         shape.head_dim_k,
-          shape.head_dim_v, shape.chunks(), shape.conv_channels(), shape.heads_v / shape.heads_k};
+  return {shape.tokens,
+          shape.heads_k,
+          shape.heads_v,
+          shape.head_dim_k,
+          shape.head_dim_v,
+          shape.chunks(),
+          shape.heads_v / shape.heads_k};
 }
 
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -161,13 +167,7 @@ inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
   return {at.states, at.E, at.exponents};
 }
 
-// Output of prepare_kernel, input of both passes: in `saved` behind the forward's states, in scratch if
-// nothing is saved.
-struct Prepared {
-  __half* matrices;
-  float* gates;
-};
-
+// What prepare_kernel leaves: in `saved` behind the forward's states, in scratch if nothing is saved.
 inline Prepared prepared_at(void* saved, void* scratch, const MixerShape& shape) {
   char* at = saved ? static_cast<char*>(saved) + pass_bytes(shape) : static_cast<char*>(scratch);
   return {reinterpret_cast<__half*>(at), reinterpret_cast<float*>(at + matrices_bytes(shape))};
@@ -197,18 +197,42 @@ inline int pass_groups(const Cuda& device, const MixerShape& shape, int splits) 
   return 2 * waves(1) < 3 * waves(2) ? 1 : 2;
 }
 
+// What the launches of a call share: sizes, schedules, and where prepare_kernel's outputs and the splits'
+// states lie.
+struct DeltaRulePlan {
+  MixerShape shape;
+  Sizes size;
+  float s;     // scale of the readout
+  bool wgmma;  // the kernels for Hopper; else those on mma.sync, by `pass` and `gradients`
+  Prepared prepared;
+  Splits splits;
+  PassPlan pass;
+  GradientPlan gradients;
+};
+
+inline DeltaRulePlan make_plan(const Cuda& device, const MixerShape& shape, float s, const Prepared& prepared,
+                               const Splits& splits) {
+  return {shape,
+          sizes(shape),
+          s,
+          has_wgmma(),
+          prepared,
+          splits,
+          pass_plan(shape, splits.count, device.sm_count, device.shared_bytes),
+          gradient_plan(shape, device.shared_bytes)};
+}
+
 // The kernels' launches, in objects of their own. Those of one compiled dk (delta_rule_head_dim.cu):
 template <int DK>
 struct Passes {
-  static void merge_splits(Cuda&, const MixerShape&, const Splits&, bool backward);
-  static void forward_states(Cuda&, const act* qkv, const MixerShape&, const Prepared&, const Splits&,
-                             bool ends);
-  static void backward_states(Cuda&, const act* d_o, const act* qkv, const MixerShape&, float s,
-                              const Prepared&, const Splits&);
-  static void forward_pass(Cuda&, act* o, const Saved&, const act* qkv, const MixerShape&, float s,
-                           const Prepared&, const Splits&);
-  static void backward_pass(Cuda&, act* dqkv, const act* d_o, const act* qkv, const MixerShape&, float s,
-                            const Prepared&, const Splits&, void* scratch);
+  static void merge_splits(Cuda&, const DeltaRulePlan&, bool backward);
+  static void forward_states(Cuda&, const DeltaRulePlan&, const Qkv<const act>&, bool ends);
+  static void backward_states(Cuda&, const DeltaRulePlan&, const Qkv<const act>&,
+                              const HeadRows<const act>& d_o);
+  static void forward_pass(Cuda&, const DeltaRulePlan&, const HeadRows<act>& o, const Saved&,
+                           const Qkv<const act>&);
+  static void backward_pass(Cuda&, const DeltaRulePlan&, const HeadRows<act>& dv, const Adjoints&,
+                            const Qkv<const act>&, const HeadRows<const act>& d_o);
 };
 extern template struct Passes<32>;
 extern template struct Passes<64>;
@@ -218,47 +242,44 @@ extern template struct Passes<192>;
 extern template struct Passes<256>;
 
 // Those of every dk (delta_rule.cu):
-void prepare(Cuda&, const act* qkv, const float* g, const float* beta, const MixerShape&, float s,
-             const Prepared& to);
-void gradients(Cuda&, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved&, const act* qkv,
-               const MixerShape&, float s, const float* gates, void* scratch);
+void prepare(Cuda&, const DeltaRulePlan&, const PrepareInputs&);
+void gradients(Cuda&, const DeltaRulePlan&, const GradientOutputs&, const GradientInputs&);
 
 // From M and B of all splits: the states at the splits' starts, or (backward) their gradients at the ends.
-inline void merge_splits(Cuda& device, const MixerShape& shape, const Splits& splits, bool backward) {
-  if (splits.count < 3) return;
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::merge_splits(device, shape, splits, backward);
+inline void merge_splits(Cuda& device, const DeltaRulePlan& plan, bool backward) {
+  if (plan.splits.count < 3) return;
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::merge_splits(device, plan, backward);
   });
 }
 
 // Transitions M of the splits, and with `ends` also their final states B.
-inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
-                           const Splits& splits, bool ends) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_states(device, qkv, shape, prepared, splits, ends);
+inline void forward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<const act>& qkv, bool ends) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::forward_states(device, plan, qkv, ends);
   });
 }
 
 // dS at the start of all splits but the first, from 0 at their end.
-inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
-                            const Prepared& prepared, const Splits& splits) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_states(device, d_o, qkv, shape, s, prepared, splits);
+inline void backward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<const act>& qkv,
+                            const HeadRows<const act>& d_o) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::backward_states(device, plan, qkv, d_o);
   });
 }
 
-inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
-                         float s, const Prepared& prepared, const Splits& splits) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_pass(device, o, saved, qkv, shape, s, prepared, splits);
+inline void forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& o, const Saved& saved,
+                         const Qkv<const act>& qkv) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::forward_pass(device, plan, o, saved, qkv);
   });
 }
 
-inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
-                          float s, const Prepared& prepared, const Splits& splits, void* scratch) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, splits,
-                                                     scratch);
+inline void backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
+                          const Adjoints& adjoints, const Qkv<const act>& qkv,
+                          const HeadRows<const act>& d_o) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::backward_pass(device, plan, dv, adjoints, qkv, d_o);
   });
 }
 

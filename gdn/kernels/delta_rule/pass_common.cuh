@@ -23,6 +23,14 @@ struct Adjoints {
   int* exponents;
 };
 
+// Inputs of a pass. values: V in the forward, dO in the backward; matrices: N and P, and gates, of
+// prepare_kernel.
+struct PassInputs {
+  HeadRows<const act> q, k, values;
+  const __half* matrices;
+  const float* gates;
+};
+
 // What a CTA of a pass works on: one sequence and value head, `warps` x 16 columns of dv, the chunks of one
 // split.
 struct PassBlock {

@@ -89,6 +89,46 @@ inline int resident_passes(int dk, int limit) {
   return ctas;
 }
 
+// ---- passes on wgmma (sm90/passes.cuh)
+
+constexpr int kTileRow = 64, kTileBytes = kChunk * 2 * kTileRow;  // a swizzled tile (sm90/tiles.cuh)
+
+// Schedule of a pass on Hopper. One consumer warpgroup for 64 columns of dv; two of a CTA share loads.
+//
+//   dk        warpgroups  producer  q_with_k  overlap  stages  CTAs an SM
+//   32, 64    1           no        yes       yes      2       2
+//   32, 64    2           no        no        no       2       2
+//   96, 128   1, 2        yes       yes       yes      3       1
+//   192, 256  1, 2        no        yes       no       2       1
+struct PassSchedule {
+  int warpgroups;
+  bool producer;       // one more warpgroup loads inputs and stores outputs
+  bool fragments_fit;  // registers hold all A fragments of the state beside it
+  bool q_with_k;       // and Q S beside K S from the chunk's start on; otherwise Q S is computed after E
+  bool overlap;        // and what it takes to store and rescale the state while wgmma run
+  int stages, ctas;    // pipeline stages; CTAs an SM
+  int consumer_registers, producer_registers;  // by setmaxnreg, where a producer has two consumers
+
+  GDN_HOST_DEVICE constexpr int threads() const { return 128 * (warpgroups + producer); }
+};
+
+GDN_HOST_DEVICE constexpr PassSchedule pass_schedule(int DK, int warpgroups) {
+  const int ctas = pass_blocks(DK);
+  const bool fragments_fit = DK <= 128, producer = ctas == 1 && DK <= 128, q_with_k = warpgroups * ctas < 4;
+  return {warpgroups,       producer, fragments_fit, q_with_k, fragments_fit && q_with_k,
+          producer ? 3 : 2, ctas,     224,           56};
+}
+
+// A stage: q (kWithQ), k; N and P (kWithQ); values with rows of 64 warpgroups + 8; gates.
+GDN_HOST_DEVICE constexpr int sm90_stage_bytes(int DK, int warpgroups, bool with_q) {
+  return (with_q ? 2 : 1) * ((DK + kTileRow - 1) / kTileRow + 1) * kTileBytes +
+         2 * kChunk * (64 * warpgroups + 8) + 4 * kGates;
+}
+
+GDN_HOST_DEVICE constexpr int sm90_pass_bytes(int DK, int warpgroups) {
+  return pass_schedule(DK, warpgroups).stages * sm90_stage_bytes(DK, warpgroups, true);
+}
+
 // ---- gradients on mma.sync (sm80/gradients.cuh)
 
 constexpr int kMaxColumnGroups = 32;  // dv <= 512 in groups of 16 columns
@@ -182,9 +222,11 @@ inline GradientPlan gradient_plan(const MixerShape& shape, int limit) {
       kCompactColumns, true, 1, {1, 1}, gradient_shared_bytes(dk, kCompactColumns, true, grouped, {1, 1})};
 }
 
-// ---- prepare (solve.cuh)
+// ---- gradients on wgmma (sm90/gradients.cuh)
 
-constexpr int kTileRow = 64;  // columns of a swizzled tile (sm90/tiles.cuh)
+constexpr int kGradientConsumerRegisters = 240, kGradientProducerRegisters = 24;
+
+// ---- prepare (solve.cuh)
 
 // A diagonal 16x16 block of L in shared memory, transposed: [16 columns][kBlockStride rows] float.
 constexpr int kBlockStride = 20;
