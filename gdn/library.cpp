@@ -59,8 +59,8 @@ template <class Work>
 void with_type(int32_t device, int32_t type, const Work& work) {
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   if (type < 0 || type > GDN_FLOAT16) refuse("type " + text(type) + ", expected 0 to 3 (gdn_type)");
-  if (device == GDN_CUDA) refuse("device CUDA: this library computes on the CPU alone");
-  if (device != GDN_CPU) refuse("device " + text(device) + ", expected 0 (CPU) or 1 (CUDA)");
+  if (device == GDN_ON_CUDA) refuse("device CUDA: this library computes on the CPU alone");
+  if (device != GDN_ON_CPU) refuse("device " + text(device) + ", expected 0 (CPU) or 1 (CUDA)");
   if (type == GDN_FLOAT32) return work(float());
   if (type == GDN_FLOAT64) return work(double());
   refuse(std::string("type ") + names[type] + " on the CPU, expected float32 or float64");
