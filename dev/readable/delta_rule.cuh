@@ -383,7 +383,7 @@ inline size_t gated_delta_rule_scratch_bytes(Cuda&, const MixerShape& shape) {
 inline auto launcher(Cuda& device) {
   return [&device](dim3 grid, int floats, auto kernel, auto... arguments) {
     const int bytes = floats * int(sizeof(float));
-    allow_shared_bytes(kernel, bytes, "the readable delta rule");
+    allow_shared_bytes(device, kernel, bytes, "the readable delta rule");
     kernel<<<grid, kThreads, bytes, device.stream>>>(arguments...);
     launched("the readable delta rule");
   };
