@@ -1,6 +1,7 @@
 # make              train_gdn: with CUDA where nvcc is found, else for the CPU alone
 # make test         builds and runs the tests; those that need a GPU are skipped by name where there is none
 # make sanitize     compute-sanitizer (memcheck, racecheck) over the GPU tests
+# make libgdn.so    the layers as C functions (gdn/library.h), for PyTorch (scripts/gdn_torch.py) and others
 # make bench        benchmarks of the kernels and of the training step (needs a GPU)
 # make debug        build/debug/train_gdn and test_gdn, for a debugger
 # make ci           what a clean machine does (.ci/run): packages, builds without and with nvcc, all tests
@@ -78,6 +79,7 @@ RANKS := $(BUILD)/gdn/communicator.o
 ifneq ($(NVCC),)
 HEAD_DIMS := 32 64 96 128 192 256
 PASSES := $(HEAD_DIMS:%=$(BUILD)/gdn/kernels/delta_rule/delta_rule_head_dim_%.o)
+RANKS += $(BUILD)/gdn/communicator_cuda.o
 LAYERS := $(PASSES) $(filter-out %/delta_rule_head_dim.o,$(call objects,$(wildcard gdn/*.cu gdn/kernels/*.cu gdn/kernels/*/*.cu)))
 TESTS += $(call objects,$(wildcard gdn/tests/*.cu))
 else
@@ -92,8 +94,12 @@ all: $(PROGRAMS)/train_gdn
 $(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
-$(PROGRAMS)/test_gdn: $(TESTS) $(RANKS) $(LAYERS)
+$(PROGRAMS)/test_gdn: $(TESTS) $(BUILD)/gdn/library.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
+
+# the layers for other programs: only the functions of gdn/library.h are visible
+$(PROGRAMS)/libgdn.so: $(BUILD)/gdn/library.o
+	$(LINK) -shared $^ -o $@ $(LIBS)
 
 # The compilers' commands as files: newer than the objects where a setting has changed.
 COMMANDS := $(BUILD)/COMPILE_CXX $(BUILD)/COMPILE_NVCC
@@ -126,6 +132,10 @@ $(BUILD)/COMMIT: force
 $(BUILD)/gdn/version.o: gdn/version.cpp $(BUILD)/COMMIT $(BUILD)/COMPILE_CXX
 	@mkdir -p $(@D)
 	$(COMPILE_CXX) $(VERSION) $< -o $@
+
+$(BUILD)/gdn/library.o: gdn/library.cpp $(BUILD)/COMPILE_CXX
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) -fPIC -fvisibility=hidden $< -o $@
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
@@ -187,4 +197,4 @@ gpu-check:
 
 clean:
 	rm -rf build
-	rm -f train_gdn test_gdn dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file dev/delta_rule_plans
+	rm -f train_gdn test_gdn libgdn.so dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file dev/delta_rule_plans

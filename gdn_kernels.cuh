@@ -144,6 +144,16 @@ void sum_losses(Cuda&, double* total, const float* losses, int rows);
 // multiple of 4.
 void add_gradients(Cuda&, float* sum, const float* x, size_t n, double* loss_sum, const double* loss);
 
+// *nanoseconds (GPU memory) = the GPU's clock when the stream comes here.
+void time_stamp(Cuda&, int64_t* nanoseconds);
+
+// sum: of `pieces` pieces of `piece` numbers, each `stride` numbers behind the last; x has as many, one behind the
+// other, and is added. piece and stride are multiples of 4.
+void add_pieces(Cuda&, float* sum, const float* x, int pieces, size_t piece, size_t stride);
+
+// *sum = the sum of x [n] (GPU memory), n a power of two up to 1024, in the order of a binary tree.
+void sum_tree(Cuda&, double* sum, const double* x, int n);
+
 // sums[k] (GPU memory) = sum over `spans` [count] of norm_weight * sum of squares of their gradients in block k of
 // the arena (kArenaBlock numbers each), for the blocks of `range`. gradients is the arena, the spans lie in GPU
 // memory as for the updates below.

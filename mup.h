@@ -1,6 +1,7 @@
 // The maximal update parametrization (mup) of a Gated Delta Network: how initial values, learning rates and
-// two multipliers change with the model's size, so that a learning rate tuned on a small model is right for a
-// large one. To be read from top to bottom: sections 1 to 5 derive, section 6 is the table and the functions.
+// three multipliers change with the model's size, so that a learning rate tuned on a small model is right for a
+// large one. To be read from top to bottom: sections 1 to 5 derive, section 6 is the table and the functions,
+// section 7 adds depth.
 // "Measured:" names a section of dev/doc/transfer.md.
 //
 //   [TP5]  Yang et al., Tensor Programs V, arXiv 2203.03466: the method, and ordinary weights
@@ -26,7 +27,7 @@ namespace gdn {
 enum class Parametrization { sp, mup0, mup };
 enum class OptimizerKind { adamw, sgd };
 
-// What kind of tensor a parameter is. V, L, T, the batch and the number of conv taps (4) never grow.
+// What kind of tensor a parameter is. V, T, the batch and the number of conv taps (4) never grow; L in section 7.
 enum class TensorClass {
   embedding,    // W_emb [V,d]; where it is tied it is the unembedding too
   unembedding,  // an untied head [V,d]
@@ -36,19 +37,24 @@ enum class TensorClass {
   conv,         // taps of the short convolutions, 4 to a channel
   gain,         // weights of the RMSNorms over d
   output_gain,  // w_o [dv], weight of the RMSNorm of a head's output, shared by all heads
+  final_gain,   // the gain of the last RMSNorm, behind all blocks
 };
-constexpr int kTensorClassCount = 8;
+constexpr int kTensorClassCount = 9;
 
 // What a hidden weight sums over: the width d; the value channels of all heads, H dv (W_o); the MLP's inner
 // size I (W_down).
 enum class FanIn { width, values, inner };
 
-// Decay per step: its rate times the tensor's lr, or the same at every width.
-enum class DecayMode { coupled, independent };
+// Decay per step ~ lr: as the tensor's own lr, as that to the power 1/2, or the same at every size.
+enum class DecayMode { coupled, sqrt, independent };
+// AdamW's eps: one number, or one that scales as the tensor's gradient.
+enum class EpsMode { constant, scaled };
+// Exponent alpha of the branches' multiplier (L0/L)^alpha; off: depth changes nothing (section 7).
+enum class DepthRule { one, half, off };
 // The norm that is clipped: of all gradients alike, or clip_weight's.
 enum class ClipNorm { plain, scaled };
 
-// Research options; the first of each is the rule derived here (section 8).
+// Research options; the first of each is the rule derived here (section 9).
 enum class VectorRule { vector, hidden };
 enum class GateRule { independent, output, aligned };
 enum class ReadoutRule { param, sp, mup };
@@ -78,6 +84,8 @@ struct Mup {
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
   ReadoutRule readout = ReadoutRule::param;
+  double layers = 1, base_layers = 1;  // L, L0
+  DepthRule depth = DepthRule::one;
 };
 
 inline ModelShape base_with_fixed_heads(const ModelShape& m, double base_width, double base_inner) {
@@ -207,7 +215,7 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 // fidelity to [GDN]. Once features are learnt v is correlated with du, and with aligned signs da, db =
 // Theta(dv/d), Theta(1) for fixed heads. To that lean theory ([TP5]'s output weights, of which W_a and W_b
 // with fixed heads are an example; the spectral condition, arXiv 2310.17813) and the gradients of trained
-// gates; losses cannot tell. -gates aligned (section 8) is that rule. Measured: 5.
+// gates; losses cannot tell. -gates aligned (section 9) is that rule. Measured: 5.
 //
 // mup0 takes W_a and W_b for hidden weights, da, db = Theta(1/d), and A_log and dt_bias for a vector of H
 // coordinates, whose gradient in [TP5] is Theta(1/H). For fixed heads these are two different estimates of
@@ -255,7 +263,7 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 //   gate                -1/2    0    +1    -1/2     -1         -1     -1/2      0         0
 //   gate scalar          -      0     0    -1/2      0          0     +1/2      0        +1
 //   conv                 0      0     0    -1       -1          0     +1       +1        +1
-//   gain                 -      0     0    -1       -1          0     +1       +1        +1
+//   gain, final gain     -      0     0    -1       -1          0     +1       +1        +1
 //   output gain          -      0     0    -1       -1          0     +1       +1        +1/2
 //
 // Measured: 1 (AdamW, to d = 2048), 2 and 3 (SGD, to d = 1024), 4 (conv and gain), 12 (weak places).
@@ -266,6 +274,7 @@ struct Growth {
   double multiplier;  // of its output
   double fan_in;      // entries of the tensor that one coordinate of its output sums over
   double gradient;    // one entry of its gradient
+  double change = 1;  // wanted of its output by one update: 1 but for depth
 };
 
 inline Growth growth(const Mup& m, TensorClass cls, FanIn fan_in) {
@@ -283,14 +292,15 @@ inline Growth growth(const Mup& m, TensorClass cls, FanIn fan_in) {
     case TensorClass::gate_scalar: if (mup0) return {1, 1, 1, 1 / r_H};
                                    return {1, 1, 1, std::sqrt(r_v) / r};
     case TensorClass::conv:
-    case TensorClass::gain:        return {1, 1, 1, 1 / r};
+    case TensorClass::gain:
+    case TensorClass::final_gain:  return {1, 1, 1, 1 / r};
     case TensorClass::output_gain: return {1, 1, 1, std::sqrt(r_H) / r};
   }
   // clang-format on
   throw std::logic_error("growth: unknown tensor class");
 }
 
-// growth(), unless a research option asks for another rule (section 8).
+// growth(), or what a research option has in its place (section 9), and what depth does to it (section 7).
 inline Growth chosen_growth(const Mup& m, TensorClass cls, FanIn fan_in);
 
 constexpr double kBaseStd = 0.02;  // GPT-2's, of every Linear and of the embedding, at the base
@@ -324,7 +334,14 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
                                   FanIn fan_in = FanIn::width) {
   const Growth c = chosen_growth(m, cls, fan_in);
   const double change_per_entry = c.multiplier * c.fan_in;
-  return optimizer == OptimizerKind::adamw ? 1 / change_per_entry : 1 / (change_per_entry * c.gradient);
+  const double entries = optimizer == OptimizerKind::adamw ? change_per_entry : change_per_entry * c.gradient;
+  return c.change / entries;
+}
+
+// AdamW's eps as a multiple of that of the base. Scaled, it is the same share of a gradient at every size, and
+// a loss times x with eps times x gives the same update.
+inline double epsilon_scale(const Mup& m, TensorClass cls, EpsMode mode, FanIn fan_in = FanIn::width) {
+  return mode == EpsMode::constant ? 1 : chosen_growth(m, cls, fan_in).gradient;
 }
 
 // The weight of a tensor's squared gradient in the norm that is clipped.
@@ -340,10 +357,69 @@ inline bool has_weight_decay(TensorClass cls) {
 inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorClass cls, DecayMode mode,
                                  FanIn fan_in = FanIn::width) {
   if (!has_weight_decay(cls)) return 0;
-  return mode == DecayMode::coupled ? 1 : 1 / learning_rate_scale(m, optimizer, cls, fan_in);
+  if (mode == DecayMode::coupled) return 1;
+  const double scale = learning_rate_scale(m, optimizer, cls, fan_in);
+  return mode == DecayMode::sqrt ? 1 / std::sqrt(scale) : 1 / scale;
 }
 
-// ---- 7. Where the released code of [GDN] differs ----------------------------------------------------------
+// ---- 7. Depth ---------------------------------------------------------------------------------------------
+//
+// More layers, of width unchanged: rho = L/L0. Each layer adds two branches to the residual stream, a mixer and
+// an MLP, here with one multiplier for all (Yang et al., Tensor Programs VI, arXiv 2310.02244; Dey et al.,
+// CompleteP, arXiv 2505.01618, for transformers; that a gated delta rule asks for nothing else is ours):
+//
+//   x_l+1 = x_l + rho^-alpha branch(rmsnorm(x_l))
+//
+// Forward.  A branch reads a normalized stream and is Theta(1) at its start, whatever L: nothing inside it,
+//   the recurrence included, depends on L. Branches of random weights add up with independent signs: the sum is
+//   Theta(rho^(1/2 - alpha)), which stays bounded for alpha >= 1/2.
+// Update.  What one update makes of all branches points in one direction, that of the gradient of x, and adds up
+//   aligned: L changes e of the branches' outputs move x by L rho^-alpha e. Wanted is Theta(1), so
+//
+//     e ~ rho^(alpha - 1)          in place of condition (ii), for every tensor inside a block
+//
+//   At alpha = 1 each block still changes its output by Theta(1), that is to first order and beyond: it learns
+//   features. At alpha = 1/2 it changes by rho^-1/2, ever more linearly. Hence alpha = 1 (-depth_alpha).
+// Backward.  dx is what it was, since the stream is an identity plus changes that are Theta(1) in sum. A branch
+//   receives rho^-alpha dx, so that every gradient inside a block is rho^-alpha of what it was.
+// Both take the stream for Theta(1), made of the embedding. Where the branches are larger than it at the start, as
+//   here with 0.02, the stream itself falls as rho^(1/2 - alpha), and what the norms divide by it grows: the share
+//   of x that an update moves, and dx, which SGD's updates follow. Measured: 13.
+//
+// So by section 5, for all tensors inside blocks, and with exponents of width as they are,
+//
+//                    init     gradient       AdamW            SGD                AdamW's eps
+//   in a block       1        rho^-alpha     rho^(alpha-1)    rho^(2 alpha-1)    rho^-alpha
+//   outside          1        1              1                1                  1
+//
+// Outside are embedding, unembedding and the last norm's gain. With alpha = 1 AdamW needs the multiplier alone.
+// The scaled norm of section 5 stays: L blocks, each rho^(2 alpha-1) rho^(-2 alpha). The multiplier is exact in
+// no parameter: it goes into the products of W_o and W_down (gdn/model.h). At L = L0, and by -depth_alpha off,
+// nothing changes, bit for bit. Measured, on small models: 13.
+
+inline bool is_in_block(TensorClass cls) {
+  return cls != TensorClass::embedding && cls != TensorClass::unembedding && cls != TensorClass::final_gain;
+}
+
+// rho^x; 1 under sp and where depth is off
+inline double depth_power(const Mup& m, double x) {
+  if (m.parametrization == Parametrization::sp || m.depth == DepthRule::off) return 1;
+  return std::pow(m.layers / m.base_layers, x);
+}
+
+inline double depth_alpha(const Mup& m) { return m.depth == DepthRule::half ? 0.5 : 1; }
+
+// rho^-alpha, what the two branches of a layer are multiplied by
+inline double residual_scale(const Mup& m) { return depth_power(m, -depth_alpha(m)); }
+
+inline Growth with_depth(const Mup& m, TensorClass cls, Growth c) {
+  if (!is_in_block(cls)) return c;
+  c.gradient *= residual_scale(m);
+  c.change = depth_power(m, depth_alpha(m) - 1);
+  return c;
+}
+
+// ---- 8. Where the released code of [GDN] differs ----------------------------------------------------------
 //
 // The same: gates (AdamW -1, SGD -1/2), gate scalars (0, +1/2), embedding (0, +1), hidden (-1, 0), logits
 // d0/d, AdamW's constant eps 1e-8 and coupled decay 0.1. Other than here, in its code:
@@ -362,7 +438,7 @@ inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorCl
 // Later work of the same authors (Fan, Liu, Gu, arXiv 2510.15262) has decay ~ d^1/2 for AdamW's hidden
 // weights; neither its code nor this one uses it.
 
-// ---- 8. Research options ----------------------------------------------------------------------------------
+// ---- 9. Research options ----------------------------------------------------------------------------------
 //
 // Rules that were measured against the table, none a default: -gates output, aligned; -gains hidden; -readout
 // sp, mup. What they are and why, and chosen_growth(): gdn/mup_research.h.

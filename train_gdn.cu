@@ -34,6 +34,7 @@
 #include "gdn/cpu_layers.h"
 #ifdef GDN_CUDA
 #include "gdn_kernels.cuh"
+#include "gdn/communicator_cuda.h"
 #endif
 #include "gdn/communicator.h"
 #include "gdn/coord_check_command.h"
@@ -101,7 +102,9 @@ class Run {
       if (const std::string line = loader->source().dropped(o_.seq_len); !line.empty()) warn(line);
     }
     parameters_.allocate_gradients();
-    if (ranks_.ranks() > 1) exchange_ = std::make_unique<Exchange<Device>>(dev_, ranks_);
+    // NCCL can be had with one rank, too, to see what its calls cost in the graph
+    if (ranks_.ranks() > 1 || o_.exchange_by == ExchangeBy::nccl)
+      exchange_ = std::make_unique<Exchange<Device>>(dev_, ranks_, o_.exchange_by);
     optimizer_ = std::make_unique<Optimizer<Device>>(parameters_, optimizer_config(o_), exchange_.get());
     model_ = std::make_unique<Model<Device>>(parameters_, o_.micro_batch, o_.seq_len, Use::training,
                                              Recompute(o_.recompute), separator(o_));
@@ -163,12 +166,16 @@ class Run {
         finish_step();
         if (step_ == first)
           report_.say("first step after " + numbered("%.2f s", seconds_since_process_start()));
+        // Steps take alike long: one that takes ten times the longest so far hangs. What comes now may take long.
+        ranks_.limit_step(0);
         if (due(o_.save_every, step_)) save();
         if (due(o_.validate_every, step_)) validate(o_.validation_sequences);
         if (due(o_.sample_every, step_)) sample();
       }
+      if (step_ >= first + 2) ranks_.limit_step(std::max(o_.timeout, 10 * longest_step_));
       if (go_on && kAhead > 0 && newest + 1 < o_.steps) read_batch();
     }
+    ranks_.limit_step(0);
     return finish();
   }
 
@@ -218,9 +225,10 @@ class Run {
                 " tokens a step in micro-batches of " + std::to_string(o_.micro_batch) + "; " +
                 std::to_string(loader_.sequences()) + " sequences an epoch" +
                 (loader_.source().is_builtin() ? " (built-in stories)" : ""));
-    if (ranks_.ranks() > 1)
+    if (exchange_)
       say(std::to_string(ranks_.ranks()) + " ranks, " + std::to_string(ranks_.local_ranks()) +
-          " on this host; of each step a rank does " +
+          " on this host, " + exchange_->description() +
+          "; of each step a rank does " +
           std::to_string(o_.global_batch / o_.micro_batch / ranks_.ranks()) + " micro-batches, of the optimizer 1/" +
           std::to_string(ranks_.ranks()) +
           (o_.sum == GradientSum::running && o_.global_batch / o_.micro_batch > ranks_.ranks()
@@ -276,7 +284,7 @@ class Run {
   }
 
   [[noreturn]] void fail_batch() {
-    if (step_ > saved_step_) save();  // keep what was learned
+    if (step_ > 0 && step_ > saved_step_) save();  // keep what was learned
     std::rethrow_exception(batch_error_);
   }
 
@@ -315,7 +323,10 @@ class Run {
     r.share_of_peak = flops_per_token(parameters_.config) * tokens / (result.seconds * peak_);
     r.ranks = ranks_.ranks();
     r.waited_milliseconds = 1000 * (ranks_.seconds_waited() - waited_);
+    // on a GPU NCCL's time is the stream's, not the host's
+    if (Device::is_gpu && exchange_ && exchange_->in_graph()) r.waited_milliseconds += 1000 * result.exchange_seconds;
     waited_ = ranks_.seconds_waited();
+    longest_step_ = std::max(longest_step_, result.seconds);
     if (!ranks_.first()) return;
     report_.step(r);
     log_->train(r);
@@ -489,6 +500,7 @@ class Run {
   int64_t step_ = 0, saved_step_ = -1;               // steps done, and in the newest checkpoint
   uint64_t position_ = 0;                            // in the data after them; the loader may have read on
   double peak_ = 0;                                  // operations per second, of all ranks; rank 0 knows
+  double longest_step_ = 0;                          // seconds
   double waited_ = 0;                                // seconds for other ranks, up to the last step
   int64_t agreed_signal_ = 0;                        // with several ranks: one that all know of
   std::string newest_checkpoint_, good_checkpoint_;  // good: its weights have given a finite loss
@@ -618,6 +630,7 @@ int run(int argc, char** argv, Communicator& ranks) {
 }  // namespace gdn
 
 int main(int argc, char** argv) {
+  gdn::open_closed_streams();
   gdn::Communicator ranks;
   try {
     const int code = gdn::run(argc, argv, ranks);

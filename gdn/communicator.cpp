@@ -163,8 +163,14 @@ struct Communicator::Watch {
     std::vector<Peer> peers;
     for (int r = c_.rank_ == 0 ? 1 : 0; r < (c_.rank_ == 0 ? c_.ranks_ : 1); r++) peers.push_back({r, start});
     int word = here;
-    for (auto sent = start - std::chrono::hours(1); !leaving_;) {
+    auto sent = start - std::chrono::hours(1), before = start;
+    while (!leaving_) {
       auto now = Clock::now();
+      if (seconds_between(before, now) > timeout_ / 2) {  // it is this process that was stopped
+        for (Peer& p : peers) p.heard = now;
+        since = now.time_since_epoch().count();
+      }
+      before = now;
       if (seconds_between(sent, now) >= std::min(1.0, timeout_ / 4)) {
         for (Peer& p : peers) send(p, word);
         sent = now;

@@ -118,16 +118,27 @@ inline double tree_sum(std::vector<double> numbers) {
 // ---- arrays on a device
 // -------------------------------------------------------------------------------------
 
+// How arrays on a GPU travel: by NCCL, staged through host memory, or by NCCL where that is possible.
+enum class ExchangeBy { automatic, nccl, host };
+inline const char* name(ExchangeBy by) {
+  constexpr const char* names[] = {"auto", "nccl", "host"};
+  return names[int(by)];
+}
+
 template <class Device>
 class Exchange;
 
 template <class Real>
 class Exchange<Cpu<Real>> {
  public:
+  // Throws one line where NCCL is asked for.
+  Exchange(Cpu<Real>&, Communicator& c, ExchangeBy by) : c_(c) {
+    if (by == ExchangeBy::nccl) throw std::runtime_error("-comm nccl: needs GPUs, this run is on the CPU");
+  }
+
   // Whether its calls may be recorded in a graph (device.h).
   static constexpr bool in_graph() { return true; }
-
-  Exchange(Cpu<Real>&, Communicator& c) : c_(c) {}
+  static std::string description() { return "data by MPI"; }
 
   // Sends `pieces` pieces of `piece` numbers, the first at `data`, each `stride` numbers behind the last, and
   // receives as many from the partner, one behind the other.
@@ -139,6 +150,17 @@ class Exchange<Cpu<Real>> {
   void gather_parts(T* data, size_t part) {
     c_.gather_parts(data, part * sizeof(T));
   }
+  // Calls of gather_parts that may go at once.
+  template <class Calls>
+  void together(const Calls& calls) {
+    calls();
+  }
+  // On a GPU calls may go on beside the layers; here they are done at once.
+  template <class Calls>
+  void beside(const Calls& calls) {
+    calls();
+  }
+  void join() {}
 
  private:
   Communicator& c_;

@@ -67,7 +67,7 @@ struct Cuda {
   cudaStream_t stream = nullptr;
   cublasLtHandle_t cublaslt = nullptr;
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
-  std::string name;
+  std::string name, uuid;
   int sm_count = 0, device_count = 0;
   // Shared memory a block may have. Tests lower it, as the environment's GDN_SHARED_BYTES does (never below 99
   // KiB), to run what a GPU with less of it runs.
@@ -90,6 +90,7 @@ struct Cuda {
     cudaDeviceProp properties;
     cuda_check(cudaGetDeviceProperties(&properties, number));
     name = properties.name;
+    uuid.assign(properties.uuid.bytes, sizeof properties.uuid.bytes);
     sm_count = properties.multiProcessorCount;
     shared_bytes = lowered_shared_bytes(int(properties.sharedMemPerBlockOptin));
     memory_bytes = properties.totalGlobalMem;

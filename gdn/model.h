@@ -3,12 +3,13 @@
 // mup.h).
 //
 //   x = embedding(tokens)
-//   each layer:   x = x + mixer(rmsnorm(x));   x = x + mlp(rmsnorm(x))
+//   each layer:   x = x + r mixer(rmsnorm(x));   x = x + r mlp(rmsnorm(x))      r = (L0/L)^alpha, residual_scale
 //   loss = cross_entropy(logit_scale * rmsnorm(x) w_emb^T, targets)
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -39,6 +40,7 @@ class Model {
         separator_(separator),
         logit_scale_(real(logit_scale(config_.mup()))),
         readout_scale_(real(config_.readout_scale())),
+        residual_scale_(real(residual_scale(config_.mup()))),
         acts_(dev_, config_, shape_, use, recompute) {}
 
  private:
@@ -78,7 +80,7 @@ class Model {
     mixer_branch(l, state);
   }
 
-  // branch = mixer(h)
+  // branch = r mixer(h)
   void mixer_branch(int l, RecurrentState<Device>* state) {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
@@ -95,7 +97,8 @@ class Model {
                                  acts_.scratch);
     }
     output_norm_forward(dev_, acts_.y, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
-    linear_forward(dev_, acts_.branch, acts_.y, p_.weights(w.o_proj), M, d, shape_.value_dim());
+    linear_forward(dev_, acts_.branch, acts_.y, p_.weights(w.o_proj), M, d, shape_.value_dim(),
+                   residual_scale_);
   }
 
   // qkv, g and beta from proj
@@ -109,13 +112,14 @@ class Model {
 
   const int32_t* masked_position() const { return separator_ == kNoSeparator ? nullptr : position_; }
 
-  // branch = mlp(rmsnorm(x_mid))
+  // branch = r mlp(rmsnorm(x_mid))
   void mlp_forward(int l) {
     Range<Device> range(dev_, "mlp forward", l);
     mlp_inner(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
     swiglu_forward(dev_, acts_.swiglu, at(l).gate_up, M, I);
-    linear_forward(dev_, acts_.branch, acts_.swiglu, p_.weights(p_.table.layers[l].down), M, d, I);
+    linear_forward(dev_, acts_.branch, acts_.swiglu, p_.weights(p_.table.layers[l].down), M, d, I,
+                   residual_scale_);
   }
 
   // x_mid = x_in + the mixer's output;  gate_up = (W_gate h, W_up h),  h = rmsnorm(x_mid)
@@ -159,7 +163,7 @@ class Model {
   }
 
   // acts_.dx is the gradient of the residual stream; each branch adds its own on the way down.
-  void backward() {
+  void backward(const std::function<void(int group)>& complete) {
     Range<Device> range(dev_, "backward");
     const int M = shape_.rows(), d = config_.width;
     dev_.zero(acts_.dx, size_t(M) * d * sizeof(act));
@@ -170,6 +174,7 @@ class Model {
       if (recompute_ == Recompute::layers) recompute_layer(l);
       mlp_backward(l);
       mixer_backward(l);
+      if (complete) complete(l + 1);
     }
     Range<Device> r(dev_, "embedding backward");
     embedding_backward(dev_, p_.gradients(p_.table.embedding), acts_.dx, tokens_, order_, M, d,
@@ -181,9 +186,9 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
-    linear_backward_input(dev_, acts_.dswiglu, acts_.dx, p_.weights(w.down), M, d, I);
+    linear_backward_input(dev_, acts_.dswiglu, acts_.dx, p_.weights(w.down), M, d, I, residual_scale_);
     swiglu_backward(dev_, acts_.dgate_up, acts_.swiglu, acts_.dswiglu, a.gate_up, M, I);
-    linear_backward_weight(dev_, p_.gradients(w.down), acts_.dx, acts_.swiglu, M, d, I);
+    linear_backward_weight(dev_, p_.gradients(w.down), acts_.dx, acts_.swiglu, M, d, I, residual_scale_);
     linear_backward_input(dev_, acts_.dh, acts_.dgate_up, p_.weights(w.gate_up), M, 2 * I, d);
     act* h = acts_.dh;  // in the place of its gradient
     rmsnorm_backward(dev_, acts_.dx, p_.gradients(w.mlp_norm), h, acts_.dh, a.x_mid, a.mlp_rstd,
@@ -196,10 +201,10 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, values = shape_.value_dim();
-    linear_backward_input(dev_, acts_.dy, acts_.dx, p_.weights(w.o_proj), M, d, values);
+    linear_backward_input(dev_, acts_.dy, acts_.dx, p_.weights(w.o_proj), M, d, values, residual_scale_);
     output_norm_backward(dev_, acts_.d_o, acts_.dproj, p_.gradients(w.o_norm), acts_.y, acts_.dy, a.o,
                          a.o_rstd, a.proj, p_.master(w.o_norm), shape_, acts_.scratch);
-    linear_backward_weight(dev_, p_.gradients(w.o_proj), acts_.dx, acts_.y, M, d, values);
+    linear_backward_weight(dev_, p_.gradients(w.o_proj), acts_.dx, acts_.y, M, d, values, residual_scale_);
     if (recompute_ == Recompute::convolution) convolve(l, nullptr);
     {
       Range<Device> r(dev_, "gated delta rule backward");
@@ -240,11 +245,16 @@ class Model {
   // nothing before it.
   int separator() const { return separator_; }
   // Of the batch uploaded last. Launches and touches no host memory; the sum of its tokens' losses is added to
-  // *loss_sum (device memory).
-  void forward_backward(float loss_weight, double* loss_sum) {
+  // *loss_sum (device memory). `complete` is called with the number of a group of the arena when the last launch that
+  // adds to its gradients has been made; it may be empty.
+  void forward_backward(float loss_weight, double* loss_sum, const std::function<void(int group)>& complete = {}) {
     forward(nullptr);
     classify(loss_weight, loss_sum);
-    backward();
+    if (complete && !config_.tied) complete(config_.layers + 1);
+    backward(complete);
+    if (!complete) return;
+    complete(0);
+    complete(int(p_.table.groups.size()) - 1);
   }
 
   // The sum of the tokens' losses, in nats, without gradients.
@@ -321,7 +331,7 @@ class Model {
   const int max_rows_;
   const Recompute recompute_;
   const int separator_;
-  const real logit_scale_, readout_scale_;  // m_out and s of mup.h
+  const real logit_scale_, readout_scale_, residual_scale_;  // m_out, s and r of mup.h
   int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr, *position_ = nullptr;  // of the batch
   Activations<Device> acts_;
 };

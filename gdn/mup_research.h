@@ -23,15 +23,16 @@ namespace gdn {
 
 inline Growth chosen_growth(const Mup& m, TensorClass cls, FanIn fan_in) {
   const auto [r, r_H, r_k, r_v, r_I] = ratios(m);
-  const bool is_vector =
-      cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
-  if (is_vector && m.vectors == VectorRule::hidden) cls = TensorClass::hidden;
-  Growth c = growth(m, cls, fan_in);
+  const bool is_vector = cls == TensorClass::conv || cls == TensorClass::gain ||
+                         cls == TensorClass::output_gain || cls == TensorClass::final_gain;
+  const bool as_hidden = is_vector && m.vectors == VectorRule::hidden;
+  Growth c = growth(m, as_hidden ? TensorClass::hidden : cls, fan_in);
   const bool of_gate = cls == TensorClass::gate || cls == TensorClass::gate_scalar;
-  if (!of_gate || m.gates == GateRule::independent || m.parametrization != Parametrization::mup) return c;
-  if (cls == TensorClass::gate) c.std = std::sqrt(1 / r * (r_H / r));
-  if (m.gates == GateRule::aligned) c.gradient = r_v / r;
-  return c;
+  if (of_gate && m.gates != GateRule::independent && m.parametrization == Parametrization::mup) {
+    if (cls == TensorClass::gate) c.std = std::sqrt(1 / r * (r_H / r));
+    if (m.gates == GateRule::aligned) c.gradient = r_v / r;
+  }
+  return with_depth(m, cls, c);
 }
 
 }  // namespace gdn

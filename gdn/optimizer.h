@@ -23,6 +23,7 @@ struct OptimizerConfig {
   ClipNorm clip_norm = ClipNorm::plain;  // which norm
   DecayMode decay_mode = DecayMode::coupled;
   ClassFactors learning_rate_factors = ones();
+  EpsMode eps_mode = EpsMode::constant;
 };
 
 // Linear warm-up over `warmup` steps to `peak`, then a half cosine that reaches `floor` at step `steps`.
@@ -55,7 +56,7 @@ class Optimizer {
       : config_(config), p_(parameters), dev_(parameters.dev), exchange_(exchange) {
     const char* remedy = Parameters<Device>::kRemedy;
     const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode,
-                                                      config.learning_rate_factors, config.clip_norm);
+                                                      config.learning_rate_factors, config.clip_norm, config.eps_mode);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
     const size_t ranks = size_t(p_.ranks), shard = p_.table.size / ranks;
@@ -99,8 +100,8 @@ class Optimizer {
   // The gradients of this rank's part of a group of the arena become the sum over the ranks.
   void sum_over_ranks(const ArenaRange& group) {
     Range<Device> range(dev_, "exchange gradients");
-    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradients(group.begin), group.size() / size_t(p_.ranks),
-              received_.get());
+    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradient_buffer(0) + group.begin,
+              group.size() / size_t(p_.ranks), received_.get());
   }
   // *loss (device memory) likewise.
   void sum_over_ranks(double* loss) {
@@ -115,7 +116,7 @@ class Optimizer {
     Range<Device> range(dev_, "optimizer");
     const int count = int(spans_.size());
     for (const ShardPart& part : p_.shard)
-      sum_of_squares(dev_, sums_.get(), p_.gradients(), part.range, spans_.get(), count);
+      sum_of_squares(dev_, sums_.get(), p_.gradient_buffer(0), part.range, spans_.get(), count);
     if (exchange_) gather(sums_.get(), kArenaBlock);
     norm_of_sums(dev_, norm_.get(), sums_.get(), groups_.get(), int(groups_.size()));
     if (loss) check_loss(dev_, norm_.get(), loss);
@@ -123,13 +124,17 @@ class Optimizer {
       const size_t begin = part.range.begin;
       if (config_.kind == OptimizerKind::adamw)
         adamw_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at,
-                     moment2_.get() + part.at, p_.gradients(begin), part.range, spans_.get(), count,
+                     moment2_.get() + part.at, p_.gradient_buffer(0) + begin, part.range, spans_.get(), count,
                      norm_.get(), &scalars_.get()->adamw);
       else
-        sgd_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at, p_.gradients(begin),
-                   part.range, spans_.get(), count, norm_.get(), &scalars_.get()->sgd);
+        sgd_update(dev_, p_.master(part), p_.weights(begin), moment1_.get() + part.at,
+                   p_.gradient_buffer(0) + begin, part.range, spans_.get(), count, norm_.get(),
+                   &scalars_.get()->sgd);
     }
-    if (!exchange_) return;
+  }
+  // With several ranks: the new weights of every rank's shard to all.
+  void gather_weights() {
+    Range<Device> range(dev_, "gather weights");
     gather(p_.weights(), 1);
     if (p_.whole()) return;
     const ArenaRange& vectors = p_.table.vectors();
@@ -147,8 +152,10 @@ class Optimizer {
   // Of an array with a number for each `numbers` of the arena, every rank's part of every group to all.
   template <class T>
   void gather(T* array, size_t numbers) {
-    for (const ArenaRange& group : p_.table.groups)
-      exchange_->gather_parts(array + group.begin / numbers, group.size() / size_t(p_.ranks) / numbers);
+    exchange_->together([&] {
+      for (const ArenaRange& group : p_.table.groups)
+        exchange_->gather_parts(array + group.begin / numbers, group.size() / size_t(p_.ranks) / numbers);
+    });
   }
 
   const OptimizerConfig config_;

@@ -31,6 +31,18 @@
 
 namespace gdn {
 
+// Whether there is a file or folder of that name (a link to nothing is none). Throws when that cannot be told.
+inline bool path_exists(const std::string& path) {
+  struct stat status;
+  if (stat(path.c_str(), &status) == 0) return true;
+  if (errno == ENOENT || errno == ENOTDIR) return false;
+  throw std::runtime_error(path + ": cannot be read: " + std::strerror(errno));
+}
+inline bool is_folder(const std::string& path) {
+  struct stat status;
+  return path_exists(path) && stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
+}
+
 // What a file that was written to, or replaced, since it was opened is: another one, or, where it still holds
 // the same bytes, the same.
 enum class Change { by_times, by_content };

@@ -22,7 +22,7 @@ inline std::unique_ptr<Checkpoint> open_resumed(Options& o, FolderLock& lock) {
   if (o.output.empty()) o.output = last_run_folder();
   if (o.output.empty() && !automatic)
     throw std::runtime_error("-resume: there is no run_001 here; name the run's folder with -o");
-  if (o.output.empty() || !std::filesystem::exists(o.output)) {
+  if (o.output.empty() || !path_exists(o.output)) {
     if (automatic) return nullptr;
     throw std::runtime_error("-resume -o " + o.output + ": no such folder, expected a run to go on from");
   }
@@ -50,7 +50,7 @@ inline void require_free(const std::string& folder, bool automatic) {
     if (found.kind != checkpoints::Kind::temporary)
       throw std::runtime_error("-o " + folder + ": already holds " + found.path +
                                "; add -resume to go on from it, or choose another folder");
-  if (std::filesystem::exists(folder + "/log.csv"))
+  if (path_exists(folder + "/log.csv"))
     throw std::runtime_error("-o " + folder +
                              ": already holds log.csv; choose another folder, or move it away");
 }

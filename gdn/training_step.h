@@ -38,8 +38,10 @@ class TrainingStep {
   static constexpr int kAhead = Device::is_gpu ? 1 : 0;
 
   struct Result {
-    double loss = 0;     // nats per token, the mean over the batch
-    double norm = 0;     // of the gradient before clipping; NaN where the loss is not finite
+    double loss = 0;  // nats per token, the mean over the batch
+    double norm = 0;  // of the gradient before clipping; NaN where the loss is not finite
+    double exchange_seconds =
+        0;               // of the device's time, with nothing to do but to exchange gradients and weights
     double seconds = 0;  // since the step before ended where one was still running, else since this one began
   };
 
@@ -62,7 +64,8 @@ class TrainingStep {
         graphs_(graphs),
         slots_{{dev_, batch_numbers()}, {dev_, batch_numbers()}},
         micro_batch_graphs_(size_t(spare_gradient_buffers(sum, my_micro_batches_)) + 1),
-        losses_(dev_, micro_batch_graphs_.size(), "statistics") {
+        losses_(dev_, micro_batch_graphs_.size(), "statistics"),
+        stamps_(dev_, kStamps, "statistics") {
     p_.allocate_gradients(int(micro_batch_graphs_.size()) - 1);
   }
 
@@ -86,22 +89,28 @@ class TrainingStep {
     slot.behind_another = queued_ > done_;
     dev_.record(slot.begin);
     if (sum_ == GradientSum::tree) {
-      sum_micro_batches(slot, 0, my_micro_batches_, 0);
+      sum_micro_batches(slot, 0, my_micro_batches_, 0, true);
     } else {
       zero(0);
-      for (int i = 0; i < my_micro_batches_; i++) add_micro_batch(slot, i, 0);
+      for (int i = 0; i < my_micro_batches_; i++) add_micro_batch(slot, i, 0, i + 1 == my_micro_batches_);
     }
     p_.use_gradients(0);
     optimizer_.upload_scalars(*slot.scalars.get(), step, learning_rate);
-    const bool in_graph = !optimizer_.exchange() || optimizer_.exchange()->in_graph();
+    if (optimizer_.exchange() && !exchanges_beside()) {
+      stamp(before_exchange);
+      for (const ArenaRange& group : p_.table.groups) optimizer_.sum_over_ranks(group);
+      optimizer_.sum_over_ranks(losses_.get());
+      stamp(after_exchange);
+    }
     const auto update = [&] {
-      if (optimizer_.exchange()) {
-        for (const ArenaRange& group : p_.table.groups) optimizer_.sum_over_ranks(group);
-        optimizer_.sum_over_ranks(losses_.get());
-      }
       optimizer_.update(losses_.get());
+      if (!optimizer_.exchange()) return;
+      stamp(before_gather);
+      optimizer_.gather_weights();
+      stamp(after_gather);
     };
-    run(update_graph_, "update", update, in_graph);
+    run(update_graph_, "update", update, !optimizer_.exchange() || exchanges_beside());
+    if (optimizer_.exchange()) dev_.download_later(slot.stamps.get(), stamps_.get(), stamps_.bytes());
     dev_.download_later(slot.loss.get(), losses_.get(), sizeof(double));
     dev_.download_later(slot.norm.get(), optimizer_.device_norm(), sizeof(real));
     dev_.record(ends_[queued_ % 3]);
@@ -117,38 +126,56 @@ class TrainingStep {
     const auto& end = ends_[done_ % 3];
     dev_.wait(end);
     const auto& from = slot.behind_another ? ends_[(done_ + 2) % 3] : slot.begin;
-    const Result result = {*slot.loss.get() / (double(micro_batch_) * length_ * micro_batches_),
-                           double(*slot.norm.get()), dev_.seconds(from, end)};
+    const Result result = {
+        *slot.loss.get() / (double(micro_batch_) * length_ * micro_batches_), double(*slot.norm.get()),
+        optimizer_.exchange() ? exchange_seconds(slot.stamps.get()) : 0, dev_.seconds(from, end)};
     done_++;
     return result;
   }
 
   // Of a micro-batch and of the update, once they have run twice.
-  const typename Device::Graph& micro_batch_graph() const { return micro_batch_graphs_[0]; }
+  const typename Device::Graph& micro_batch_graph() const {
+    return exchanges_beside() ? last_graph_ : micro_batch_graphs_[0];
+  }
   const typename Device::Graph& update_graph() const { return update_graph_; }
 
  private:
+  // Points of a step with several ranks, in nanoseconds of the device's clock.
+  enum Stamp { before_exchange, after_exchange, before_gather, after_gather, kStamps };
+  void stamp(Stamp at) { time_stamp(dev_, stamps_.get() + at); }
+  static double exchange_seconds(const int64_t* stamps) {
+    return 1e-9 * double(stamps[after_exchange] - stamps[before_exchange] + stamps[after_gather] -
+                         stamps[before_gather]);
+  }
+
   // Of one step: what the device reads and writes while the host goes on.
   struct Slot {
-    Slot(Device& dev, size_t numbers) : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1) {}
+    Slot(Device& dev, size_t numbers)
+        : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1), stamps(dev, kStamps) {}
     HostBuffer<Device, int32_t> batch;  // [this rank's micro-batches,4,rows]
     HostBuffer<Device, typename Optimizer<Device>::Scalars> scalars;
     HostBuffer<Device, double> loss;
     HostBuffer<Device, real> norm;
+    HostBuffer<Device, int64_t> stamps;
     typename Device::Event begin;
     bool behind_another = false;
   };
 
-  // Buffer `buffer` = the sum over `count` micro-batches from number `first` on; uses those behind it.
-  void sum_micro_batches(Slot& slot, int first, int count, int buffer) {
+  // Whether gradients are summed over the ranks while the backward of the last micro-batch goes on.
+  bool exchanges_beside() const { return optimizer_.exchange() && optimizer_.exchange()->in_graph(); }
+
+  // Buffer `buffer` = the sum over `count` micro-batches from number `first` on; uses those behind it. last:
+  // these end with the step's last one.
+  void sum_micro_batches(Slot& slot, int first, int count, int buffer, bool last) {
     if (count == 1) {
       zero(buffer);
-      add_micro_batch(slot, first, buffer);
+      add_micro_batch(slot, first, buffer, last);
       return;
     }
     const int left = (count + 1) / 2;
-    sum_micro_batches(slot, first, left, buffer);
-    sum_micro_batches(slot, first + left, count - left, buffer + 1);
+    sum_micro_batches(slot, first, left, buffer, false);
+    sum_micro_batches(slot, first + left, count - left, buffer + 1, last);
+    if (last && exchanges_beside()) return;  // the last micro-batch has done it
     add_gradients(dev_, p_.gradient_buffer(buffer), p_.gradient_buffer(buffer + 1), p_.table.size,
                   losses_.get() + buffer, losses_.get() + buffer + 1);
   }
@@ -160,8 +187,10 @@ class TrainingStep {
     dev_.zero(losses_.get() + buffer, sizeof(double));
   }
 
-  // Adds micro-batch i's gradients and loss to buffer `buffer`.
-  void add_micro_batch(Slot& slot, int i, int buffer) {
+  // Adds micro-batch i's gradients and loss to buffer `buffer`. The last one's go, where they can be
+  // exchanged beside the backward, up the tree and to the other ranks group by group of the arena, as they
+  // are complete.
+  void add_micro_batch(Slot& slot, int i, int buffer, bool last) {
     const int rows = micro_batch_ * length_;
     const float loss_weight = float(1.0 / (double(rows) * micro_batches_));
     {
@@ -169,8 +198,32 @@ class TrainingStep {
       model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
     }
     p_.use_gradients(buffer);
-    run(micro_batch_graphs_[size_t(buffer)], "micro-batch",
-        [&] { model_.forward_backward(loss_weight, losses_.get() + buffer); });
+    if (!last || !exchanges_beside()) {
+      run(micro_batch_graphs_[size_t(buffer)], "micro-batch",
+          [&] { model_.forward_backward(loss_weight, losses_.get() + buffer); });
+      return;
+    }
+    Exchange<Device>& exchange = *optimizer_.exchange();
+    run(last_graph_, "last micro-batch", [&] {
+      model_.forward_backward(loss_weight, losses_.get() + buffer, [&](int g) {
+        const ArenaRange& group = p_.table.groups[size_t(g)];
+        exchange.beside([&] {
+          for (int b = buffer; b > 0; b--)
+            add_pieces(dev_, p_.gradient_buffer(b - 1) + group.begin, p_.gradient_buffer(b) + group.begin, 1,
+                       group.size(), group.size());
+          optimizer_.sum_over_ranks(group);
+        });
+      });
+      exchange.beside([&] {
+        for (int b = buffer; b > 0; b--)
+          add_gradients(dev_, p_.gradient_buffer(b - 1), p_.gradient_buffer(b), 0, losses_.get() + b - 1,
+                        losses_.get() + b);
+        optimizer_.sum_over_ranks(losses_.get());
+      });
+      stamp(before_exchange);
+      exchange.join();
+      stamp(after_exchange);
+    });
   }
 
   size_t batch_numbers() const { return kPackedRows * size_t(my_micro_batches_) * micro_batch_ * length_; }
@@ -197,7 +250,8 @@ class TrainingStep {
   int64_t queued_ = 0, done_ = 0;
   std::vector<typename Device::Graph> micro_batch_graphs_;  // by the gradient buffer that they add to
   Buffer<Device, double> losses_;                           // sums of the tokens' losses, as the gradients
-  typename Device::Graph update_graph_;
+  Buffer<Device, int64_t> stamps_;                          // [kStamps]
+  typename Device::Graph last_graph_, update_graph_;
 };
 
 }  // namespace gdn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import importlib
@@ -171,18 +172,33 @@ class Slot:
 
 
 class Pool:
-    """Processes at once, `per_gpu` on each GPU. Leaving the `with` kills those that still run."""
+    """Runs at once, `per_gpu` on each GPU. Of several ranks each, under mpirun, a run has as many GPUs, or all where there
+    are fewer, which its ranks then share. Leaving the `with` ends those that still run."""
 
-    def __init__(self, gpus: str | None, per_gpu: int):
+    def __init__(self, gpus: str | None, per_gpu: int, ranks: int = 1):
         if per_gpu < 1:
             raise Error(f"--per-gpu {per_gpu}: expected 1 or more")
-        self.slots = [Slot(gpu) for _ in range(per_gpu) for gpu in (gpus.split(",") if gpus else [None])]
+        if ranks < 1 or ranks & (ranks - 1):
+            raise Error(f"--ranks {ranks}: expected a power of two")
+        self.ranks = ranks
+        every = gpus.split(",") if gpus else [None]
+        if gpus and len(every) > ranks:
+            if len(every) % ranks:
+                raise Error(f"--ranks {ranks}: expected a number that divides the {len(every)} GPUs of --gpus {gpus}")
+            every = [",".join(every[first : first + ranks]) for first in range(0, len(every), ranks)]
+        elif gpus and ranks > 1:
+            every = [gpus]
+        self.slots = [Slot(gpu) for _ in range(per_gpu) for gpu in every]
 
     def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
         for slot in self.busy():
+            if self.ranks > 1:  # mpirun takes its ranks along
+                slot.process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    slot.process.wait(10)
             slot.process.kill()
             slot.process.wait()
 
@@ -200,7 +216,12 @@ class Pool:
         if slot.gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = slot.gpu
         if len(self.slots) > 1:  # share the cores
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(self.slots))))
+            share = (os.cpu_count() or 1) // (len(self.slots) * self.ranks)
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+        if self.ranks > 1:
+            command = ["mpirun", "-n", str(self.ranks), "--oversubscribe", "--bind-to", "none", *command]
+            if hasattr(os, "geteuid") and os.geteuid() == 0:
+                environment.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
         with output.open("w") as said:
             slot.process = subprocess.Popen(
                 command,

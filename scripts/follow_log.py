@@ -27,7 +27,8 @@ from common import Error, Parser, import_package, run_main
 from plot_log import labels
 
 OLDER_COLUMNS = ["step", "split", "loss", "lr", "grad_norm", "ms", "tokens_per_s", "sol"]
-COLUMNS = OLDER_COLUMNS + ["floor", "time"]
+WITHOUT_WAIT = OLDER_COLUMNS + ["floor", "time"]
+COLUMNS = WITHOUT_WAIT + ["wait_ms"]
 SUFFIX = ".train_gdn"  # of our event files
 
 
@@ -105,7 +106,7 @@ class Log:
         self.row += 1
         try:
             (fields,) = csv.reader([line.decode()])
-            if self.row == 1 and fields in (COLUMNS, OLDER_COLUMNS):
+            if self.row == 1 and fields in (COLUMNS, WITHOUT_WAIT, OLDER_COLUMNS):
                 self.columns = fields
                 return None
             if self.row == 1:

@@ -8,6 +8,7 @@ Options after -- go to ./train_gdn, and are kept in the column options. Without 
 any time and give the same command again: rows in the CSV stay, a run that was cut off is repeated. A run that
 diverged or failed is a row too (column status). At the base width all parametrizations are the same network with
 the same updates, bit for bit: one of them is trained, and its row is written for each (column same_run_as).
+With --ranks N each run is N ranks under mpirun, on N of the --gpus; the numbers are the same as with one rank.
 The column clipped is the share of steps whose gradient -clip shortened. Such a gradient enters SGD's momentum with norm
 clip, whatever its size was, so where most steps are clipped lr x clip is what decides; the line of such a run says it.
 """
@@ -99,6 +100,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     p.add_argument("--seeds", default="42", help="[42]")
     p.add_argument("--head_dim", help="fixed head size: heads of this many keys [6 heads whose size grows]")
     add_pool_options(p)
+    p.add_argument(
+        "--ranks", type=int, default=1, metavar="N", help="ranks of a run, under mpirun, on as many of the GPUs [1]"
+    )
     p.add_argument(
         "--minutes", type=float, default=math.inf, help="start no run that would not end in this time [no limit]"
     )
@@ -328,7 +332,7 @@ def train_all(
         if row["status"] == "ok" and not row["same_run_as"]:
             eta.add(int(row["width"]), float(row["seconds"]))
     done = total - len(waiting)
-    with Pool(a.gpus, a.per_gpu) as pool:
+    with Pool(a.gpus, a.per_gpu, a.ranks) as pool:
         while waiting or pool.busy():
             for run, code, seconds in pool.finished():
                 row = result(a, run, logs / (run.name() + ".part"), code, seconds)

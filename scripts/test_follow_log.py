@@ -61,6 +61,17 @@ class FollowLog(InFolder):
             self.assertEqual(events(self.folder / "out" / "b"), [*train_scalars(1), (1, "val/loss", 4.5)])
 
     @needs_tensorboard
+    def test_headers_of_now_and_of_before_there_was_wait_ms(self) -> None:
+        for name, columns, more in (("now", ",floor,time,wait_ms", "0.19,1.5,3"), ("before", ",floor,time", "0.19,1.5")):
+            (self.folder / name).mkdir()
+            text = "# train_gdn\n" + HEADER.strip() + columns + "\n" + train_row(1).strip() + "," + more + "\n"
+            (self.folder / name / "log.csv").write_text(text)
+            done = call("follow_log.py", self.folder / name, "--once", "-o", self.folder / "out")
+            self.assertEqual(done.returncode, 0, done.stderr)
+            values = {tag: value for _, tag, value in events(self.folder / "out" / name)}
+            self.assertEqual(set(values), {f"train/{n}" for n in [*NAMES, "floor", *["wait_ms"] * (name == "now")]})
+
+    @needs_tensorboard
     def test_follows_a_run_that_grows_and_is_resumed(self) -> None:
         run = self.folder / "run"
         run.mkdir()

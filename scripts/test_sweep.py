@@ -75,6 +75,31 @@ class Sweep(InFolder):
         self.assertIn("72 runs, 72 to do, 2,359,296,000 tokens", done.stdout)
         self.assertFalse(self.csv.exists())
 
+    def test_runs_of_several_ranks_are_packed_on_the_gpus(self) -> None:
+        fake_mpirun = self.folder / "mpirun"
+        fake_mpirun.write_text(f"""#!/bin/sh
+echo "$*" >>{self.folder}/mpirun.txt
+shift 5
+exec "$@"
+""")
+        fake_mpirun.chmod(0o755)
+        path = {"PATH": f"{self.folder}:{os.environ['PATH']}"}
+        words = ("--widths", "256", "--lrs", "1e-3,2e-3,4e-3,8e-3", "--ranks", "2")
+        self.assertEqual(self.sweep(*words, "--gpus", "0,1,2,3", FAKE_SECONDS="0.3", **path).returncode, 0)
+        self.assertEqual({call.split("GPU=")[1] for call in self.calls()}, {"0,1", "2,3"})
+        lines = (self.folder / "mpirun.txt").read_text().splitlines()
+        self.assertEqual(len(lines), 4)
+        for line in lines:
+            self.assertTrue(line.startswith(f"-n 2 --oversubscribe --bind-to none {self.fake} "), line)
+        self.assertEqual(len(rows_of(self.csv)), 4)
+        for gpus, seen in (("7", "7"), ("4,5", "4,5")):  # fewer are shared, as many are taken
+            self.csv.unlink()
+            (self.folder / "calls.txt").unlink()
+            self.assertEqual(self.sweep(*words, "--gpus", gpus, **path).returncode, 0)
+            self.assertEqual({call.split("GPU=")[1] for call in self.calls()}, {seen})
+        self.assert_one_line_error(self.sweep(*words, "--gpus", "0,1,2", "--retry", **path), "--ranks 2", "3 GPUs")
+        self.assert_one_line_error(self.sweep("--ranks", "3"), "--ranks 3", "power of two")
+
     def test_command_lines(self) -> None:
         words = ("--widths", "256", "--lrs", "4e-3", "--seeds", "7", "--gpus", "3")
         self.assertEqual(self.sweep(*words, extra=("-n", "20", "-b", "32")).returncode, 0)

@@ -52,6 +52,60 @@ void add_gradients(Cuda& dev, float* sum, const float* x, size_t n, double* loss
   launched("add_gradients");
 }
 
+// As above, of pieces that stand `stride` numbers apart in `sum` and behind each other in x. All counts are of
+// 16 bytes. blockIdx.y is the piece.
+static __global__ void __launch_bounds__(kUpdateThreads)
+    add_pieces_kernel(float4* __restrict__ sum, const float4* __restrict__ x, size_t piece, size_t stride) {
+  const size_t i = size_t(blockIdx.x) * kUpdateThreads + threadIdx.x;
+  if (i >= piece) return;
+  float4* const to = sum + blockIdx.y * stride + i;
+  const float4 b = x[blockIdx.y * piece + i];
+  float4 a = *to;
+  a.x += b.x, a.y += b.y, a.z += b.z, a.w += b.w;
+  *to = a;
+}
+
+void add_pieces(Cuda& dev, float* sum, const float* x, int pieces, size_t piece, size_t stride) {
+  Range<Cuda> range(dev, __func__);
+  if (piece % 4 != 0 || stride % 4 != 0)
+    throw std::logic_error("add_pieces: pieces of " + std::to_string(piece) + " numbers every " +
+                           std::to_string(stride) + ", expected multiples of 4");
+  if (pieces == 0 || piece == 0) return;
+  const dim3 blocks(unsigned(divide_up(piece / 4, size_t(kUpdateThreads))), unsigned(pieces));
+  add_pieces_kernel<<<blocks, kUpdateThreads, 0, dev.stream>>>(
+      reinterpret_cast<float4*>(sum), reinterpret_cast<const float4*>(x), piece / 4, stride / 4);
+  launched("add_pieces");
+}
+
+// A launch's time.
+static __global__ void time_stamp_kernel(int64_t* nanoseconds) { *nanoseconds = global_timer(); }
+
+void time_stamp(Cuda& dev, int64_t* nanoseconds) {
+  time_stamp_kernel<<<1, 1, 0, dev.stream>>>(nanoseconds);
+  launched("time_stamp");
+}
+
+// *sum = tree over x [n], n a power of two up to 1024: a number a thread.
+static __global__ void __launch_bounds__(1024) sum_tree_kernel(double* sum, const double* x) {
+  __shared__ double sums[1024];
+  sums[threadIdx.x] = x[threadIdx.x];
+  for (unsigned n = blockDim.x / 2; n > 0; n /= 2) {
+    __syncthreads();
+    const double both = threadIdx.x < n ? sums[2 * threadIdx.x] + sums[2 * threadIdx.x + 1] : 0;
+    __syncthreads();
+    if (threadIdx.x < n) sums[threadIdx.x] = both;
+  }
+  if (threadIdx.x == 0) *sum = sums[0];
+}
+
+void sum_tree(Cuda& dev, double* sum, const double* x, int n) {
+  Range<Cuda> range(dev, __func__);
+  if (n < 1 || n > 1024 || (n & (n - 1)))
+    throw std::logic_error("sum_tree: " + std::to_string(n) + " numbers, expected a power of two up to 1024");
+  sum_tree_kernel<<<1, n, 0, dev.stream>>>(sum, x);
+  launched("sum_tree");
+}
+
 // ---- norm -------------------------------------------------------------------------------------------------
 
 __device__ inline double squared(float4 x) { return x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w; }
@@ -153,7 +207,7 @@ struct AdamwRule {
     const float g = factor * gradient;
     m = beta1 * m + (1 - beta1) * g;
     v = beta2 * v + (1 - beta2) * g * g;
-    p = decay * p - lr * (m / correction1) / (sqrtf(v / correction2) + epsilon);
+    p = decay * p - lr * (m / correction1) / (sqrtf(v / correction2) + epsilon * s.epsilon_scale);
   }
 };
 

@@ -27,6 +27,13 @@ __device__ inline int reload_thread_idx() {
   return x;
 }
 
+// Nanoseconds of the GPU's clock.
+__device__ inline int64_t global_timer() {
+  int64_t t;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
+  return t;
+}
+
 // Makes a pointer opaque to the compiler, so that it stays in a register instead of being recomputed.
 template <class T>
 __device__ inline void keep(T*& pointer) {

@@ -664,6 +664,44 @@ TEST_CASE("cuda: norm of the gradients, rounding of weights" * needs_gpu()) {
   }
 }
 
+TEST_CASE("cuda: partial sums of gradients, of parts and of a number a rank: the CPU's bits" * needs_gpu()) {
+  Cuda dev;
+  gdn::Cpu<float> cpu;
+  Random random;
+  for (size_t n : {size_t(4), size_t(4096), size_t(100004)}) {
+    CAPTURE(n);
+    const Numbers a = random.fp32(n), b = random.fp32(n);
+    std::vector<float> sum(a.begin(), a.end());
+    const std::vector<float> x(b.begin(), b.end());
+    Floats dev_sum(dev, a);
+    const Floats dev_x(dev, b);
+    const Doubles dev_losses(dev, Numbers{0.1, 0.2});
+    gdn::add_gradients(dev, dev_sum, dev_x, n, dev_losses, dev_losses + 1);
+    double loss = 0.1;
+    const double other = 0.2;
+    gdn::add_gradients(cpu, sum.data(), x.data(), n, &loss, &other);
+    CHECK(dev_sum.numbers() == Numbers(sum.begin(), sum.end()));
+    CHECK(dev_losses.numbers()[0] == loss);
+  }
+  const Numbers a = random.fp32(64 * 9), b = random.fp32(64 * 3);
+  std::vector<float> sum(a.begin(), a.end());
+  const std::vector<float> x(b.begin(), b.end());
+  Floats dev_sum(dev, a);
+  const Floats dev_x(dev, b);
+  gdn::add_pieces(dev, dev_sum + 64, dev_x, 3, 64, 3 * 64);
+  gdn::add_pieces(cpu, sum.data() + 64, x.data(), 3, 64, 3 * 64);
+  CHECK(dev_sum.numbers() == Numbers(sum.begin(), sum.end()));
+  for (int n : {1, 2, 8, 1024}) {
+    Numbers numbers;
+    for (int i = 0; i < n; i++) numbers.push_back(random.uniform(-1, 1));
+    const Doubles dev_numbers(dev, numbers), dev_total(dev, Numbers(1));
+    gdn::sum_tree(dev, dev_total, dev_numbers, n);
+    double total = 0;
+    gdn::sum_tree(cpu, &total, numbers.data(), n);
+    CHECK(dev_total.numbers()[0] == total);
+  }
+}
+
 // An arena of tensors of many sizes, large ones among many small ones, with gaps up to multiples of 8.
 struct Arena {
   std::vector<ParameterSpan> spans;

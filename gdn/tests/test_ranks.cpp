@@ -16,6 +16,7 @@
 #include "../communicator.h"
 #include "../cpu_layers.h"
 #include "../random.h"
+#include "needs_gpu.h"
 #include "program.h"
 
 namespace {
@@ -190,16 +191,17 @@ TEST_CASE("ranks: what they do not agree on is one line that names a rank, befor
 // Starts two ranks that train for long and save every 5 steps, does `then` when step 7 is done, and returns
 // what they leave and the seconds that it took from there. $rank is the process of rank 1.
 std::pair<Outcome, double> disturbed(const Folder& folder, const std::string& then,
-                                     const std::string& options = "") {
-  const Outcome o = shell(
-      folder, "$mpirun -n 2 sh -c 'echo $$ >pid.$OMPI_COMM_WORLD_RANK; exec \"$0\" \"$@\"' $train_gdn " +
-                  kModel + "-B 2 -b 1 -v 0 -n 100000 -warmup 1 -save 5 -o out " + options +
-                  " >steps &\n"
-                  "while ! grep -q '^step 7/' steps; do kill -0 $! || exit 99; sleep 0.02; done\n"
-                  "rank=$(cat pid.1)\n" +
-                  then +
-                  "\nbegin=$(date +%s%N)\nwait $!\ncode=$?\n"
-                  "echo seconds $((($(date +%s%N) - begin) / 1000000))\ncat steps\nexit $code\n");
+                                     const std::string& options = "", const std::string& launch = "") {
+  const Outcome o =
+      shell(folder, "$mpirun " + launch +
+                        " -n 2 sh -c 'echo $$ >pid.$OMPI_COMM_WORLD_RANK; exec \"$0\" \"$@\"' $train_gdn " +
+                        kModel + "-B 2 -b 1 -v 0 -n 100000 -warmup 1 -save 5 -o out " + options +
+                        " >steps &\n"
+                        "while ! grep -q '^step 7/' steps; do kill -0 $! || exit 99; sleep 0.02; done\n"
+                        "rank=$(cat pid.1)\n" +
+                        then +
+                        "\nbegin=$(date +%s%N)\nwait $!\ncode=$?\n"
+                        "echo seconds $((($(date +%s%N) - begin) / 1000000))\ncat steps\nexit $code\n");
   const size_t at = o.out.find("seconds ");
   REQUIRE(at != std::string::npos);
   return {o, std::atof(&o.out[at + 8]) / 1000};
@@ -243,6 +245,43 @@ TEST_CASE("ranks: one that hangs ends all, and is named") {
           0);
     if (rank == 1) check_goes_on(folder);
   }
+}
+
+TEST_CASE("ranks: one whose step hangs while its process lives says so, and ends all") {
+  if (!has_mpirun()) return;
+  Folder folder;
+  // reads of the data that never return, from when the file "hang" is there
+  write_file(folder.path / "hang.c", R"(#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+ssize_t pread(int d, void* p, size_t n, off_t at) {
+  static ssize_t (*real)(int, void*, size_t, off_t);
+  if (!real) real = dlsym(RTLD_NEXT, "pread");
+  const char* rank = getenv("OMPI_COMM_WORLD_RANK");
+  while (rank && !strcmp(rank, "1") && !access("hang", F_OK)) sleep(1);
+  return real(d, p, n, at);
+}
+ssize_t pread64(int d, void* p, size_t n, off_t at) { return pread(d, p, n, at); }
+)");
+  if (std::system(("cc -shared -fPIC -o '" + (folder.path / "hang.so").string() + "' '" +
+                   (folder.path / "hang.c").string() + "' -ldl 2>/dev/null")
+                      .c_str()) != 0) {
+    MESSAGE("no C compiler: not run");
+    return;
+  }
+  std::string text;
+  for (int i = 0; i < 4000; i++) text += std::to_string(i * i % 1013) + ' ';
+  write_file(folder.path / "text.txt", text);
+  const auto [o, seconds] =
+      disturbed(folder, "touch hang", "-i text.txt -timeout 3", "-x LD_PRELOAD=./hang.so");
+  CAPTURE(o.err);
+  CHECK(o.code != 0);
+  CHECK(seconds < 30);
+  const auto lines = lines_of_ours(o.err);
+  REQUIRE(lines.size() == 1);
+  CHECK(lines[0].rfind("train_gdn: rank 1 hangs: its step has not ended in", 0) == 0);
 }
 
 TEST_CASE("ranks: a signal at any one of them lets all finish the step, save and leave") {
@@ -301,6 +340,49 @@ TEST_CASE("ranks: a bad token at one of them is said by it, all save and end, or
   CAPTURE(skips.err);
   CHECK(skips.code == 0);
   CHECK(result(folder.path / "one", "step_00000010") == result(folder.path / "two", "step_00000010"));
+}
+
+TEST_CASE(
+    "ranks: on one GPU, staged through the host, 2 and 4 have the bits of 1, and so has NCCL with one rank" *
+    needs_gpu()) {
+  if (!has_mpirun()) return;
+  Folder folder;
+  const std::string model = "-d cuda -w 128 -heads 2 -L 3 -T 128 -s 0 -v 4 -vn 5 ";
+  for (const std::string& options :
+       {std::string("-n 6 -B 8 -b 1 "), std::string("-n 6 -B 12 -b 1 -opt sgd -lr 0.3 ")}) {
+    CAPTURE(options);
+    const Outcome alone = shell(folder, "exec $train_gdn " + model + options + "-o alone");
+    CAPTURE(alone.err);
+    REQUIRE(alone.code == 0);
+    const auto expected = result(folder.path / "alone", "step_00000006");
+    for (const std::string& how :
+         {std::string("-n 1 $train_gdn -comm nccl "), std::string("-n 2 $train_gdn -comm host "),
+          std::string("-n 4 $train_gdn -comm host ")}) {
+      CAPTURE(how);
+      const Outcome o = shell(folder, "exec $mpirun " + how + model + options + "-o several");
+      CAPTURE(o.err);
+      if (o.err.find("built without NCCL") != std::string::npos) continue;
+      REQUIRE(o.code == 0);
+      CHECK(result(folder.path / "several", "step_00000006") == expected);
+      fs::remove_all(folder.path / "several");
+    }
+    fs::remove_all(folder.path / "alone");
+  }
+  // and a run of 4 is gone on with by 1 and by 2
+  const Outcome o = shell(folder,
+                          "set -e\n"
+                          "options='" +
+                              model +
+                              "-B 8 -b 1 -n 6 -warmup 1'\n"
+                              "$train_gdn $options -save 0 -o whole\n"
+                              "$mpirun -n 4 $train_gdn $options -save 2 -keep 0 -o parts\n"
+                              "rm -r parts/step_00000004 parts/step_00000006\n"
+                              "$train_gdn -d cuda -resume -o parts\n"
+                              "rm -r parts/step_00000006\n"
+                              "$mpirun -n 2 $train_gdn -d cuda -resume -o parts\n");
+  CAPTURE(o.err);
+  REQUIRE(o.code == 0);
+  CHECK(result(folder.path / "whole", "step_00000006") == result(folder.path / "parts", "step_00000006"));
 }
 
 #else
