@@ -1,9 +1,8 @@
 # make              train_gdn: with CUDA where nvcc is found, else for the CPU alone
 # make test         builds and runs the tests; those that need a GPU are skipped by name where there is none
 # make sanitize     compute-sanitizer (memcheck, racecheck) over the GPU tests
+# make libgdn.so    the layers as C functions (gdn/library.h), for PyTorch (scripts/gdn_torch.py) and others
 # make bench        benchmarks of the kernels and of the training step (needs a GPU)
-# make train_gdn_readable, make test_gdn_readable
-#                   the same programs with the GPU layers of dev/readable: float throughout, written to be read
 # make debug        build/debug/train_gdn and test_gdn, for a debugger
 # make ci           what a clean machine does (.ci/run): packages, builds without and with nvcc, all tests
 # make format       clang-format over the C++ and CUDA files
@@ -11,9 +10,9 @@
 # make clean
 #
 # Settings: NVCC= (empty: build without CUDA), GPU_ARCH=90a (default: the GPU present, else 80 with PTX for newer
-# ones), OPENBLAS=no (own loops for the CPU's matrix products), MPI=no, NCCL=no (several ranks: found where they are
-# installed), MARCH=native, CXX=g++, EXTRA= (more flags, for both compilers). make uses all cores unless -j says otherwise, compiles what a change touches, and everything
-# again where a setting or a library it found has changed.
+# ones), MPI=no, NCCL=no (several ranks: found where they are installed), MARCH=native, CXX=g++, EXTRA= (more flags, for
+# both compilers). make uses all cores unless -j says otherwise, compiles what a change touches, and everything again where a
+# setting or a library it found has changed.
 
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc)
@@ -21,12 +20,10 @@ endif
 CXX ?= g++
 MARCH ?= native
 ifeq ($(shell command -v $(CXX)),)
-$(error $(CXX) is not installed: apt-get install g++ libopenblas-dev)
+$(error $(CXX) is not installed: apt-get install g++)
 endif
 NVCC ?= $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
 HASH := \#
-OPENBLAS ?= $(shell printf '$(HASH)include <cblas.h>\nint main() { openblas_set_num_threads(1); }\n' | \
-  $(CXX) -x c++ - -o /dev/null -lopenblas 2>/dev/null && echo yes || echo no)
 # several ranks: MPI for the host, NCCL for what lies on GPUs
 MPI_COMPILE := $(shell mpicc --showme:compile 2>/dev/null || mpicc -compile_info 2>/dev/null | cut -d ' ' -f 2-)
 MPI_LINK := $(shell mpicc --showme:link 2>/dev/null || mpicc -link_info 2>/dev/null | cut -d ' ' -f 2-)
@@ -40,10 +37,6 @@ CXXFLAGS := -std=c++17 -O3 -march=$(MARCH) -fno-math-errno -fno-trapping-math -f
 DEPENDENCIES := -MMD -MP
 COMPILE_CXX = $(CXX) $(CXXFLAGS) -I. $(DEFINES) $(DEPENDENCIES) $(EXTRA) -x c++ -c
 LIBS :=
-ifeq ($(OPENBLAS),yes)
-DEFINES += -DGDN_OPENBLAS
-LIBS += -lopenblas
-endif
 ifeq ($(MPI),yes)
 DEFINES += -DGDN_MPI $(patsubst -I%,-isystem %,$(MPI_COMPILE))
 LIBS += $(MPI_LINK)
@@ -62,8 +55,11 @@ endif
 # where nvcc takes CUDA's headers from, for the files that the C++ compiler compiles
 CUDA_INCLUDES := $(patsubst -I%,-isystem %,$(shell $(NVCC) -dryrun -x cu -c /dev/null 2>&1 | sed -n 's/.* INCLUDES="\([^"]*\)".*/\1/p'))
 DEFINES += -DGDN_CUDA $(CUDA_INCLUDES)
+# Machine code with line numbers is three times as large as without, and compressed smaller than either. Drivers that
+# run what nvcc 13 builds can decompress it; those for older ones may not.
+COMPRESS := $(if $(shell $(NVCC) --version | grep -E 'release (1[3-9]|[2-9][0-9])'),--compress-mode=size)
 # 1675: nvcc does not know a pragma that it passes on to the host's compiler
-COMPILE_NVCC = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler -diag-suppress 1675 -lineinfo $(GENCODE) \
+COMPILE_NVCC = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler -diag-suppress 1675 -lineinfo $(COMPRESS) $(GENCODE) \
   $(CXXFLAGS) -I. -I$(dir $(NVCC))../extras/CUPTI/include $(DEFINES) $(DEPENDENCIES) $(EXTRA) -c
 LINK = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler $(GENCODE) $(CXXFLAGS) $(EXTRA)
 LIBS += -lcublasLt
@@ -98,10 +94,14 @@ all: $(PROGRAMS)/train_gdn
 $(PROGRAMS)/train_gdn: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
-$(PROGRAMS)/test_gdn: $(TESTS) $(RANKS) $(LAYERS)
+$(PROGRAMS)/test_gdn: $(TESTS) $(BUILD)/gdn/library.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
-# The compilers' commands as files: newer than the objects where a setting, or a library found, has changed.
+# the layers for other programs: only the functions of gdn/library.h are visible
+$(PROGRAMS)/libgdn.so: $(BUILD)/gdn/library.o
+	$(LINK) -shared $^ -o $@ $(LIBS)
+
+# The compilers' commands as files: newer than the objects where a setting has changed.
 COMMANDS := $(BUILD)/COMPILE_CXX $(BUILD)/COMPILE_NVCC
 $(COMMANDS): $(BUILD)/%: force
 	@mkdir -p $(BUILD)
@@ -133,6 +133,10 @@ $(BUILD)/gdn/version.o: gdn/version.cpp $(BUILD)/COMMIT $(BUILD)/COMPILE_CXX
 	@mkdir -p $(@D)
 	$(COMPILE_CXX) $(VERSION) $< -o $@
 
+$(BUILD)/gdn/library.o: gdn/library.cpp $(BUILD)/COMPILE_CXX
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) -fPIC -fvisibility=hidden $< -o $@
+
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 
 # ---- tests
@@ -160,18 +164,6 @@ ci:
 
 # ---- for developers
 
-# the GPU layers of dev/readable in place of the fast ones; their tests without those of the fast ones' insides
-READABLE := $(BUILD)/dev/readable/layers.o $(BUILD)/gdn/cuda_device.o
-READABLE_TEST := $(BUILD)/dev/readable/test_cuda_delta_rule.o
-$(READABLE_TEST): gdn/tests/test_cuda_delta_rule.cu $(BUILD)/COMPILE_NVCC | doctest
-	@mkdir -p $(@D)
-	$(COMPILE_NVCC) -DGDN_READABLE $< -o $@
-train_gdn_readable: $(BUILD)/train_gdn.o $(BUILD)/gdn/version.o $(RANKS) $(READABLE) | needs_nvcc
-	$(LINK) $^ -o $@ $(LIBS)
-
-test_gdn_readable: $(filter-out %/test_cuda_delta_rule.o,$(TESTS)) $(READABLE_TEST) $(RANKS) $(READABLE) | needs_nvcc
-	$(LINK) $^ -o $@ $(LIBS)
-
 bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 	./dev/bench_layers
 	./dev/bench_delta_rule
@@ -179,6 +171,10 @@ bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
 
 dev/bench_%: $(BUILD)/dev/bench_%.o $(RANKS) $(LAYERS) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
+
+# prints the schedules of the delta rule's kernels; needs neither nvcc nor a GPU
+dev/delta_rule_plans: $(BUILD)/dev/delta_rule_plans.o
+	$(CXX) $(CXXFLAGS) $(EXTRA) $^ -o $@
 
 # reads numbers from a file, for dev/torch/accuracy.py; without nvcc for the CPU alone
 dev/delta_rule_file: $(BUILD)/dev/delta_rule_file.o $(LAYERS)
@@ -196,9 +192,9 @@ format:
 
 gpu-check:
 	@echo "nvcc: $(or $(NVCC),not found: builds for the CPU alone)"
-	@echo "OpenBLAS: $(OPENBLAS), doctest: $(DOCTEST), MPI: $(MPI), NCCL: $(NCCL)"
+	@echo "doctest: $(DOCTEST), MPI: $(MPI), NCCL: $(NCCL)"
 	@nvidia-smi --query-gpu=name,memory.total,driver_version,compute_cap --format=csv,noheader 2>/dev/null || echo "GPU: none"
 
 clean:
 	rm -rf build
-	rm -f train_gdn test_gdn train_gdn_readable test_gdn_readable dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file
+	rm -f train_gdn test_gdn libgdn.so dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file dev/delta_rule_plans

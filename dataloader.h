@@ -9,7 +9,7 @@
 // ranks; rank r of R reads rows [r B / R, (r + 1) B / R).
 //
 // Errors are std::runtime_error with one line: the file, the value seen, what was expected. A file that
-// shrinks, is written to, replaced or deleted fails the next read of it.
+// shrinks, changes or is deleted fails the next read of it (gdn/regular_file.h says what a change is).
 #pragma once
 
 #include <glob.h>

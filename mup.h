@@ -1,7 +1,8 @@
 // The maximal update parametrization (mup) of a Gated Delta Network: how initial values, learning rates and
-// two multipliers change with the model's size, so that a learning rate tuned on a small model is right for a
-// large one. To be read from top to bottom: sections 1 to 5 derive, section 6 is the table and the functions.
-// What was measured is in dev/doc/transfer.md ("Measured:" names its section).
+// three multipliers change with the model's size, so that a learning rate tuned on a small model is right for a
+// large one. To be read from top to bottom: sections 1 to 5 derive, section 6 is the table and the functions,
+// section 7 adds depth.
+// "Measured:" names a section of dev/doc/transfer.md.
 //
 //   [TP5]  Yang et al., Tensor Programs V, arXiv 2203.03466: the method, and ordinary weights
 //   [GDN]  Liu, Gu, Unlocking Feature Learning in Gated Delta Networks at Scale, arXiv 2606.04048: the gates
@@ -26,7 +27,7 @@ namespace gdn {
 enum class Parametrization { sp, mup0, mup };
 enum class OptimizerKind { adamw, sgd };
 
-// What kind of tensor a parameter is. V, L, T, the batch and the number of conv taps (4) never grow.
+// What kind of tensor a parameter is. V, T, the batch and the number of conv taps (4) never grow; L in section 7.
 enum class TensorClass {
   embedding,    // W_emb [V,d]; where it is tied it is the unembedding too
   unembedding,  // an untied head [V,d]
@@ -36,19 +37,24 @@ enum class TensorClass {
   conv,         // taps of the short convolutions, 4 to a channel
   gain,         // weights of the RMSNorms over d
   output_gain,  // w_o [dv], weight of the RMSNorm of a head's output, shared by all heads
+  final_gain,   // the gain of the last RMSNorm, behind all blocks
 };
-constexpr int kTensorClassCount = 8;
+constexpr int kTensorClassCount = 9;
 
 // What a hidden weight sums over: the width d; the value channels of all heads, H dv (W_o); the MLP's inner
 // size I (W_down).
 enum class FanIn { width, values, inner };
 
-// Decay per step: its rate times the tensor's lr, or the same at every width.
-enum class DecayMode { coupled, independent };
+// Decay per step ~ lr: as the tensor's own lr, as that to the power 1/2, or the same at every size.
+enum class DecayMode { coupled, sqrt, independent };
+// AdamW's eps: one number, or one that scales as the tensor's gradient.
+enum class EpsMode { constant, scaled };
+// Exponent alpha of the branches' multiplier (L0/L)^alpha; off: depth changes nothing (section 7).
+enum class DepthRule { one, half, off };
 // The norm that is clipped: of all gradients alike, or clip_weight's.
 enum class ClipNorm { plain, scaled };
 
-// Research options (section 8).
+// Research options; the first of each is the rule derived here (section 9).
 enum class VectorRule { vector, hidden };
 enum class GateRule { independent, output, aligned };
 enum class ReadoutRule { param, sp, mup };
@@ -78,6 +84,8 @@ struct Mup {
   VectorRule vectors = VectorRule::vector;
   GateRule gates = GateRule::independent;
   ReadoutRule readout = ReadoutRule::param;
+  double layers = 1, base_layers = 1;  // L, L0
+  DepthRule depth = DepthRule::one;
 };
 
 inline ModelShape base_with_fixed_heads(const ModelShape& m, double base_width, double base_inner) {
@@ -118,8 +126,7 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 //   signs independent: Theta(n^1/2 e)        signs aligned: Theta(n e)
 //
 // Random weights meet activations independently. An update is made from the activations it will meet again:
-// those two are aligned. That the sizes come out as wanted is checked by scripts/coord_check.py
-// (gdn/coord_check.h). Measured: dev/doc/transfer.md, 10.
+// those two are aligned. scripts/coord_check.py checks that sizes come out as wanted. Measured: 10.
 
 // ---- 3. Forward: initial sizes and the two multipliers ----------------------------------------------------
 //
@@ -144,7 +151,7 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 // For rows that h does not align with, logits start at Theta(d^-1/2), which (iii) allows. What m_out is at
 // the base no estimate says: -logit_factor is to be tuned there like the learning rate and, being the same at
 // every width, transfers ([TP5], table 2: alpha_output). It multiplies all gradients, too: where it is
-// larger, SGD's best learning rate is smaller. Measured: dev/doc/transfer.md, 8.
+// larger, SGD's best learning rate is smaller. Measured: 8.
 //
 // Gains (1), conv taps (U(-1/2, 1/2), from 4 taps at any width), A_log and dt_bias (one time scale per head)
 // have no fan-in that grows; their initial values are constants.
@@ -160,16 +167,15 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 //   s ~ dk^1/2
 //
 // where sp, mup0 and the released code of [GDN] have dk^-1/2. How much this matters:
-//   * o enters nothing but o / sqrt(mean(o^2) + eps), which with eps = 0 does not see s at all: neither the
-//     network's output nor a parameter's gradient depends on it. s acts through eps alone: with dk^-1/2, o^2
-//     falls as dk^-2 until eps = 1e-6 rules the norm. Measured: dev/doc/transfer.md, 11.
-//   * The estimate holds for an empty memory: while a head's time constant 1/(1 - alpha) is far below dk. A
-//     full memory answers: after many more than dk writes the delta rule's S^T q is Theta(1), for random unit
-//     keys |S^T q|^2 = beta / (2 - beta) of |v|^2, and S has entries Theta(1). Heads with long time
-//     constants, more of them as training goes on, lie between the two. Such breaks of the estimates by a
-//     recurrence are the subject of [SSM].
-//   * q and k are not quite independent either: silu has a positive mean, so q . k has one too, and training
-//     may align them further: S^T q is Theta(1) then as well.
+//   * o enters nothing but o / sqrt(mean(o^2) + eps), which with eps = 0 does not see s, nor does any
+//     gradient. s acts through eps alone: with dk^-1/2, o^2 falls as dk^-2 until eps = 1e-6 rules the norm.
+//     Measured: 11.
+//   * The estimate holds while a head's time constant 1/(1 - alpha) is far below dk. A full memory answers:
+//     after many more than dk writes S^T q is Theta(1), for random unit keys |S^T q|^2 = beta / (2 - beta) of
+//     |v|^2, and S has entries Theta(1). Heads with long time constants, more of them as training goes on,
+//     lie between. That recurrences break such estimates is the subject of [SSM].
+//   * q and k are not quite independent: silu has a positive mean, so q . k has one, and training may align
+//     them further: S^T q is Theta(1) then as well.
 // In the last two cases s S^T q grows as dk^1/2, which the norm undoes, while eps spoils a falling o: of
 // these estimates the one to scale for is the smallest.
 
@@ -209,7 +215,7 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 // fidelity to [GDN]. Once features are learnt v is correlated with du, and with aligned signs da, db =
 // Theta(dv/d), Theta(1) for fixed heads. To that lean theory ([TP5]'s output weights, of which W_a and W_b
 // with fixed heads are an example; the spectral condition, arXiv 2310.17813) and the gradients of trained
-// gates; losses cannot tell. -gates aligned (section 8) is that rule. Measured: dev/doc/transfer.md, 5.
+// gates; losses cannot tell. -gates aligned (section 9) is that rule. Measured: 5.
 //
 // mup0 takes W_a and W_b for hidden weights, da, db = Theta(1/d), and A_log and dt_bias for a vector of H
 // coordinates, whose gradient in [TP5] is Theta(1/H). For fixed heads these are two different estimates of
@@ -224,28 +230,26 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 //   AdamW   e = lr, whatever the gradient's size       lr ~ 1 / (m n)
 //   SGD     e = lr g, g the size of the gradient       lr ~ 1 / (m n g)
 //
-// (Momentum multiplies e by a constant. AdamW's e = lr needs gradients well above its eps, a constant:
-// measured, dev/doc/transfer.md, 7.)
+// (Momentum multiplies e by a constant. AdamW's e = lr needs gradients well above its constant eps.
+// Measured: 7.)
 //
-// Clipping multiplies the gradient by min(1, clip / norm). The plain norm is that of all gradients alike: d^2
-// hidden entries Theta(1/d) and H d gate entries Theta(dv^1/2 / d) have norm Theta(1), the V d entries of the
-// embedding, Theta(1/d), and all other tensors have d^-1/2: one threshold means the same once d is so large
-// that the embedding's part has vanished, which at V = 50304 it has not. The scaled norm is made of what a
-// small step of SGD gains,
+// Clipping multiplies the gradient by min(1, clip / norm). In the plain norm, of all gradients alike, d^2
+// hidden entries Theta(1/d) and H d gate entries Theta(dv^1/2 / d) have Theta(1), all else d^-1/2: a
+// threshold means the same once d is so large that the embedding's V d entries Theta(1/d) no longer count,
+// which at V = 50304 they do. The scaled norm's square is what a small step of SGD gains,
 //
 //   -dL / lr = sum over tensors of learning_rate_scale |g|^2
 //
-// which is Theta(1), the same at every width, and at the base the plain norm's square. Theta(1) is the sum,
-// thanks to hidden weights, embedding, taps and gains over d. It is not each term: for fixed heads gates have
-// d^-1/2 (H d dv/d^2) d and so have their scalars, d^1/2 H dv/d^2 = d^-1/2; for fixed head size the output
-// gain has d^1/2 dv H/d^2 = d^-1/2. With independent signs their share of the fall vanishes with width; with
-// aligned ones the gates' terms would be Theta(1). Measured: dev/doc/transfer.md, 9.
+// Theta(1) at every width, and at the base the plain norm's square. Theta(1) is the sum, thanks to hidden
+// weights, embedding, taps and gains over d, not each term. For fixed heads the gates have d^-1/2 H d dv/d^2
+// and their scalars d^1/2 H dv/d^2, for fixed head size the output gain d^1/2 dv H/d^2: all three d^-1/2.
+// (With gradients and rates of aligned signs the gates' terms would be Theta(1).) Measured: 9.
 //
 // Decay pulls a tensor towards 0, which is a meaningful value for matrices that are summed over, but not for
 // gains (1), taps and time scales; rare tokens' embeddings would fade between their occurrences. A step
 // shrinks weights by lr decay with the tensor's own lr (coupled, as in [GDN]), so hidden weights forget over
 // 1 / (lr decay) ~ d steps; or by the same at every width (independent). The estimates above do not choose.
-// Measured: dev/doc/transfer.md, 6.
+// Measured: 6.
 
 // ---- 6. The table, and what follows from it ---------------------------------------------------------------
 //
@@ -259,11 +263,10 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 //   gate                -1/2    0    +1    -1/2     -1         -1     -1/2      0         0
 //   gate scalar          -      0     0    -1/2      0          0     +1/2      0        +1
 //   conv                 0      0     0    -1       -1          0     +1       +1        +1
-//   gain                 -      0     0    -1       -1          0     +1       +1        +1
+//   gain, final gain     -      0     0    -1       -1          0     +1       +1        +1
 //   output gain          -      0     0    -1       -1          0     +1       +1        +1/2
 //
-// Measured: dev/doc/transfer.md, 1 (AdamW, to d = 2048), 2 and 3 (SGD, to d = 1024), 4 (conv and gain), 12
-// (weak places).
+// Measured: 1 (AdamW, to d = 2048), 2 and 3 (SGD, to d = 1024), 4 (conv and gain), 12 (weak places).
 
 // How a tensor grows, as multiples of the base's.
 struct Growth {
@@ -271,9 +274,11 @@ struct Growth {
   double multiplier;  // of its output
   double fan_in;      // entries of the tensor that one coordinate of its output sums over
   double gradient;    // one entry of its gradient
+  double change = 1;  // wanted of its output by one update: 1 but for depth
 };
 
 inline Growth growth(const Mup& m, TensorClass cls, FanIn fan_in) {
+  if (m.parametrization == Parametrization::sp) return {1, 1, 1, 1};
   const auto [r, r_H, r_k, r_v, r_I] = ratios(m);
   const double n = ratio(m, fan_in);
   const bool mup0 = m.parametrization == Parametrization::mup0;
@@ -287,16 +292,16 @@ inline Growth growth(const Mup& m, TensorClass cls, FanIn fan_in) {
     case TensorClass::gate_scalar: if (mup0) return {1, 1, 1, 1 / r_H};
                                    return {1, 1, 1, std::sqrt(r_v) / r};
     case TensorClass::conv:
-    case TensorClass::gain:        return {1, 1, 1, 1 / r};
+    case TensorClass::gain:
+    case TensorClass::final_gain:  return {1, 1, 1, 1 / r};
     case TensorClass::output_gain: return {1, 1, 1, std::sqrt(r_H) / r};
   }
   // clang-format on
   throw std::logic_error("growth: unknown tensor class");
 }
 
-// growth() unless a research option asks for another rule (section 8); all 1 under sp.
+// growth(), or what a research option has in its place (section 9), and what depth does to it (section 7).
 inline Growth chosen_growth(const Mup& m, TensorClass cls, FanIn fan_in);
-inline bool readout_grows(const Mup& m);  // mup's s rather than dk^-1/2
 
 constexpr double kBaseStd = 0.02;  // GPT-2's, of every Linear and of the embedding, at the base
 
@@ -316,9 +321,11 @@ inline double logit_scale(const Mup& m) {
   return m.parametrization == Parametrization::sp ? m.logit_factor : m.logit_factor / ratios(m).r;
 }
 
-// s: dk^-1/2, or what that is at the base times r_k^1/2
+// s: dk^-1/2; under mup what that is at the base, times r_k^1/2
 inline double readout_scale(const Mup& m) {
-  if (!readout_grows(m)) return 1 / std::sqrt(m.shape.head_dim_k);
+  const bool as_mup = m.readout == ReadoutRule::param ? m.parametrization == Parametrization::mup
+                                                      : m.readout == ReadoutRule::mup;
+  if (!as_mup) return 1 / std::sqrt(m.shape.head_dim_k);
   return 1 / std::sqrt(m.base.head_dim_k) * std::sqrt(ratios(m).r_k);
 }
 
@@ -327,7 +334,14 @@ inline double learning_rate_scale(const Mup& m, OptimizerKind optimizer, TensorC
                                   FanIn fan_in = FanIn::width) {
   const Growth c = chosen_growth(m, cls, fan_in);
   const double change_per_entry = c.multiplier * c.fan_in;
-  return optimizer == OptimizerKind::adamw ? 1 / change_per_entry : 1 / (change_per_entry * c.gradient);
+  const double entries = optimizer == OptimizerKind::adamw ? change_per_entry : change_per_entry * c.gradient;
+  return c.change / entries;
+}
+
+// AdamW's eps as a multiple of that of the base. Scaled, it is the same share of a gradient at every size, and
+// a loss times x with eps times x gives the same update.
+inline double epsilon_scale(const Mup& m, TensorClass cls, EpsMode mode, FanIn fan_in = FanIn::width) {
+  return mode == EpsMode::constant ? 1 : chosen_growth(m, cls, fan_in).gradient;
 }
 
 // The weight of a tensor's squared gradient in the norm that is clipped.
@@ -343,10 +357,69 @@ inline bool has_weight_decay(TensorClass cls) {
 inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorClass cls, DecayMode mode,
                                  FanIn fan_in = FanIn::width) {
   if (!has_weight_decay(cls)) return 0;
-  return mode == DecayMode::coupled ? 1 : 1 / learning_rate_scale(m, optimizer, cls, fan_in);
+  if (mode == DecayMode::coupled) return 1;
+  const double scale = learning_rate_scale(m, optimizer, cls, fan_in);
+  return mode == DecayMode::sqrt ? 1 / std::sqrt(scale) : 1 / scale;
 }
 
-// ---- 7. Where the released code of [GDN] differs ----------------------------------------------------------
+// ---- 7. Depth ---------------------------------------------------------------------------------------------
+//
+// More layers, of width unchanged: rho = L/L0. Each layer adds two branches to the residual stream, a mixer and
+// an MLP, here with one multiplier for all (Yang et al., Tensor Programs VI, arXiv 2310.02244; Dey et al.,
+// CompleteP, arXiv 2505.01618, for transformers; that a gated delta rule asks for nothing else is ours):
+//
+//   x_l+1 = x_l + rho^-alpha branch(rmsnorm(x_l))
+//
+// Forward.  A branch reads a normalized stream and is Theta(1) at its start, whatever L: nothing inside it,
+//   the recurrence included, depends on L. Branches of random weights add up with independent signs: the sum is
+//   Theta(rho^(1/2 - alpha)), which stays bounded for alpha >= 1/2.
+// Update.  What one update makes of all branches points in one direction, that of the gradient of x, and adds up
+//   aligned: L changes e of the branches' outputs move x by L rho^-alpha e. Wanted is Theta(1), so
+//
+//     e ~ rho^(alpha - 1)          in place of condition (ii), for every tensor inside a block
+//
+//   At alpha = 1 each block still changes its output by Theta(1), that is to first order and beyond: it learns
+//   features. At alpha = 1/2 it changes by rho^-1/2, ever more linearly. Hence alpha = 1 (-depth_alpha).
+// Backward.  dx is what it was, since the stream is an identity plus changes that are Theta(1) in sum. A branch
+//   receives rho^-alpha dx, so that every gradient inside a block is rho^-alpha of what it was.
+// Both take the stream for Theta(1), made of the embedding. Where the branches are larger than it at the start, as
+//   here with 0.02, the stream itself falls as rho^(1/2 - alpha), and what the norms divide by it grows: the share
+//   of x that an update moves, and dx, which SGD's updates follow. Measured: 13.
+//
+// So by section 5, for all tensors inside blocks, and with exponents of width as they are,
+//
+//                    init     gradient       AdamW            SGD                AdamW's eps
+//   in a block       1        rho^-alpha     rho^(alpha-1)    rho^(2 alpha-1)    rho^-alpha
+//   outside          1        1              1                1                  1
+//
+// Outside are embedding, unembedding and the last norm's gain. With alpha = 1 AdamW needs the multiplier alone.
+// The scaled norm of section 5 stays: L blocks, each rho^(2 alpha-1) rho^(-2 alpha). The multiplier is exact in
+// no parameter: it goes into the products of W_o and W_down (gdn/model.h). At L = L0, and by -depth_alpha off,
+// nothing changes, bit for bit. Measured, on small models: 13.
+
+inline bool is_in_block(TensorClass cls) {
+  return cls != TensorClass::embedding && cls != TensorClass::unembedding && cls != TensorClass::final_gain;
+}
+
+// rho^x; 1 under sp and where depth is off
+inline double depth_power(const Mup& m, double x) {
+  if (m.parametrization == Parametrization::sp || m.depth == DepthRule::off) return 1;
+  return std::pow(m.layers / m.base_layers, x);
+}
+
+inline double depth_alpha(const Mup& m) { return m.depth == DepthRule::half ? 0.5 : 1; }
+
+// rho^-alpha, what the two branches of a layer are multiplied by
+inline double residual_scale(const Mup& m) { return depth_power(m, -depth_alpha(m)); }
+
+inline Growth with_depth(const Mup& m, TensorClass cls, Growth c) {
+  if (!is_in_block(cls)) return c;
+  c.gradient *= residual_scale(m);
+  c.change = depth_power(m, depth_alpha(m) - 1);
+  return c;
+}
+
+// ---- 8. Where the released code of [GDN] differs ----------------------------------------------------------
 //
 // The same: gates (AdamW -1, SGD -1/2), gate scalars (0, +1/2), embedding (0, +1), hidden (-1, 0), logits
 // d0/d, AdamW's constant eps 1e-8 and coupled decay 0.1. Other than here, in its code:
@@ -356,8 +429,7 @@ inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorCl
 //   * Hidden weights start at 0.5 d^-1/2 with AdamW, 0.031 at d = 256, where its sp has 0.02: its sp and muP
 //     are not one network at the base. With SGD 0.32 d^-1/2, which is 0.02 there.
 //   * Conv taps start from a normal with the hidden weights' std, 0.02 to 0.03 at the base, where
-//     U(-1/2, 1/2)
-//     has 0.29: its silu is nearly linear there, and q . k has no positive mean.
+//     U(-1/2, 1/2) has 0.29: its silu is nearly linear there, and q . k has no positive mean.
 //   * Gains and taps are scaled like hidden weights (AdamW -1, SGD 0): -gains hidden. Taps decay; here not.
 //   * Under sp with AdamW embedding and output gain decay, under muP they do not; here never. So its sp and
 //     muP differ in decay as well.
@@ -366,47 +438,11 @@ inline double weight_decay_scale(const Mup& m, OptimizerKind optimizer, TensorCl
 // Later work of the same authors (Fan, Liu, Gu, arXiv 2510.15262) has decay ~ d^1/2 for AdamW's hidden
 // weights; neither its code nor this one uses it.
 
-// ---- 8. Research options ----------------------------------------------------------------------------------
+// ---- 9. Research options ----------------------------------------------------------------------------------
 //
-// Rules that were measured against the table above, or are needed to measure it. None is a default.
-//
-// -gates output, aligned (under mup)  What no learning rate of a gate mends: da and db reach the residual
-//   stream as W_a^T da and W_b^T db, Theta(1/d) for fixed heads, as large as all else there. So every update
-//   before the gate has a part along the rows of W_a and W_b, which these meet aligned: d terms
-//   Theta(d^-1/2), and a and b move by Theta(d^1/2) times that part's share. Output weights of [TP5], which
-//   matrices of H rows are where H does not grow, start smaller,
-//     std ~ fan-in^-1/2 (H/d)^1/2        d^-1 for fixed heads
-//   so that a and b start at d^-1/2 (dt_bias and beta = sigmoid(0) give the gates their first values) and
-//   become Theta(1) by their own update, while W_a^T da is Theta(d^-3/2). `output` is that; `aligned` has the
-//   gradients of aligned signs, Theta(dv/d), too: SGD -1 for gates and 0 for their scalars with fixed heads.
-//   Measured: dev/doc/transfer.md, 5.
-// -gains hidden (under mup and mup0)  gains and taps like hidden weights, as the released code has them.
-//   Measured: dev/doc/transfer.md, 4.
-// -readout mup, sp (under any)  the s of mup, or of sp. With it mup and mup0 differ in the gates alone.
-//   Measured: dev/doc/transfer.md, 11.
-
-inline Growth alternative_growth(const Mup& m, TensorClass cls, FanIn fan_in) {
-  const auto [r, r_H, r_k, r_v, r_I] = ratios(m);
-  const bool is_vector =
-      cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
-  if (is_vector && m.vectors == VectorRule::hidden) cls = TensorClass::hidden;
-  Growth c = growth(m, cls, fan_in);
-  const bool of_gate = cls == TensorClass::gate || cls == TensorClass::gate_scalar;
-  if (!of_gate || m.gates == GateRule::independent || m.parametrization != Parametrization::mup) return c;
-  if (cls == TensorClass::gate) c.std = std::sqrt(1 / r * (r_H / r));
-  if (m.gates == GateRule::aligned) c.gradient = r_v / r;
-  return c;
-}
-
-inline Growth chosen_growth(const Mup& m, TensorClass cls, FanIn fan_in) {
-  if (m.parametrization == Parametrization::sp) return {1, 1, 1, 1};
-  const bool table = m.vectors == VectorRule::vector && m.gates == GateRule::independent;
-  return table ? growth(m, cls, fan_in) : alternative_growth(m, cls, fan_in);
-}
-
-inline bool readout_grows(const Mup& m) {
-  if (m.readout != ReadoutRule::param) return m.readout == ReadoutRule::mup;
-  return m.parametrization == Parametrization::mup;
-}
+// Rules that were measured against the table, none a default: -gates output, aligned; -gains hidden; -readout
+// sp, mup. What they are and why, and chosen_growth(): gdn/mup_research.h.
 
 }  // namespace gdn
+
+#include "gdn/mup_research.h"

@@ -16,6 +16,7 @@
 #include "gdn/cuda_device.cuh"
 #endif
 
+#include "gdn/cpu_threads.h"
 #include "gdn/tests/needs_gpu.h"
 
 namespace {
@@ -61,6 +62,7 @@ std::string no_gpu() {
 REGISTER_LISTENER("tally", 1, Tally);
 
 int main(int argc, char** argv) {
+  gdn::sleep_while_waiting(argv);
   doctest::Context context(argc, argv);
   const std::string reason = no_gpu();
   if (!reason.empty()) {

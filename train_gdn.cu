@@ -1,18 +1,29 @@
 // train_gdn: trains a Gated Delta Network language model under muP, on NVIDIA GPUs or on CPUs: one process, or one a
 // GPU under mpirun or srun (gdn/communicator.h).
 //
-// This file holds the training loop: steps, checkpoints, validation, samples. The model is in gdn/model.h,
-// its layers in gdn/cpu_layers.h and gdn_kernels.cuh, the scaling constants in mup.h, data in dataloader.h,
-// the command line in gdn/options.h; what -gen, -eval and -coord_check do in the headers of those names.
+// This file holds the training loop. How one step flows, from the bottom of this file to the top:
+//
+//   run()               reads the options and chooses the device
+//   run_on()            opens the data and a checkpoint to go on from, makes the model's configuration
+//   Run                 makes data loader, parameters, optimizer and model; then, in train(), again and again
+//     read_batch()        the next batch [B,T] of tokens, while the step before it is computed
+//     queue_step()        TrainingStep::queue (gdn/training_step.h): for each micro-batch Model::forward_backward
+//                         (gdn/model.h), then Optimizer::update (gdn/optimizer.h)
+//     finish_step()       waits for a step's loss and gradient norm; writes the log
+//     save(), validate(), sample()   when they are due
+//
+// The model's layers are in gdn/cpu_layers.h and gdn_kernels.cuh, the scaling constants in mup.h, data in
+// dataloader.h, the command line in gdn/options.h; what -gen, -eval and -coord_check do in the headers of those
+// names.
 #include <omp.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
-#include <ctime>
+#include <cstring>
 #include <deque>
 #include <exception>
-#include <filesystem>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -37,6 +48,7 @@
 #include "gdn/options.h"
 #include "gdn/provenance.h"
 #include "gdn/report.h"
+#include "gdn/resume.h"
 #include "gdn/run_folder.h"
 #include "gdn/settings.h"
 #include "gdn/signals.h"
@@ -272,7 +284,7 @@ class Run {
   }
 
   [[noreturn]] void fail_batch() {
-    if (step_ > saved_step_) save();  // keep what was learned
+    if (step_ > 0 && step_ > saved_step_) save();  // keep what was learned
     std::rethrow_exception(batch_error_);
   }
 
@@ -494,46 +506,6 @@ class Run {
   std::string newest_checkpoint_, good_checkpoint_;  // good: its weights have given a finite loss
 };
 
-// Where -resume goes on, its checkpoint open; nothing where -resume auto has nothing to go on from. Never
-// starts anew by itself: throws one line where there is nothing whole.
-std::unique_ptr<Checkpoint> open_resumed(Options& o, FolderLock& lock) {
-  const bool automatic = o.resume == Resume::automatic;
-  if (o.output.empty()) o.output = last_run_folder();
-  if (o.output.empty() && !automatic)
-    throw std::runtime_error("-resume: there is no run_001 here; name the run's folder with -o");
-  if (o.output.empty() || !std::filesystem::exists(o.output)) {
-    if (automatic) return nullptr;
-    throw std::runtime_error("-resume -o " + o.output + ": no such folder, expected a run to go on from");
-  }
-  lock = FolderLock(o.output);
-  std::string wrong;
-  const std::string newest = find_newest_checkpoint(o.output, [&](const std::string& line) {
-    if (!wrong.empty()) warn(wrong);
-    wrong = line;
-  });
-  if (!newest.empty() || automatic) {
-    if (!wrong.empty()) warn(wrong);
-    if (newest.empty()) return nullptr;
-    std::printf("resuming %s\n", newest.c_str());
-    return std::make_unique<Checkpoint>(open_checkpoint(newest));
-  }
-  throw std::runtime_error("-resume -o " + o.output + ": no whole checkpoint there" +
-                           (wrong.empty() ? "" : " (" + wrong + ")") +
-                           ", expected one to go on from; -resume auto starts where there is none");
-}
-
-// Throws one line where a new run would write over what is there.
-void require_free(const std::string& folder, bool automatic) {
-  if (automatic) return;
-  for (const checkpoints::Folder& found : checkpoints::list_folders(folder))
-    if (found.kind != checkpoints::Kind::temporary)
-      throw std::runtime_error("-o " + folder + ": already holds " + found.path +
-                               "; add -resume to go on from it, or choose another folder");
-  if (std::filesystem::exists(folder + "/log.csv"))
-    throw std::runtime_error("-o " + folder +
-                             ": already holds log.csv; choose another folder, or move it away");
-}
-
 // What must be the same on all ranks, as names and values.
 std::vector<std::pair<std::string, std::string>> agreement(const OptionTable& table, const Options& o,
                                                            const TokenSource& source, bool gpu,
@@ -658,6 +630,7 @@ int run(int argc, char** argv, Communicator& ranks) {
 }  // namespace gdn
 
 int main(int argc, char** argv) {
+  gdn::open_closed_streams();
   gdn::Communicator ranks;
   try {
     const int code = gdn::run(argc, argv, ranks);

@@ -128,9 +128,16 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
               shape.tokens, shape.heads_k, shape.heads_v, shape.head_dim_k, shape.head_dim_v,
               saved.bytes() >> 20, scratch.bytes() >> 20);
   const auto kept = delta_rule::saved_at(saved.get(), shape);
+  const auto adjoints = delta_rule::adjoints_at(scratch.get(), shape);
   const auto prepared = delta_rule::prepared_at(saved.get(), nullptr, shape);
   const delta_rule::Splits splits = delta_rule::splits_at(device, scratch.get(), shape);
-  const delta_rule::Splits whole = {1, shape.chunks(), nullptr, nullptr};
+  const delta_rule::DeltaRulePlan plan = delta_rule::make_plan(device, shape, s, prepared, splits);
+  const delta_rule::DeltaRulePlan whole =
+      delta_rule::make_plan(device, shape, s, prepared, {1, shape.chunks(), nullptr, nullptr});
+  const auto in = delta_rule::unpacked<const act>(qkv.get(), shape);
+  const auto d_in = delta_rule::unpacked(dqkv.get(), shape);
+  const auto out = delta_rule::dense_values(o.get(), shape);
+  const auto d_out = delta_rule::dense_values<const act>(d_o.get(), shape);
   const auto time = [&](const char* name, const Cost& cost, const std::function<void()>& work) {
     report(name, median_ms(device, runs, work), cost);
   };
@@ -152,37 +159,31 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
     forward_that_saves();
     backward_of_saved();
   });
-  time("prepare_kernel", prepare,
-       [&] { delta_rule::prepare(device, qkv.get(), g.get(), beta.get(), shape, s, prepared); });
-  time("forward_pass_kernel", forward_pass,
-       [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, splits); });
-  time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
-       [&] { delta_rule::forward_pass(device, o.get(), {}, qkv.get(), shape, s, prepared, splits); });
-  time("backward_pass_kernel", backward_pass, [&] {
-    delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, splits,
-                              scratch.get());
+  time("prepare_kernel", prepare, [&] {
+    delta_rule::prepare(device, plan, {in.q, in.k, g.get(), beta.get()});
   });
+  time("forward_pass_kernel", forward_pass, [&] { delta_rule::forward_pass(device, plan, out, kept, in); });
+  time("  nothing saved", {forward_pass.bytes - states - value, forward_pass.flops},
+       [&] { delta_rule::forward_pass(device, plan, out, {}, in); });
+  time("backward_pass_kernel", backward_pass,
+       [&] { delta_rule::backward_pass(device, plan, d_in.v, adjoints, in, d_out); });
   if (splits.count > 1) {
     std::printf("  %d splits of %d chunks\n", splits.count, splits.chunks);
     const Cost states_forward = {keys / 2 + value + matrices / 2,  // k, v and N
                                  chunks * (2 * to_state + in_chunk) * (dv + dk) / dv};
     const Cost states_backward = {input + matrices, chunks * (3 * to_state + 2 * in_chunk)};
-    time("forward_states", states_forward,
-         [&] { delta_rule::forward_states(device, qkv.get(), shape, prepared, splits, true); });
-    time("backward_states", states_backward,
-         [&] { delta_rule::backward_states(device, d_o.get(), qkv.get(), shape, s, prepared, splits); });
+    time("forward_states", states_forward, [&] { delta_rule::forward_states(device, plan, in, true); });
+    time("backward_states", states_backward, [&] { delta_rule::backward_states(device, plan, in, d_out); });
     time("merge_splits_kernel", {0, 2.0 * shape.batch * shape.heads_v * (splits.count - 2) * dk * dk * dv},
-         [&] { delta_rule::merge_splits(device, shape, splits, false); });
+         [&] { delta_rule::merge_splits(device, plan, false); });
     time("forward pass, not cut", forward_pass,
-         [&] { delta_rule::forward_pass(device, o.get(), kept, qkv.get(), shape, s, prepared, whole); });
-    time("backward pass, not cut", backward_pass, [&] {
-      delta_rule::backward_pass(device, dqkv.get(), d_o.get(), qkv.get(), shape, s, prepared, whole,
-                                scratch.get());
-    });
+         [&] { delta_rule::forward_pass(device, whole, out, kept, in); });
+    time("backward pass, not cut", backward_pass,
+         [&] { delta_rule::backward_pass(device, whole, d_in.v, adjoints, in, d_out); });
   }
   time("gradients_kernel", gradients, [&] {
-    delta_rule::gradients(device, dqkv.get(), dg.get(), dbeta.get(), d_o.get(), kept, qkv.get(), shape, s,
-                          prepared.gates, scratch.get());
+    delta_rule::gradients(device, plan, {d_in.q, d_in.k, dg.get(), dbeta.get()},
+                          {in.q, in.k, d_out, kept, adjoints, prepared.gates});
   });
 
   // Generation: one token of every sequence, the state in fp32 read and written.

@@ -223,11 +223,14 @@ inline void remove_folder(const std::string& path) {
 
 // Throws where the folder holds anything but a checkpoint's files: this program did not write it.
 inline void require_ours(const std::string& path) {
-  for (const auto& entry : fs::directory_iterator(path)) {
-    const std::string name = entry.path().filename().string();
+  std::error_code error;
+  fs::directory_iterator entry(path, error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
+    const std::string name = entry->path().filename().string();
     if (name != kManifest && name != kModel && name != kTrainingState && name != kConfig)
       safetensors::fail(path, "holds '" + name + "', which is not of a checkpoint; expected a name that is free");
   }
+  if (error) safetensors::fail(path, "cannot list: " + error.message());
 }
 
 // Deletes a checkpoint, as far as that is possible, so that a kill on the way leaves a .tmp.
@@ -252,7 +255,7 @@ inline void write_files(const std::string& folder, const CheckpointContents& con
 // Renames the .tmp of a checkpoint to its path, a checkpoint of that path to .old.
 inline void publish(const std::string& path) {
   const std::string old = path + ".old";
-  const bool replaces = fs::exists(path);
+  const bool replaces = path_exists(path);
   if (replaces) {
     require_ours(path);
     discard(old);
@@ -291,7 +294,7 @@ inline void delete_older(const std::string& out_dir, int64_t step, int keep) {
   int kept = 0;
   for (const Folder& folder : list_folders(out_dir)) {
     if (folder.kind == Kind::temporary || folder.step > step) continue;
-    const bool superseded = folder.kind == Kind::replaced && fs::exists(step_path(out_dir, folder.step));
+    const bool superseded = folder.kind == Kind::replaced && path_exists(step_path(out_dir, folder.step));
     if (superseded || (keep > 0 && looks_complete(folder) && ++kept > keep)) discard(folder.path);
   }
 }
@@ -312,8 +315,8 @@ inline Checkpoint open_complete(const std::string& path) {
 // The weights of a folder as Hugging Face writes them, in one file or, with an index, in several.
 inline Checkpoint open_weights(const std::string& path) {
   const std::string base = path + "/", index = base + kModel + ".index.json";
-  const bool sharded = !fs::exists(base + kModel) && fs::exists(index);
-  if (!sharded && !fs::exists(base + kModel) && fs::exists(base + "pytorch_model.bin"))
+  const bool sharded = !path_exists(base + kModel) && path_exists(index);
+  if (!sharded && !path_exists(base + kModel) && path_exists(base + "pytorch_model.bin"))
     safetensors::fail(base + "pytorch_model.bin", std::string("PyTorch's format is not read, expected ") +
                                                       kModel +
                                                       " (save_pretrained with safe_serialization=True)");
@@ -363,11 +366,11 @@ inline std::string find_newest_checkpoint(const std::string& out_dir,
 }
 
 inline Checkpoint open_checkpoint(const std::string& path) {
-  if (!std::filesystem::is_directory(path))
+  if (!is_folder(path))
     safetensors::fail(path,
                       "no such folder, expected a checkpoint or one with config.json and model.safetensors");
-  const bool weights_only = !std::filesystem::exists(path + "/" + checkpoints::kManifest) &&
-                            !std::filesystem::exists(path + "/" + checkpoints::kTrainingState);
+  const bool weights_only = !path_exists(path + "/" + checkpoints::kManifest) &&
+                            !path_exists(path + "/" + checkpoints::kTrainingState);
   return weights_only ? checkpoints::open_weights(path) : checkpoints::open_complete(path);
 }
 

@@ -9,7 +9,8 @@
 //   a, b, alpha, beta             the gates' inputs, and the gates
 //   S                             the recurrent state after the last token
 //   o, o_normalized               the readout s S^T q, and behind its norm (before the output gate)
-//   mixer, mlp, block             the two branches' outputs, and the residual stream behind them
+//   mixer, mlp, block             the two branches' outputs before (L0/L)^alpha, and the residual stream behind
+//                                 them
 //   logits                        of up to 256 tokens spread over the batch
 // Also the root mean square of each one's change since step 0.
 //
@@ -19,8 +20,8 @@
 // as input is not among them: the embedding's change is its update. Where W_emb is the head too,
 // "update:lm_head" is that of the logits of tokens that the batch does not have as input: the rows of the
 // others were also moved as an embedding, by what h is not aligned with, which adds a part d^-1/2 (under SGD
-// with embeddings of kBaseStd the larger one at d = 128 and 256) to the output's Theta(1). "grad:dt_bias" is the
-// gradient at the gate's input a, summed over tokens.
+// with embeddings of kBaseStd the larger one at d = 128 and 256) to the output's Theta(1). "grad:dt_bias" is
+// the gradient at the gate's input a, summed over tokens.
 #pragma once
 
 #include <algorithm>
@@ -58,6 +59,25 @@ struct ExpectedSlopes {
   SlopeRange rms, change;
 };
 
+// Slopes against L of models of one width, layers compared at the same share of the depth, for depth alpha 1 or 1/2
+// (mup.h, section 7), while the embedding is most of the stream. Tensors in blocks change their output by
+// rho^(alpha - 1), the others by Theta(1). The stream stays bounded; where the branches are as large as the
+// embedding it falls as their sum does, rho^(1/2 - alpha). Its change is aligned over layers, Theta(1), but for a part
+// with independent signs, rho^-1/2, which shows while L is small. Sizes inside a branch do not depend on L; how they
+// change follows from the two and is not judged, nor are S, o and alpha, which are of a few heads' time scales, drawn
+// anew in each layer.
+inline ExpectedSlopes expected_depth_slopes(const std::string& activation, double alpha) {
+  const SlopeRange none, constant = {0, 0};
+  if (activation.rfind("grad:", 0) == 0 || activation == "S" || activation == "o" || activation == "alpha")
+    return {none, none};
+  if (activation == "update:lm_head" || activation == "update:norm") return {constant, none};
+  if (activation.rfind("update:", 0) == 0) return {{alpha - 1, alpha - 1}, none};
+  if (activation == "embedding") return {constant, constant};
+  if (activation == "block") return {{0.5 - alpha, 0}, {-0.5, 0}};
+  if (activation == "logits") return {constant, {-0.5, 0}};
+  return {constant, none};
+}
+
 // A head's gates, what they are computed from, and the updates of their tensors.
 inline bool of_gates(const std::string& activation) {
   for (const char* name :
@@ -71,10 +91,10 @@ inline ExpectedSlopes expected_slopes(const std::string& activation, int layer, 
   const bool is_gradient = activation.rfind("grad:", 0) == 0, is_update = activation.rfind("update:", 0) == 0;
   const double half_dk = fixed_head_size ? 0 : 0.5;  // the slope of dk^1/2
   if (is_gradient) return {};
-  // Gates as output weights (mup.h, open question 2), with a number of heads that does not grow: a and b
-  // start at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2 through their
-  // input. With the learning rate of aligned signs SGD moves their weights by Theta(1) where the signs are
-  // aligned indeed, by d^-1/2 where they are not yet.
+  // Gates as output weights (-gates output, aligned: mup_research.h), with a number of heads that does not
+  // grow: a and b start at d^-1/2, as logits do, and change by Theta(1) through their own weights, by d^-1/2
+  // through their input. With the learning rate of aligned signs SGD moves their weights by Theta(1) where
+  // the signs are aligned indeed, by d^-1/2 where they are not yet.
   if (gates != GateRule::independent && !fixed_head_size && of_gates(activation)) {
     const SlopeRange falls = {-0.5, 0}, stays = {0, 0};
     if (is_update) return {gates == GateRule::aligned && optimizer == OptimizerKind::sgd ? falls : stays, {}};
@@ -174,6 +194,8 @@ class CoordProbe {
       swiglu_forward(dev_, inner_.get(), a.gate_up, M, I);
       linear_forward(dev_, branch_.get(), inner_.get(), p_.weights(w.down), M, d, I);
       record(l, "mlp", download(branch_.get(), size_t(M) * d));
+      linear_forward(dev_, branch_.get(), inner_.get(), p_.weights(w.down), M, d, I,
+                     real(residual_scale(config_.mup())));
       update(l, {"gate_proj", "up_proj"}, {I, I}, w.gate_up, h_.get(), M, 2 * I, d);
       update(l, {"down_proj"}, {d}, w.down, inner_.get(), M, d, I);
 
@@ -230,7 +252,7 @@ class CoordProbe {
 
   static bool is_vector(const Tensor& t) {
     return t.cls == TensorClass::conv || t.cls == TensorClass::gate_scalar || t.cls == TensorClass::gain ||
-           t.cls == TensorClass::output_gain;
+           t.cls == TensorClass::output_gain || t.cls == TensorClass::final_gain;
   }
   // "model.layers.3.attn.q_proj.weight": layer 3, "q_proj"
   static int layer_of(const Tensor& t) {
@@ -399,17 +421,22 @@ inline void write_coord_rows(const std::string& path, const std::vector<CoordRow
     return std::string(text);
   };
   std::string csv =
-      "param,optimizer,growth,width,seed,step,layer,activation,rms,rms_change_since_step_0,"
-      "rms_slope_min,rms_slope_max,change_slope_min,change_slope_max\n";
+      "param,optimizer,growth,width,layers,depth_alpha,seed,step,layer,activation,rms,rms_change_since_step_0,"
+      "rms_slope_min,rms_slope_max,change_slope_min,change_slope_max,"
+      "rms_depth_slope_min,rms_depth_slope_max,change_depth_slope_min,change_depth_slope_max\n";
   const std::string start = std::string(name(config.parametrization)) + "," + name(optimizer) + "," +
                             (config.fixed_head_size ? "heads" : "head_dim") + "," +
-                            std::to_string(config.width) + "," + std::to_string(seed) + ",";
+                            std::to_string(config.width) + "," + std::to_string(config.layers) + "," +
+                            name(config.depth) + "," + std::to_string(seed) + ",";
   for (const CoordRow& row : rows) {
     const ExpectedSlopes e =
         expected_slopes(row.activation, row.layer, row.step, config.fixed_head_size, config.gates, optimizer);
+    const ExpectedSlopes of_depth = expected_depth_slopes(row.activation, depth_alpha(config.mup()));
     csv += start + std::to_string(row.step) + "," + (row.layer < 0 ? "" : std::to_string(row.layer)) + "," +
            row.activation + "," + number(row.rms) + "," + number(row.change) + "," + number(e.rms.low) + "," +
-           number(e.rms.high) + "," + number(e.change.low) + "," + number(e.change.high) + "\n";
+           number(e.rms.high) + "," + number(e.change.low) + "," + number(e.change.high) + "," +
+           number(of_depth.rms.low) + "," + number(of_depth.rms.high) + "," + number(of_depth.change.low) + "," +
+           number(of_depth.change.high) + "\n";
   }
   std::FILE* file = path.empty() ? stdout : std::fopen(path.c_str(), "w");
   bool good = file && std::fwrite(csv.data(), 1, csv.size(), file) == csv.size() && std::fflush(file) == 0;

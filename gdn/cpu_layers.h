@@ -183,6 +183,16 @@ void linear_backward_weight(Cpu<Real>&, Real* dw, const Real* dy, const Real* x,
 // ---- short convolution, silu, L2 norm of q and k
 // ------------------------------------------------------------------
 
+// One row of a depthwise convolution: out [C] = sum_j taps[c][j] * inputs[j][c], taps [C,kConvTaps]; a null input
+// counts as zeros.
+template <class Real>
+void short_conv_row(Real* out, const Real* const (&inputs)[kConvTaps], const Real* taps, int C) {
+  std::fill_n(out, C, Real(0));
+  for (int j = 0; j < kConvTaps; j++)
+    if (const Real* x = inputs[j])
+      for (int c = 0; c < C; c++) out[c] += taps[c * kConvTaps + j] * x[c];
+}
+
 // Depthwise, causal, kConvTaps taps, no bias, over the first C = conv_channels columns of proj, then silu,
 // then each head of q and k divided by its length:
 //   u_t = sum_{j=0..3} taps[j] * x_{t-3+j}      p = silu(u)      q = p_q * rnorm,  rnorm = 1/sqrt(|p_q|^2 +
@@ -200,15 +210,15 @@ void short_conv_forward(Cpu<Real>&, Real* qkv, Real* rnorm, const Real* proj, co
     for (int t = 0; t < T; t++) {
       const int64_t m = int64_t(b) * T + t;
       Real* out = qkv + m * C;
-      std::fill_n(out, C, Real(0));
+      const Real* inputs[kConvTaps];
       for (int j = 0; j < K; j++) {
         const int from = t - (K - 1) + j;
-        const Real* x = from >= 0 ? proj + (m - (K - 1) + j) * P
-                        : history ? history + (int64_t(b) * (K - 1) + from + K - 1) * C
-                                  : nullptr;
-        if (x && same_document(position, m, K - 1 - j))
-          for (int c = 0; c < C; c++) out[c] += taps[c * K + j] * x[c];
+        inputs[j] = !same_document(position, m, K - 1 - j) ? nullptr
+                    : from >= 0                            ? proj + (m - (K - 1) + j) * P
+                    : history ? history + (int64_t(b) * (K - 1) + from + K - 1) * C
+                              : nullptr;
       }
+      short_conv_row(out, inputs, taps, C);
 #pragma omp simd
       for (int c = 0; c < C; c++) out[c] = silu(out[c]);
       for (int h = 0; h < 2 * shape.heads_k; h++) {
@@ -245,9 +255,10 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
       const int64_t m = int64_t(b) * T + t;
       Real* du = dqkv + m * C;
       std::vector<Real> u(C), q(2 * shape.key_dim());
-      for (int j = std::max(0, K - 1 - t); j < K; j++)
-        if (same_document(position, m, K - 1 - j))
-          for (int c = 0; c < C; c++) u[c] += taps[c * K + j] * proj[(m - (K - 1) + j) * P + c];
+      const Real* inputs[kConvTaps];
+      for (int j = 0; j < K; j++)
+        inputs[j] = t >= K - 1 - j && same_document(position, m, K - 1 - j) ? proj + (m - (K - 1) + j) * P : nullptr;
+      short_conv_row(u.data(), inputs, taps, C);
 #pragma omp simd
       for (int c = 0; c < 2 * shape.key_dim(); c++) q[c] = silu(u[c]);
       for (int h = 0; h < 2 * shape.heads_k; h++) {
@@ -265,11 +276,12 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
   for (int b = 0; b < shape.batch; b++)
     for (int t = 0; t < T; t++) {
       const int64_t m = int64_t(b) * T + t;
-      Real* dx = dproj + m * P;
-      std::fill_n(dx, C, Real(0));
+      const Real* readers[kConvTaps];  // gradients of the rows that read this one
       for (int j = 0; j < K; j++)
-        if (t + K - 1 - j < T && same_document(position, m + K - 1 - j, K - 1 - j))
-          for (int c = 0; c < C; c++) dx[c] += taps[c * K + j] * dqkv[(m + K - 1 - j) * C + c];
+        readers[j] = t + K - 1 - j < T && same_document(position, m + K - 1 - j, K - 1 - j)
+                         ? dqkv + (m + K - 1 - j) * C
+                         : nullptr;
+      short_conv_row(dproj + m * P, readers, taps, C);
     }
 #pragma omp parallel for schedule(static)
   for (int c0 = 0; c0 < C; c0 += 16)
@@ -382,6 +394,22 @@ void output_norm_head(Real* y, const Real* o, const Real* z, const Real* w_o, Re
   for (int c = 0; c < n; c++) y[c] = w_o[c] * o[c] * rstd * silu(z[c]);
 }
 
+// One head of one row, backward (output_norm_backward).
+template <class Real>
+void output_norm_head_backward(Real* d_o, Real* dz, const Real* dy, const Real* o, const Real* z, const Real* w_o,
+                               Real r, int n) {
+  Real mean = 0;
+#pragma omp simd reduction(+ : mean)
+  for (int c = 0; c < n; c++) mean += w_o[c] * silu(z[c]) * dy[c] * o[c] * r;
+  mean /= n;
+#pragma omp simd
+  for (int c = 0; c < n; c++) {
+    const Real zc = z[c], normed = o[c] * r, gradient = dy[c];
+    d_o[c] = r * (w_o[c] * silu(zc) * gradient - normed * mean);
+    dz[c] = w_o[c] * normed * gradient * silu_derivative(zc);
+  }
+}
+
 // y [M,Hv*dv] = w_o * o * rstd * silu(z), per head: rstd [M,Hv] = 1/sqrt(mean(o^2) + eps), w_o [dv] shared by
 // heads, z the columns of proj.
 template <class Real>
@@ -425,16 +453,7 @@ void output_norm_backward(Cpu<Real>&, Real* d_o, Real* dproj, Real* dw_o, Real* 
       const int64_t row = (int64_t(m) * H + h) * n, column = int64_t(m) * P + shape.z_column() + h * n;
       const Real r = rstd[int64_t(m) * H + h];
       output_norm_head(y + row, o + row, proj + column, w_o, r, n);
-      Real mean = 0;
-#pragma omp simd reduction(+ : mean)
-      for (int c = 0; c < n; c++) mean += w_o[c] * silu(proj[column + c]) * dy[row + c] * o[row + c] * r;
-      mean /= n;
-#pragma omp simd
-      for (int c = 0; c < n; c++) {
-        const Real z = proj[column + c], normed = o[row + c] * r, gradient = dy[row + c];
-        d_o[row + c] = r * (w_o[c] * silu(z) * gradient - normed * mean);
-        dproj[column + c] = w_o[c] * normed * gradient * silu_derivative(z);
-      }
+      output_norm_head_backward(d_o + row, dproj + column, dy + row, o + row, proj + column, w_o, r, n);
     }
 }
 
@@ -620,7 +639,7 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
   const Real correction1 = Real(step->correction1), correction2 = Real(step->correction2);
   for (int s = 0; s < count; s++) {
     const Real lr = Real(step->learning_rate) * spans[s].learning_rate_scale,
-               decay = 1 - lr * spans[s].weight_decay;
+               decay = 1 - lr * spans[s].weight_decay, epsilon = Real(step->epsilon) * spans[s].epsilon_scale;
     const ArenaRange mine = within(spans[s], range);
 #pragma omp parallel for simd schedule(static)
     for (size_t i = mine.begin; i < mine.end; i++) {
@@ -628,7 +647,7 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
       moment1[i] = b1 * moment1[i] + (1 - b1) * g;
       moment2[i] = b2 * moment2[i] + (1 - b2) * g * g;
       master[i] = decay * master[i] - lr * (moment1[i] / correction1) /
-                                          (std::sqrt(moment2[i] / correction2) + Real(step->epsilon));
+                                          (std::sqrt(moment2[i] / correction2) + epsilon);
       weights[i] = master[i];
     }
   }

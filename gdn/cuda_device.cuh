@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <stdexcept>
@@ -68,6 +69,9 @@ struct Cuda {
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
   std::string name, uuid;
   int sm_count = 0, device_count = 0;
+  // Shared memory a block may have. Tests lower it, as the environment's GDN_SHARED_BYTES does (never below 99
+  // KiB), to run what a GPU with less of it runs.
+  int shared_bytes = 0;
   size_t memory_bytes = 0;
   std::map<std::string, size_t> allocated;  // bytes asked for so far, by what they are for
   std::map<std::tuple<int, int, int, int>, MatmulPlan>
@@ -88,6 +92,7 @@ struct Cuda {
     name = properties.name;
     uuid.assign(properties.uuid.bytes, sizeof properties.uuid.bytes);
     sm_count = properties.multiProcessorCount;
+    shared_bytes = lowered_shared_bytes(int(properties.sharedMemPerBlockOptin));
     memory_bytes = properties.totalGlobalMem;
     try {
       cuda_check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -241,6 +246,18 @@ struct Cuda {
     if (status == cudaSuccess) status = cudaGraphInstantiate(&graph.executable, recorded, 0);
     cudaGraphDestroy(recorded);
     cuda_check(status);
+  }
+
+  static int lowered_shared_bytes(int bytes) {
+    constexpr int kLeast = 99 * 1024;
+    const char* lower = std::getenv("GDN_SHARED_BYTES");
+    if (!lower) return bytes;
+    char* end = nullptr;
+    const long value = std::strtol(lower, &end, 10);
+    if (*lower == 0 || *end != 0 || value < kLeast || value > bytes)
+      throw std::runtime_error("GDN_SHARED_BYTES is '" + std::string(lower) + "'; expected " +
+                               std::to_string(kLeast) + " to this GPU's " + std::to_string(bytes));
+    return int(value);
   }
 
   static std::string mebibytes(size_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }

@@ -3,7 +3,7 @@
 // mup.h).
 //
 //   x = embedding(tokens)
-//   each layer:   x = x + mixer(rmsnorm(x));   x = x + mlp(rmsnorm(x))
+//   each layer:   x = x + r mixer(rmsnorm(x));   x = x + r mlp(rmsnorm(x))      r = (L0/L)^alpha, residual_scale
 //   loss = cross_entropy(logit_scale * rmsnorm(x) w_emb^T, targets)
 #pragma once
 
@@ -40,6 +40,7 @@ class Model {
         separator_(separator),
         logit_scale_(real(logit_scale(config_.mup()))),
         readout_scale_(real(config_.readout_scale())),
+        residual_scale_(real(residual_scale(config_.mup()))),
         acts_(dev_, config_, shape_, use, recompute) {}
 
  private:
@@ -79,7 +80,7 @@ class Model {
     mixer_branch(l, state);
   }
 
-  // branch = mixer(h)
+  // branch = r mixer(h)
   void mixer_branch(int l, RecurrentState<Device>* state) {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
@@ -96,7 +97,8 @@ class Model {
                                  acts_.scratch);
     }
     output_norm_forward(dev_, acts_.y, a.o_rstd, a.o, a.proj, p_.master(w.o_norm), shape_);
-    linear_forward(dev_, acts_.branch, acts_.y, p_.weights(w.o_proj), M, d, shape_.value_dim());
+    linear_forward(dev_, acts_.branch, acts_.y, p_.weights(w.o_proj), M, d, shape_.value_dim(),
+                   residual_scale_);
   }
 
   // qkv, g and beta from proj
@@ -110,13 +112,14 @@ class Model {
 
   const int32_t* masked_position() const { return separator_ == kNoSeparator ? nullptr : position_; }
 
-  // branch = mlp(rmsnorm(x_mid))
+  // branch = r mlp(rmsnorm(x_mid))
   void mlp_forward(int l) {
     Range<Device> range(dev_, "mlp forward", l);
     mlp_inner(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
     swiglu_forward(dev_, acts_.swiglu, at(l).gate_up, M, I);
-    linear_forward(dev_, acts_.branch, acts_.swiglu, p_.weights(p_.table.layers[l].down), M, d, I);
+    linear_forward(dev_, acts_.branch, acts_.swiglu, p_.weights(p_.table.layers[l].down), M, d, I,
+                   residual_scale_);
   }
 
   // x_mid = x_in + the mixer's output;  gate_up = (W_gate h, W_up h),  h = rmsnorm(x_mid)
@@ -183,9 +186,9 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, I = config_.mlp_size;
-    linear_backward_input(dev_, acts_.dswiglu, acts_.dx, p_.weights(w.down), M, d, I);
+    linear_backward_input(dev_, acts_.dswiglu, acts_.dx, p_.weights(w.down), M, d, I, residual_scale_);
     swiglu_backward(dev_, acts_.dgate_up, acts_.swiglu, acts_.dswiglu, a.gate_up, M, I);
-    linear_backward_weight(dev_, p_.gradients(w.down), acts_.dx, acts_.swiglu, M, d, I);
+    linear_backward_weight(dev_, p_.gradients(w.down), acts_.dx, acts_.swiglu, M, d, I, residual_scale_);
     linear_backward_input(dev_, acts_.dh, acts_.dgate_up, p_.weights(w.gate_up), M, 2 * I, d);
     act* h = acts_.dh;  // in the place of its gradient
     rmsnorm_backward(dev_, acts_.dx, p_.gradients(w.mlp_norm), h, acts_.dh, a.x_mid, a.mlp_rstd,
@@ -198,10 +201,10 @@ class Model {
     const LayerOffsets& w = p_.table.layers[l];
     const LayerActivations& a = at(l);
     const int M = shape_.rows(), d = config_.width, values = shape_.value_dim();
-    linear_backward_input(dev_, acts_.dy, acts_.dx, p_.weights(w.o_proj), M, d, values);
+    linear_backward_input(dev_, acts_.dy, acts_.dx, p_.weights(w.o_proj), M, d, values, residual_scale_);
     output_norm_backward(dev_, acts_.d_o, acts_.dproj, p_.gradients(w.o_norm), acts_.y, acts_.dy, a.o,
                          a.o_rstd, a.proj, p_.master(w.o_norm), shape_, acts_.scratch);
-    linear_backward_weight(dev_, p_.gradients(w.o_proj), acts_.dx, acts_.y, M, d, values);
+    linear_backward_weight(dev_, p_.gradients(w.o_proj), acts_.dx, acts_.y, M, d, values, residual_scale_);
     if (recompute_ == Recompute::convolution) convolve(l, nullptr);
     {
       Range<Device> r(dev_, "gated delta rule backward");
@@ -328,7 +331,7 @@ class Model {
   const int max_rows_;
   const Recompute recompute_;
   const int separator_;
-  const real logit_scale_, readout_scale_;  // m_out and s of mup.h
+  const real logit_scale_, readout_scale_, residual_scale_;  // m_out, s and r of mup.h
   int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr, *position_ = nullptr;  // of the batch
   Activations<Device> acts_;
 };

@@ -57,7 +57,9 @@ inline Json config_json(const ModelConfig& c) {
                                                  {"gains", name(c.vectors)},
                                                  {"gates", name(c.gates)},
                                                  {"readout", name(c.readout)},
-                                                 {"logit_factor", c.logit_factor}}}};
+                                                 {"logit_factor", c.logit_factor},
+                                                 {"base_layers", c.base_depth()},
+                                                 {"depth_alpha", name(c.depth)}}}};
 }
 
 // Keys of a configuration that read_config reads, and those that Hugging Face's and flash-linear-attention's
@@ -74,7 +76,7 @@ constexpr const char* kReadKeys[] = {"model_type",         "use_gate",
                                      "expand_v",           "allow_neg_eigval",
                                      "hidden_ratio",       "intermediate_size",
                                      "vocab_size",         "tie_word_embeddings",
-                                     "train_gdn"};
+                                     "train_gdn",          "train_gdn_export"};
 constexpr const char* kHarmlessKeys[] = {"architectures",
                                          "transformers_version",
                                          "torch_dtype",
@@ -180,6 +182,13 @@ inline void require_supported(const Json& json) {
   require("use_l2warp", {false}, "false");
   require("hidden_act", {"swish", "silu"}, "\"swish\"");
   require("output_gate_activation", {"swish", "silu"}, "\"swish\"");
+  // scripts/export_hf.py puts muP's multipliers into weights and norm_eps, and names the checkpoint
+  if (const Json *eps = json.find("norm_eps"), *source = json.find("train_gdn_export");
+      source && eps && *eps != Json(kNormEps))
+    throw std::runtime_error("'norm_eps' is " + json::described(*eps) +
+                             " in this export of a muP model, this program has only 1e-06; load the checkpoint that "
+                             "it was made from, " +
+                             (source->is<std::string>() ? std::get<std::string>(source->value) : "with -load"));
   require("norm_eps", {kNormEps}, "1e-06");
 }
 
@@ -227,7 +236,8 @@ inline ModelConfig parse_config(const Json& json) {
   if (const Json* ours = json.find("train_gdn")) try {
       require_known_keys(
           *ours,
-          {"vocab", "base_width", "fixed_head_size", "parametrization", "gains", "gates", "readout", "logit_factor"},
+          {"vocab", "base_width", "fixed_head_size", "parametrization", "gains", "gates", "readout", "logit_factor", "base_layers",
+           "depth_alpha"},
           {""});
       c.vocab = whole_of(*ours, "vocab", stored_vocab);
       c.base_width = whole_of(*ours, "base_width", kMaxWidth);
@@ -237,6 +247,8 @@ inline ModelConfig parse_config(const Json& json) {
       if (ours->find("gates")) c.gates = parse_gate_rule(ours->string("gates"));  // older ones: independent
       if (ours->find("readout")) c.readout = parse_readout_rule(ours->string("readout"));  // older ones: param
       if (ours->find("logit_factor")) c.logit_factor = ours->number("logit_factor");  // older ones: 1
+      if (ours->find("base_layers")) c.base_layers = whole_of(*ours, "base_layers", kMaxLayers);  // older ones: L
+      if (ours->find("depth_alpha")) c.depth = parse_depth_rule(ours->string("depth_alpha"));  // older ones: no L0
     } catch (const std::runtime_error& e) {
       throw std::runtime_error(std::string("'train_gdn': ") + e.what());
     }
@@ -277,6 +289,35 @@ inline bool same_tensor(const TensorView& a, const TensorView& b) {
   return true;
 }
 
+// Where a file holds a model's tensor: under its name, or, of gate and up projection, as a half of
+// mlp.gate_proj where there is no mlp.up_proj: older flash-linear-attention has one above the other.
+// Throws one line where it has none.
+inline TensorView stored_tensor(const SafetensorsFile& file, const std::string& prefix, const Tensor& t) {
+  const std::string name = prefix + t.name;
+  for (const char* half : {"gate_proj.weight", "up_proj.weight"}) {
+    const size_t stem = name.size() - std::min(name.size(), std::strlen(half));
+    if (name.compare(stem, std::string::npos, half) != 0) continue;
+    const TensorView* both = file.find(name.substr(0, stem) + "gate_proj.weight");
+    if (!both || file.find(name.substr(0, stem) + "up_proj.weight")) continue;
+    if (both->shape != std::vector<int64_t>{2 * t.shape[0], t.shape[1]}) continue;
+    TensorView view = *both;
+    view.shape = t.shape;
+    view.bytes /= 2;
+    if (half[0] == 'u') view.offset += view.bytes;
+    return view;
+  }
+  return file.at(name);
+}
+
+// Whether a tensor is one that older flash-linear-attention keeps in every layer and never reads:
+// attn.D, a number a head.
+inline bool is_unused(const TensorView& view, const ModelConfig& config) {
+  for (int l = 0; l < config.layers; l++)
+    if (view.name == "model.layers." + std::to_string(l) + ".attn.D")
+      return view.shape == std::vector<int64_t>{config.heads_k};
+  return false;
+}
+
 // Throws one line naming the first tensor that a model has and the file does not, that has another shape, or
 // that the model does not have. Takes no memory for the model, so that sizes that a configuration merely
 // claims end here. A head beside tied embeddings is no other tensor where it is the same.
@@ -284,11 +325,12 @@ inline void require_tensors(const SafetensorsFile& file, const ModelConfig& conf
   const ParameterTable table = make_parameter_table(config);
   std::set<std::string> known;
   for (const Tensor& t : table.tensors) {
-    require_shape(file.at(t.name), t, path, config.vocab);
-    known.insert(t.name);
+    const TensorView view = stored_tensor(file, "", t);
+    require_shape(view, t, path, config.vocab);
+    known.insert(view.name);
   }
   for (const std::string& name : file.names()) {
-    if (known.count(name)) continue;
+    if (known.count(name) || is_unused(file.at(name), config)) continue;
     const bool tied_head = config.tied && name == "lm_head.weight";
     if (tied_head && same_tensor(file.at(name), file.at(table.tensors[0].name))) continue;
     throw std::runtime_error(path + ": tensor '" + name + "' " +
@@ -324,6 +366,7 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   same("width", wanted.width, saved.width);
   same("base width", wanted.base_width, saved.base_width);
   same("layers", wanted.layers, saved.layers);
+  same("base layers", wanted.base_depth(), saved.base_depth());
   same("heads", wanted.heads_k, saved.heads_k);
   same("value heads", wanted.heads_v, saved.heads_v);
   same("key head size", wanted.head_dim_k, saved.head_dim_k);
@@ -332,6 +375,9 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
   same("vocabulary", wanted.vocab, saved.vocab);
   same("fixed head size (0 or 1)", wanted.fixed_head_size, saved.fixed_head_size);
   same("-logit_factor", wanted.logit_factor, saved.logit_factor);
+  if (wanted.depth != saved.depth)
+    throw std::runtime_error(path + ": has -depth_alpha " + name(saved.depth) + ", the options ask for " +
+                             name(wanted.depth));
   if (wanted.vectors != saved.vectors)
     throw std::runtime_error(path + ": has -gains " + name(saved.vectors) + ", the options ask for " +
                              name(wanted.vectors));
@@ -488,7 +534,7 @@ std::vector<Real> stored_values(const TensorView& view, const std::string& path)
 template <class Device>
 void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const SafetensorsFile& file,
                  const std::string& prefix, const std::string& path, int vocab) {
-  const TensorView& view = file.at(prefix + t.name);
+  const TensorView view = stored_tensor(file, prefix, t);
   require_shape(view, t, path, vocab);
   auto values = stored_values<typename Device::real>(view, path);
   values.resize(t.size);
@@ -547,7 +593,7 @@ std::string save_run(const std::string& out_dir, Parameters<Device>& p, const Op
 
 // A checkpoint by its own path, or the newest one in a run's folder. Throws one line when there is none.
 inline Checkpoint open_any_checkpoint(const std::string& path) {
-  if (std::filesystem::exists(path + "/config.json")) return open_checkpoint(path);
+  if (path_exists(path + "/config.json")) return open_checkpoint(path);
   std::string damaged;
   const std::string newest = find_newest_checkpoint(path, [&](const std::string& line) { damaged = line; });
   if (newest.empty())

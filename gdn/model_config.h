@@ -17,6 +17,8 @@ struct ModelConfig {
   int width = 256;       // d
   int base_width = 256;  // d0, where the learning rate was tuned
   int layers = 8;        // L
+  int base_layers = 0;   // L0, where the learning rate was tuned; 0: L
+  DepthRule depth = DepthRule::one;
   int heads_k = 6, heads_v = 6;
   int head_dim_k = 32, head_dim_v = 64;
   bool fixed_head_size = false;  // how the family grows with d: heads (true) or head sizes (false)
@@ -44,8 +46,12 @@ struct ModelConfig {
             logit_factor,
             vectors,
             gates,
-            readout};
+            readout,
+            double(layers),
+            double(base_depth()),
+            depth};
   }
+  int base_depth() const { return base_layers ? base_layers : layers; }
   double readout_scale() const { return readout_factor * gdn::readout_scale(mup()); }
   // I0: by the width where I is, else with the same share of it.
   double base_mlp_size() const {
@@ -69,6 +75,7 @@ inline void require_sizes(const ModelConfig& c) {
   within("the width", c.width, 1, kMaxWidth);
   within("the base width", c.base_width, 1, kMaxWidth);
   within("the number of layers", c.layers, 1, kMaxLayers);
+  within("the base's number of layers", c.base_layers, 0, kMaxLayers);
   within("the number of heads", c.heads_k, 1, kMaxHeads);
   within("the number of value heads", c.heads_v, 1, kMaxHeads);
   if (c.heads_v % c.heads_k != 0)

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <iterator>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -18,7 +19,8 @@ constexpr Parametrization kParametrizations[] = {Parametrization::sp, Parametriz
 constexpr OptimizerKind kOptimizerKinds[] = {OptimizerKind::adamw, OptimizerKind::sgd};
 constexpr TensorClass kTensorClasses[] = {
     TensorClass::embedding,   TensorClass::unembedding, TensorClass::hidden, TensorClass::gate,
-    TensorClass::gate_scalar, TensorClass::conv,        TensorClass::gain,   TensorClass::output_gain};
+    TensorClass::gate_scalar, TensorClass::conv,        TensorClass::gain,   TensorClass::output_gain,
+    TensorClass::final_gain};
 
 // Of an enum: what an error calls it, and its values' names in their order.
 template <class Enum>
@@ -35,7 +37,8 @@ template <>
 struct Names<TensorClass> {
   static constexpr const char *what = "class",
                               *names[] = {"embedding",   "unembedding", "hidden", "gate",
-                                          "gate_scalar", "conv",        "gain",   "output_gain"};
+                                          "gate_scalar", "conv",        "gain",   "output_gain",
+                                          "final_gain"};
 };
 template <>
 struct Names<VectorRule> {
@@ -51,7 +54,15 @@ struct Names<ReadoutRule> {
 };
 template <>
 struct Names<DecayMode> {
-  static constexpr const char *what = "decay mode", *names[] = {"coupled", "independent"};
+  static constexpr const char *what = "decay mode", *names[] = {"coupled", "sqrt", "independent"};
+};
+template <>
+struct Names<EpsMode> {
+  static constexpr const char *what = "eps mode", *names[] = {"constant", "scaled"};
+};
+template <>
+struct Names<DepthRule> {
+  static constexpr const char *what = "depth alpha", *names[] = {"1", "1/2", "off"};
 };
 template <>
 struct Names<ClipNorm> {
@@ -81,6 +92,8 @@ inline VectorRule parse_vector_rule(const std::string& text) { return parse<Vect
 inline GateRule parse_gate_rule(const std::string& text) { return parse<GateRule>(text); }
 inline ReadoutRule parse_readout_rule(const std::string& text) { return parse<ReadoutRule>(text); }
 inline DecayMode parse_decay_mode(const std::string& text) { return parse<DecayMode>(text); }
+inline EpsMode parse_eps_mode(const std::string& text) { return parse<EpsMode>(text); }
+inline DepthRule parse_depth_rule(const std::string& text) { return parse<DepthRule>(text); }
 inline ClipNorm parse_clip_norm(const std::string& text) { return parse<ClipNorm>(text); }
 
 // One factor for each class, in the order of TensorClass: what a user tunes at the base besides the learning
@@ -94,9 +107,11 @@ inline ClassFactors ones() {
   return factors;
 }
 
-// Reads "conv=0.5,gain=2"; classes that are not named have 1. Throws one line that says what was expected.
+// Reads "conv=0.5,gain=2"; classes that are not named have 1, but for final_gain, which is a gain. Throws one
+// line that says what was expected.
 inline ClassFactors parse_class_factors(const std::string& text) {
   ClassFactors factors = ones();
+  std::set<TensorClass> named;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string part = text.substr(begin, end - begin);
@@ -114,16 +129,20 @@ inline ClassFactors parse_class_factors(const std::string& text) {
       throw std::runtime_error("factor '" + part + "': expected CLASS=X with X from 0 to 1e6 and CLASS of " +
                                names);
     }
+    if (!named.insert(*found).second)
+      throw std::runtime_error("factor '" + part + "': " + name(*found) + " is named twice, expected once");
     factors[int(*found)] = factor;
     begin = end + 1;
   }
+  if (!named.count(TensorClass::final_gain)) factors[int(TensorClass::final_gain)] = factors[int(TensorClass::gain)];
   return factors;
 }
 
 // Initial values that are drawn around 0 can be scaled in the same sense. Gains (1) and time scales cannot:
 // throws one line where such a factor is not 1.
 inline void check_init_factors(const ClassFactors& factors) {
-  for (const TensorClass cls : {TensorClass::gate_scalar, TensorClass::gain, TensorClass::output_gain})
+  for (const TensorClass cls :
+       {TensorClass::gate_scalar, TensorClass::gain, TensorClass::output_gain, TensorClass::final_gain})
     if (factors[int(cls)] != 1)
       throw std::runtime_error("factor of the initial values of " + std::string(name(cls)) +
                                ": expected none, they do not lie around 0");
@@ -155,6 +174,10 @@ inline std::string mup_table(const Mup& m, OptimizerKind optimizer) {
   }
   std::snprintf(line, sizeof line, "  logits x %.5g (m_out), readout x %.5g (s)\n", logit_scale(m),
                 readout_scale(m));
+  table += line;
+  if (m.layers == m.base_layers) return table;
+  std::snprintf(line, sizeof line, "  L = %g (%g): branches x %.5g, depth alpha %s\n", m.layers, m.base_layers,
+                residual_scale(m), name(m.depth));
   return table + line;
 }
 

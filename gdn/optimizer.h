@@ -23,6 +23,7 @@ struct OptimizerConfig {
   ClipNorm clip_norm = ClipNorm::plain;  // which norm
   DecayMode decay_mode = DecayMode::coupled;
   ClassFactors learning_rate_factors = ones();
+  EpsMode eps_mode = EpsMode::constant;
 };
 
 // Linear warm-up over `warmup` steps to `peak`, then a half cosine that reaches `floor` at step `steps`.
@@ -55,7 +56,7 @@ class Optimizer {
       : config_(config), p_(parameters), dev_(parameters.dev), exchange_(exchange) {
     const char* remedy = Parameters<Device>::kRemedy;
     const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode,
-                                                      config.learning_rate_factors, config.clip_norm);
+                                                      config.learning_rate_factors, config.clip_norm, config.eps_mode);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
     const size_t ranks = size_t(p_.ranks), shard = p_.table.size / ranks;

@@ -50,6 +50,8 @@ struct Options {
   int separator = -1;  // by the shards' format
   bool skip_bad = false;
   int width = 256, base_width = 256, layers = 0, heads = 0, head_dim = 0;  // layers: by device
+  int base_layers = 0;                                                     // those of layers
+  DepthRule depth = DepthRule::one;
   double value_expansion = 2;
   int seq_len = 0;                        // by device
   int micro_batch = 0, global_batch = 0;  // sequences, by device
@@ -57,6 +59,8 @@ struct Options {
   OptimizerKind optimizer = OptimizerKind::adamw;
   double learning_rate = -1, weight_decay = -1;  // by optimizer
   DecayMode decay_mode = DecayMode::coupled;
+  double decay_time = 0;  // in shares of the run; 0: by weight_decay
+  EpsMode eps_mode = EpsMode::constant;
   std::string class_factors, init_factors;
   std::optional<ClipNorm> clip_norm;  // by optimizer
   double beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, momentum = 0.9, clip = 1;
@@ -176,6 +180,10 @@ class OptionTable {
     whole("w", "N", o.width, 8, 1 << 16, "width of the residual stream").first();
     whole("w0", "N", o.base_width, 8, 1 << 16, "base width, where the learning rate was tuned");
     whole("L", "N", o.layers, 1, 1 << 12, "layers", "8, on the CPU 2");
+    whole("L0", "N", o.base_layers, 1, 1 << 12, "base depth, where the learning rate was tuned", "-L");
+    choice("depth_alpha", o.depth, {DepthRule::one, DepthRule::half, DepthRule::off},
+           "how each layer's two branches are multiplied, (L0/L)^alpha, and learning rates with them; off: depth "
+           "changes nothing (mup.h, section 7)");
     whole("heads", "N", o.heads, 1, 1 << 12, "fixed heads: N heads whose size grows with the width", "6");
     whole("head_dim", "N", o.head_dim, 1, 1 << 12,
           "fixed head size: heads of N keys whose number grows with the width; "
@@ -186,13 +194,13 @@ class OptionTable {
            "parametrization (mup.h)");
     choice("readout", o.readout, {ReadoutRule::param, ReadoutRule::mup, ReadoutRule::sp},
            "research: the readout scale s as -param has it; that of mup, which grows with the head size; or "
-           "dk^-1/2 (mup.h, section 8)");
+           "dk^-1/2 (mup.h, section 9)");
     choice("gains", o.gains, {VectorRule::vector, VectorRule::hidden},
            "research: norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, "
-           "section 8)");
+           "section 9)");
     choice("gates", o.gates, {GateRule::independent, GateRule::output, GateRule::aligned},
            "research: under mup W_a and W_b start by their fan-in, or like output weights, there with gradients "
-           "of independent or of aligned signs (mup.h, section 8)");
+           "of independent or of aligned signs (mup.h, section 9)");
     real("logit_factor", "X", o.logit_factor, 1e-6, 1e6,
          "factor of the logits, at every width (mup.h, section 3)");
     section("training", OptionKind::run);
@@ -221,7 +229,7 @@ class OptionTable {
         .first();
     text("lr_of", "CLASS=X,...", o.class_factors,
          "factors of -lr for classes of tensors: embedding, unembedding, hidden, gate, gate_scalar, conv, "
-         "gain, output_gain",
+         "gain (of it final_gain, where that is not named), output_gain",
          "1 each", [](const std::string& value) { parse_class_factors(value); });
     text("init_of", "CLASS=X,...", o.init_factors,
          "factors of the initial values of classes of tensors, at every width: embedding, unembedding, "
@@ -234,11 +242,17 @@ class OptionTable {
     whole("warmup", "N", o.warmup, 0, int64_t(1) << 40, "steps of linear warm-up, then a cosine to -min_lr",
           "n / 10");
     real("wd", "X", o.weight_decay, 0, 1e3, "weight decay of Linear weights", "adamw 0.1, sgd 0");
-    choice("wd_mode", o.decay_mode, {DecayMode::coupled, DecayMode::independent},
-           "decay a step: -wd times the tensor's own learning rate, or times -lr at every width");
+    choice("wd_mode", o.decay_mode, {DecayMode::coupled, DecayMode::sqrt, DecayMode::independent},
+           "decay a step: -wd times the tensor's own learning rate, which the size scales; scaled by the root of that; "
+           "or times -lr at every size (mup.h, section 5)");
+    real("wd_tau", "X", o.decay_time, 1e-6, 1e9,
+         "decay by its time scale: 1 / (-lr -wd) steps are X of the run's; sets -wd, and -wd_mode independent",
+         "by -wd");
     real("b1", "X", o.beta1, 0, 0.999999, "AdamW beta1");
     real("b2", "X", o.beta2, 0, 0.999999, "AdamW beta2");
     real("eps", "X", o.epsilon, 1e-30, 1, "AdamW eps");
+    choice("eps_mode", o.eps_mode, {EpsMode::constant, EpsMode::scaled},
+           "AdamW's eps at every size: the same, or the same share of a tensor's gradient (mup.h, section 6)");
     real("mom", "X", o.momentum, 0, 0.999999, "SGD's Nesterov momentum");
     real("clip", "X", o.clip, 0, 1e9, "largest norm of the gradient, 0: no clipping");
     choice(

@@ -120,7 +120,7 @@ inline ParameterTable make_parameter_table(const ModelConfig& c, int ranks = 1) 
     table.layers.push_back(at);
     end_group();
   }
-  table.final_norm = add("model.norm.weight", TensorClass::gain, {d});
+  table.final_norm = add("model.norm.weight", TensorClass::final_gain, {d});
   table.lm_head =
       c.tied ? table.embedding : add("lm_head.weight", TensorClass::unembedding, {c.padded_vocab, d});
   if (!c.tied) end_group();
@@ -142,6 +142,7 @@ inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64
   switch (t.cls) {
     case TensorClass::gain:
     case TensorClass::output_gain:
+    case TensorClass::final_gain:
       return 1.0f;
     case TensorClass::conv:
       return float((random_uniform(key, index) - 0.5) * 2 * conv_init_range(mup));  // 1/2 = 1/sqrt(4 taps)
@@ -249,20 +250,24 @@ class Parameters {
   // The rounded weights from the master weights, of which this rank has all.
   void round() { round_weights(dev, weights(), master(), table.size); }
 
-  // The optimizer's view: each tensor's learning rate, decay and weight in the norm under the
-  // parametrization. The factors multiply the learning rates, and decay where it is coupled to them.
+  // The optimizer's view: each tensor's learning rate, decay, weight in the norm and eps under the
+  // parametrization. The factors multiply the learning rates, and decay as far as it is coupled to them.
   std::vector<ParameterSpan> spans(OptimizerKind optimizer, float weight_decay,
                                    DecayMode mode = DecayMode::coupled, const ClassFactors& factors = ones(),
-                                   ClipNorm clip_norm = ClipNorm::plain) const {
+                                   ClipNorm clip_norm = ClipNorm::plain,
+                                   EpsMode eps_mode = EpsMode::constant) const {
     const Mup mup = config.mup();
     std::vector<ParameterSpan> spans;
     for (const Tensor& t : table.tensors) {
       const double factor = factors[int(t.cls)];
       // a factor of 0 leaves the tensor as it is, decay included
       const double decay = weight_decay * weight_decay_scale(mup, optimizer, t.cls, mode, t.fan_in) /
-                           (mode == DecayMode::coupled || factor == 0 ? 1 : factor);
+                           (mode == DecayMode::coupled || factor == 0 ? 1
+                            : mode == DecayMode::sqrt                 ? std::sqrt(factor)
+                                                                      : factor);
       spans.push_back({t.offset, t.size, float(factor * learning_rate_scale(mup, optimizer, t.cls, t.fan_in)),
-                       float(decay), float(clip_weight(mup, t.cls, clip_norm, t.fan_in))});
+                       float(decay), float(clip_weight(mup, t.cls, clip_norm, t.fan_in)),
+                       float(epsilon_scale(mup, t.cls, eps_mode, t.fan_in))});
     }
     std::sort(spans.begin(), spans.end(),
               [](const ParameterSpan& a, const ParameterSpan& b) { return a.offset < b.offset; });

@@ -16,11 +16,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "regular_file.h"
 #include "terminal_text.h"
 
 namespace gdn {
@@ -59,6 +61,13 @@ inline double seconds_since_process_start() {
   clock_gettime(CLOCK_BOOTTIME, &now);
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec) -
          double(std::atoll(field.c_str())) / double(sysconf(_SC_CLK_TCK));
+}
+
+// Opens /dev/null for each of the three standard streams that is closed: a file that is opened later would get
+// its number, and what is printed.
+inline void open_closed_streams() {
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+    if (fcntl(stream, F_GETFD) < 0 && errno == EBADF && open("/dev/null", O_RDWR) != stream) _exit(1);
 }
 
 // Writes all bytes; 0, or the error's number. `done` becomes the bytes that were written.
@@ -178,13 +187,9 @@ class CsvLog {
   CsvLog(const CsvLog&) = delete;
   CsvLog& operator=(const CsvLog&) = delete;
 
-  // Whether a file is a log of this program, or empty.
+  // Whether a file is a log of this program, empty or none. Throws when it cannot be read.
   static bool is_ours(const std::string& path) {
-    std::ifstream file(path);
-    std::string line;
-    while (std::getline(file, line) && line.rfind("# ", 0) == 0) {
-    }
-    return line.empty() || line == kHeader || line == kHeaderWithoutWait || line == kOlderHeader;
+    return begins_as_ours(older(path));
   }
 
   void train(const StepReport& r) {
@@ -215,6 +220,20 @@ class CsvLog {
   }
 
  private:
+  // The log that is there, "" where there is none. Throws when it cannot be read: it would be written over.
+  static std::string older(const std::string& path) {
+    if (!path_exists(path)) return "";
+    return read_text_file(path, std::numeric_limits<uint64_t>::max());
+  }
+
+  static bool begins_as_ours(const std::string& log) {
+    std::istringstream lines(log);
+    std::string line;
+    while (std::getline(lines, line) && line.rfind("# ", 0) == 0) {
+    }
+    return line.empty() || line == kHeader || line == kHeaderWithoutWait || line == kOlderHeader;
+  }
+
   static std::string floor_text(double floor) {
     char text[32] = "";
     if (std::isfinite(floor)) std::snprintf(text, sizeof text, "%.6f", floor);
@@ -255,12 +274,12 @@ class CsvLog {
 
   // The rows of steps up to `last_step` of the log that is there, and the lines before its header.
   void read_older(int64_t last_step, std::string& head, std::string& rows) const {
-    std::ifstream old(path_, std::ios::binary);
-    if (!old) return;
-    if (!is_ours(path_))
+    const std::string log = older(path_);
+    if (!begins_as_ours(log))
       throw std::runtime_error(path_ +
                                ": is not a log of this program, which would write over it; move it away, or "
                                "choose another folder with -o");
+    std::istringstream old(log);
     bool any = false;
     for (std::string row;
          std::getline(old, row) && !old.eof();) {  // a last line without its end is a half row

@@ -15,6 +15,7 @@
 #include <string>
 #include <utility>
 
+#include "regular_file.h"
 #include "terminal_text.h"
 
 namespace gdn {
@@ -58,7 +59,7 @@ inline std::string numbered_folder(int n) {
 // The last of run_001, run_002, ... that exists, "" if there is none.
 inline std::string last_run_folder() {
   std::string last;
-  for (int n = 1; std::filesystem::exists(numbered_folder(n)); n++) last = numbered_folder(n);
+  for (int n = 1; path_exists(numbered_folder(n)); n++) last = numbered_folder(n);
   return last;
 }
 
@@ -77,7 +78,7 @@ inline std::string make_run_folder(const std::string& folder) {
   std::error_code error;
   if (!parent.empty()) std::filesystem::create_directories(parent, error);
   if (error) throw std::runtime_error("-o " + folder + ": cannot be made: " + error.message());
-  if (!made(folder) && !std::filesystem::is_directory(folder))
+  if (!made(folder) && !is_folder(folder))
     throw std::runtime_error("-o " + folder + ": is no folder, expected one or a name that is free");
   return folder;
 }

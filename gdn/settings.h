@@ -20,6 +20,7 @@ namespace gdn {
 inline void resolve_defaults(Options& o, bool gpu) {
   const bool adamw = o.optimizer == OptimizerKind::adamw;
   if (o.layers == 0) o.layers = gpu ? 8 : 2;
+  if (o.base_layers == 0) o.base_layers = o.layers;
   if (o.heads == 0 && o.head_dim == 0) o.heads = 6;
   if (o.seq_len == 0) o.seq_len = gpu ? 1024 : 512;
   if (o.global_batch == 0) o.global_batch = o.micro_batch ? o.micro_batch : gpu ? 64 : 1;
@@ -32,6 +33,11 @@ inline void resolve_defaults(Options& o, bool gpu) {
   if (o.steps == 0) o.steps = gpu ? 2000 : 500;
   if (o.learning_rate < 0) o.learning_rate = adamw ? 0.004 : 0.3;
   if (o.weight_decay < 0) o.weight_decay = adamw ? 0.1 : 0;
+  if (o.decay_time > 0) {
+    if (!(o.learning_rate > 0)) throw std::runtime_error("-wd_tau: needs a -lr above 0");
+    o.weight_decay = 1 / (o.learning_rate * o.decay_time * double(o.steps));
+    o.decay_mode = DecayMode::independent;
+  }
   if (!o.clip_norm) o.clip_norm = adamw ? ClipNorm::plain : ClipNorm::scaled;
   if (o.warmup < 0) o.warmup = o.steps / 10;
   if (o.warmup > o.steps)
@@ -49,7 +55,8 @@ inline OptimizerConfig optimizer_config(const Options& o) {
           float(o.beta1),   float(o.beta2),
           float(o.epsilon), float(o.momentum),
           float(o.clip),    o.clip_norm.value_or(ClipNorm::plain),
-          o.decay_mode,     parse_class_factors(o.class_factors)};
+          o.decay_mode,     parse_class_factors(o.class_factors),
+          o.eps_mode};
 }
 
 // The token that begins a document.
@@ -66,6 +73,8 @@ inline ModelConfig config_of_options(const Options& o, int vocab) {
   config.gates = o.gates;
   config.readout = o.readout;
   config.logit_factor = o.logit_factor;
+  config.base_layers = o.base_layers;
+  config.depth = o.depth;
   return config;
 }
 
@@ -78,6 +87,8 @@ inline ModelConfig config_of_checkpoint(const Options& o, const OptionTable& tab
   if (table.given("w")) wanted.width = o.width;
   if (table.given("w0")) wanted.base_width = o.base_width;
   if (table.given("L")) wanted.layers = o.layers;
+  if (table.given("L0")) wanted.base_layers = o.base_layers;
+  if (table.given("depth_alpha")) wanted.depth = o.depth;
   if (table.given("heads")) wanted.heads_k = o.heads;
   if (table.given("head_dim")) wanted.head_dim_k = o.head_dim;
   if (table.given("heads") || table.given("head_dim")) wanted.fixed_head_size = table.given("head_dim");

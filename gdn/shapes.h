@@ -7,8 +7,10 @@
 
 namespace gdn {
 
-constexpr int kConvTaps = 4;       // length of the short convolution
-constexpr int kChunk = 64;         // tokens the gated delta rule handles at a time
+constexpr int kConvTaps = 4;  // length of the short convolution
+// Tokens that the gated delta rule handles at a time. The CPU's layer and dev/readable take any number; the
+// kernels of gdn/kernels/delta_rule are written for 64 (4 warps of 16 rows, tiles [64,64]).
+constexpr int kChunk = 64;
 constexpr double kNormEps = 1e-6;  // in every RMSNorm, and under the square root of the q/k L2 norm
 
 // Where documents are masked, log decay g of a document's first token: the state before it goes on as
@@ -51,6 +53,7 @@ struct ParameterSpan {
   float learning_rate_scale = 1;  // multiplies the step's learning rate (mup.h)
   float weight_decay = 0;         // this tensor's decay: -wd, or 0 where there is none
   float norm_weight = 1;          // of its gradient's squares in the norm that is clipped (mup.h)
+  float epsilon_scale = 1;        // multiplies AdamW's eps (mup.h)
 };
 
 // The parameter arena in blocks of this many numbers: the squares of a gradient are summed block by block,

@@ -41,6 +41,7 @@ inline void install() {
     const bool nohup = signal == SIGHUP && before.sa_handler == SIG_IGN;
     if (!nohup) sigaction(signal, &action, nullptr);
   }
+  signal(SIGXFSZ, SIG_IGN);  // a file at its size limit (ulimit -f) is then an error of write(), as a full disk is
 }
 
 // From here on signals save. A terminal or pipe that is gone ends no training.

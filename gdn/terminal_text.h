@@ -86,8 +86,10 @@ inline std::string for_terminal(const std::string& text, int descriptor) {
   return shown + terminal.rest();
 }
 
-// One line of a warning or an error on standard error.
-inline void warn(const std::string& line) {
+// One line of a warning or an error on standard error, whatever a name in it holds.
+inline void warn(std::string line) {
+  for (size_t at; (at = line.find_first_of("\n\r")) != std::string::npos;)
+    line.replace(at, 1, line[at] == '\n' ? "\\n" : "\\r");
   std::fprintf(stderr, "train_gdn: %s\n", for_terminal(line, STDERR_FILENO).c_str());
 }
 

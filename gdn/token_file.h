@@ -208,7 +208,7 @@ inline TokenFile shard(std::shared_ptr<const RegularFile> file, std::string_view
 
 // Opens a file and tells what it holds. vocabulary: that of shards where it is not the format's, else 0.
 inline TokenFile open_tokens(const std::string& path, int vocabulary = 0, bool keep_open = true) {
-  auto file = std::make_shared<const RegularFile>(path, keep_open);
+  auto file = std::make_shared<const RegularFile>(path, keep_open, Change::by_content);
   if (file->size() == 0) fail(path + ": empty file, expected at least one token");
   std::string head(size_t(std::min<int64_t>(int64_t(file->size()), kHeadBytes)), '\0');
   file->read(head.data(), 0, head.size());

@@ -12,6 +12,11 @@ at the full learning rate the first step turns the normalized o by more than its
 leaves the range that train_gdn derives for it by more than --tolerance, or when a run fails. Gradients are listed and
 not judged.
 
+    python3 scripts/coord_check.py -o results/depth --depths 4,8,16,32,64 --widths 256 --seeds 1,2
+
+takes models of one width and several depths (mup.h, section 7), -depth_alpha off beside 1 and 1/2, which are judged; slopes are
+against log2(L), of the layers that end a quarter of the depth each.
+
 Writes a figure of each optimizer and family, sp beside mup (OUT_adamw_6_heads.png and .svg, OUT_sgd_heads_of_64...),
 OUT.csv (sizes, a row per width, activation, layer and step), OUT_slopes.csv, and the runs' own CSVs to OUT_runs. These are used again when the same options ask for
 them: kill it at any time, and the same command goes on. Options after -- go to ./train_gdn. Without: L = 4, one
@@ -50,7 +55,8 @@ from common import (
 )
 
 PARAMS, OPTIMIZERS, GROWTHS = ("sp", "mup0", "mup"), ("adamw", "sgd"), ("head_dim", "heads")
-NAMES = {"adamw": "AdamW", "sgd": "SGD", "sp": "SP", "mup0": "muP0", "mup": "muP"}
+ALPHAS = ("off", "1/2", "1")  # of -depth_alpha, in the place of PARAMS where the depth grows
+NAMES = {"adamw": "AdamW", "sgd": "SGD", "sp": "SP", "mup0": "muP0", "mup": "muP", "off": "depth off", "1/2": "alpha 1/2", "1": "alpha 1"}
 SETTINGS = {"L": "4", "T": "32", "B": "1", "wd": "0", "clip": "0"}
 SMALL_STEP = 0.01  # learning rate of the pass for updates, as a multiple of the other one's
 LR = {"adamw": "1e-3", "sgd": "0.03"}
@@ -59,6 +65,7 @@ NO_EFFECT = {"d"}  # on what is measured, as far as it matters here
 RUN_COLUMNS = [
     "step", "layer", "activation", "rms", "rms_change_since_step_0",
     "rms_slope_min", "rms_slope_max", "change_slope_min", "change_slope_max",
+    "rms_depth_slope_min", "rms_depth_slope_max", "change_depth_slope_min", "change_depth_slope_max",
 ]  # fmt: skip
 SIZES = ["optimizer", "growth", "param", "width", "step", "layer", "activation", "seeds", "rms", "change"]
 SLOPES = ["optimizer", "growth", "param", "activation", "what", "layer", "step"]
@@ -71,13 +78,13 @@ DRAWN = ("embedding", "q'", "k'", "v'", "alpha", "beta", "S", "o", "mixer", "mlp
 class Run:
     optimizer: str
     growth: str
-    param: str
-    width: int
+    param: str  # where the depth grows: alpha
+    width: int  # where the depth grows: L
     seed: int
     linear: bool  # the pass with small steps, for updates
 
     def name(self) -> str:
-        name = f"{self.optimizer}_{self.growth}_{self.param}_w{self.width}_s{self.seed}"
+        name = f"{self.optimizer}_{self.growth}_{self.param.replace('/', '_')}_w{self.width}_s{self.seed}"
         return name + "_linear" * self.linear
 
 
@@ -114,6 +121,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     p.add_argument("-o", "--out", type=Path, default=Path("coord"), help="start of the outputs' names [coord]")
     p.add_argument("--widths", default="256,512,1024,2048", help="[256,512,1024,2048]")
+    p.add_argument("--depths", help="in the place of widths, of which there is one: layers, multiples of 4")
+    p.add_argument("--base_depth", type=int, default=8, help="L0 with --depths [8]")
+    p.add_argument("--alphas", default="off,1/2,1", help="with --depths, of -depth_alpha [off,1/2,1]")
     p.add_argument("--growth", default="head_dim,heads", help="what grows with the width [head_dim,heads]")
     p.add_argument("--heads", type=int, default=6, help="heads where their size grows [6]")
     p.add_argument("--head_dim", type=int, default=64, help="keys in a head where their number grows [64]")
@@ -130,6 +140,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     a.params = sorted(choose("--params", a.params, PARAMS), key=PARAMS.index)
     a.optimizers = choose("--optimizers", a.optimizers, OPTIMIZERS)
     a.growth = choose("--growth", a.growth, GROWTHS)
+    a.width = a.widths[0]
+    if a.depths is not None:
+        a.depths = split("--depths", a.depths, int)
+        a.params = sorted(choose("--alphas", a.alphas, ALPHAS), key=ALPHAS.index)
+        if len(a.widths) > 1:
+            raise Error(f"--depths with --widths {','.join(map(str, a.widths))}: expected one width")
+        if wrong := [depth for depth in a.depths if depth < 4 or depth % 4]:
+            raise Error(f"--depths {wrong[0]}: expected multiples of 4")
+        if "L" in a.extra:
+            raise Error("-L: --depths gives the layers")
+        a.widths, a.growth = a.depths, ["depth"]
+        if len(a.depths) < 2:
+            raise Error(f"--depths {a.depths[0]}: a slope needs two depths or more")
     if len(a.widths) < 2:
         raise Error(f"--widths {a.widths[0]}: a slope needs two widths or more")
     if not a.tolerance >= 0:
@@ -139,10 +162,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def options(a: argparse.Namespace, run: Run) -> dict[str, str]:
     """Of train_gdn, all that say what is measured."""
-    family = {"heads": str(a.heads)} if run.growth == "head_dim" else {"head_dim": str(a.head_dim)}
+    family = {"head_dim": str(a.head_dim)} if run.growth == "heads" else {"heads": str(a.heads)}
     grid = {"w": run.width, "param": run.param, "opt": run.optimizer, "seed": run.seed}
+    settings = {**SETTINGS, "lr": LR[run.optimizer]}
+    if run.growth == "depth":
+        grid |= {"w": a.width, "w0": a.width, "param": "mup"}
+        settings |= {"L": str(run.width), "L0": str(a.base_depth), "depth_alpha": run.param}
     extra = {name: value.replace("{width}", str(run.width)) for name, value in a.extra.items()}
-    values = {**{k: str(v) for k, v in grid.items()}, **family, "lr": LR[run.optimizer], **SETTINGS, **extra}
+    values = {**{k: str(v) for k, v in grid.items()}, **family, **settings, **extra}
     try:
         return {**values, "lr": f"{float(values['lr']) * SMALL_STEP:.12g}"} if run.linear else values
     except ValueError:
@@ -193,12 +220,16 @@ def read_run(path: Path, run: Run, squares: MeanSquares, wanted: dict[Size, tupl
                 continue
             if row["activation"].startswith("update:") != run.linear:
                 continue
-            size = Size(
-                run.optimizer, run.growth, run.param, row["activation"], what, row["layer"], int(row["step"])
-            )
+            layer, slope = row["layer"], f"{what}_slope"
+            if run.growth == "depth":
+                slope = f"{what}_depth_slope"
+                if layer and (int(layer) + 1) * 4 % run.width:
+                    continue  # no layer of the other depths is as deep in the model
+                layer = f"{(int(layer) + 1) * 4 // run.width}/4" if layer else ""
+            size = Size(run.optimizer, run.growth, run.param, row["activation"], what, layer, int(row["step"]))
             squares.setdefault(size, {}).setdefault(run.width, {})[run.seed] = number(path, row, column) ** 2
             wanted[size] = tuple(
-                number(path, row, f"{what}_slope_{end}") if row[f"{what}_slope_{end}"] else math.nan
+                number(path, row, f"{slope}_{end}") if row[f"{slope}_{end}"] else math.nan
                 for end in ("min", "max")
             )
 
@@ -264,6 +295,8 @@ def named(out: Path, ending: str) -> Path:
 
 
 def family(a: argparse.Namespace, growth: str) -> str:
+    if growth == "depth":
+        return f"depth at width {a.width}"
     return f"{a.heads} heads" if growth == "head_dim" else f"heads of {a.head_dim}"
 
 
@@ -350,7 +383,7 @@ def draw(a: argparse.Namespace, squares: MeanSquares, slopes: dict[Size, Slope],
             axis.tick_params(labelleft=axis is panels[0])
         panels[0].set_ylabel("rms")
     for axis in axes[-1]:
-        axis.set_xlabel("width")
+        axis.set_xlabel("layers" if growth == "depth" else "width")
     line = pyplot.Line2D
     handles = [line([], [], color=GREY, ls="--", marker="s", ms=3, label="size at step 0")]
     for step, color, marker in zip(steps, colors, itertools.cycle(MARKERS)):
@@ -405,18 +438,18 @@ def main(argv: list[str]) -> int:
     for optimizer in a.optimizers:
         for growth in a.growth:
             draw(a, squares, slopes, optimizer, growth)
-    outside = {size: s for size, s in slopes.items() if s.outside and size.param == "mup"}
+    outside = {size: s for size, s in slopes.items() if s.outside and size.param in ("mup", "1/2", "1")}
     for size, s in outside.items():
         where = f"layer {size.layer}, step {size.step}" if size.layer else f"step {size.step}"
         error = "" if math.isnan(s.error) else f" +- {s.error:.2f}"
         print(
-            f"outside: {size.optimizer} mup {family(a, size.growth)}: {size.activation}"
+            f"outside: {size.optimizer} {size.param} {family(a, size.growth)}: {size.activation}"
             f"{' (change)' if size.what == 'change' else ''}, {where}: slope {s.value:+.2f}{error}, "
             f"wanted {wanted_text([s])}"
         )
     problems = [f"{run.name()} failed: {said}" for run, said in failed.items()]
     if outside:
-        problems.append(f"{len(outside)} slopes of mup are more than {a.tolerance:g} outside their ranges")
+        problems.append(f"{len(outside)} slopes of {'mup' if a.depths is None else 'alpha 1/2 and 1'} are more than {a.tolerance:g} outside their ranges")
     if problems:
         raise Error("; ".join(problems))
     return 0

@@ -10,13 +10,15 @@ GatedDeltaNetForCausalLM has none of muP's multipliers, so they go into the weig
              residual stream by r: embedding, o_proj and down_proj.
   logits     1/r W_emb h: the embedding divided by r does both, and stays tied. Where the readout scale is fla's (muP of
              fixed head size, mup0), or with -logit_factor f, lm_head = f/r W_emb, untied.
+  depth      (L0/L)^alpha of a layer's branches: o_proj and down_proj times it.
 lm_head is written for a tied model too, as one that is not tied: flash-linear-attention 0.5.2 does not load a tied one
 under transformers 5 ("'list' object has no attribute 'keys'"). --tied leaves it out where it is the embedding.
 Exact where r and f are powers of 2; else the scaled weights are rounded to their type once more. Rows of padding are left out:
 vocab_size is the number of tokens.
 
 ./train_gdn -load takes a checkpoint itself rather than its export: of a muP export with r other than 1 it refuses
-norm_eps, as its norms have a fixed eps of 1e-6.
+norm_eps, as its norms have a fixed eps of 1e-6, and says which checkpoint it was made from (train_gdn_export in
+config.json: run folder and step).
 
 --vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, or the
 vocab.txt of tokenize_text.py; the tokenizer then loads with AutoTokenizer. A model of bytes gets a tokenizer of 256 bytes. Without PyTorch; weights keep their type.
@@ -155,20 +157,27 @@ def export(checkpoint: Path, out: Path, source: Path | None, tied: bool) -> None
     readout = {"param": parametrization}.get(ours.get("readout", "param"), ours.get("readout"))
     grows = readout == "mup" and not ours["fixed_head_size"]
     stream = config["hidden_size"] / ours["base_width"] if grows else 1.0  # divides the residual stream
+    alpha = {"1": 1.0, "1/2": 0.5}.get(ours.get("depth_alpha", "1"))
+    branches = 1.0
+    if alpha is not None and parametrization != "sp":
+        branches = (ours.get("base_layers", config["num_hidden_layers"]) / config["num_hidden_layers"]) ** alpha
     tensors = Tensors(checkpoint / "model.safetensors")
     if EMBEDDING not in tensors.entries:
         raise Error(f"{checkpoint / 'model.safetensors'}: tensor '{EMBEDDING}' is missing")
     exported = {name: tensors.rows(name, vocab if name in (EMBEDDING, HEAD) else None) for name in tensors.entries}
     if not tied or (HEAD in exported and logit_scale != 1) or logit_scale != 1 / stream:
         exported[HEAD] = scaled(exported.get(HEAD, exported[EMBEDDING]), logit_scale)
-    if stream != 1:
-        for name in exported:
-            if name == EMBEDDING or name.endswith((".o_proj.weight", ".down_proj.weight")):
-                exported[name] = scaled(exported[name], 1 / stream)
+    for name in exported:
+        factor = 1 / stream if name == EMBEDDING else 1.0
+        if name.endswith((".o_proj.weight", ".down_proj.weight")):
+            factor = branches / stream
+        if factor != 1:
+            exported[name] = scaled(exported[name], factor)
     end = {256: None, 50257: END_OF_TEXT}.get(vocab)
     types = {"F32": "float32", "F64": "float64", "BF16": "bfloat16"}
     config |= {"vocab_size": vocab, "tie_word_embeddings": HEAD not in exported, "bos_token_id": end, "eos_token_id": end,
-               "norm_eps": config["norm_eps"] / stream**2, "pad_token_id": None, "torch_dtype": types[exported[EMBEDDING][0]]}  # fmt: skip
+               "norm_eps": config["norm_eps"] / stream**2, "pad_token_id": None, "torch_dtype": types[exported[EMBEDDING][0]],
+               "train_gdn_export": "/".join(checkpoint.resolve().parts[-2:])}  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise Error(f"{out}: is not empty")

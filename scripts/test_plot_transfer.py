@@ -1,6 +1,6 @@
 """Tests of plot_transfer.py's statistics, on losses whose best learning rate and noise are known; no GPU, no packages.
 
-    python3 scripts/test_plot_transfer.py        (scripts/test_scripts.py runs them too)
+    python3 scripts/test_plot_transfer.py        (python3 -m unittest discover -s scripts runs the tests of all scripts)
 """
 
 from __future__ import annotations

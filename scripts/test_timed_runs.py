@@ -1,7 +1,7 @@
 """Tests of the scripts that make the open runs of transfer within a time limit (dev/results/*/run.sh, select_constants.py), with
 a trainer that takes no time; no GPU, no packages.
 
-    python3 scripts/test_timed_runs.py        (scripts/test_scripts.py runs them too)
+    python3 scripts/test_timed_runs.py        (python3 -m unittest discover -s scripts runs the tests of all scripts)
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class WithFake(unittest.TestCase):
         """A copy of dev/results/NAME in a checkout of its own, without its CSVs."""
         root = self.folder / "checkout"
         copy = root / "dev" / "results" / name
-        shutil.copytree(RESULTS / name, copy, ignore=shutil.ignore_patterns("*.csv", "*.tar.gz"))
+        shutil.copytree(RESULTS / name, copy, ignore=shutil.ignore_patterns("*.csv", "*.tar.gz", "*.tar.xz"))
         shutil.copy(RESULTS / "common.sh", copy.parent)
         if not (root / "scripts").exists():
             (root / "scripts").symlink_to(RESULTS.parent.parent / "scripts")
@@ -138,22 +138,28 @@ class TheRule(WithFake):
         return module
 
     def test_calls_that_are_cut_off_choose_what_one_call_does(self) -> None:
-        done = self.call(self.script, "whole")
+        script = self.without_data("sgd_frozen") / "select_constants.py"
+        done = self.call(script, "whole")
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("all done", done.stdout)
         rows = rows_of(self.folder / "whole" / "data.csv")
         self.assertEqual([sum(row["width"] == w for row in rows) for w in ("256", "512", "1024", "2048")], [28, 3, 3, 1])
         self.assertIn("Frozen, after 28 runs at d = 256", (self.folder / "whole" / "report.md").read_text())
         self.assertIn("-clip 0.25 -warmup 100 -init_of hidden=2 -lr_of embedding=0.0625", done.stdout)
-        self.assertIn("runs are left", self.call(self.script, "cut", 20).stdout)
+        self.assertIn("runs are left", self.call(script, "cut", 20).stdout)
         path = self.folder / "cut" / "data.csv"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))  # as if nine runs had ended
         for limit in (20, 80, 230, 300):
-            self.assertEqual(self.call(self.script, "cut", limit).returncode, 0)
+            self.assertEqual(self.call(script, "cut", limit).returncode, 0)
             self.longer("cut")
         self.assertEqual(len(rows_of(self.folder / "cut" / "data.csv")), 35)
         report = [(self.folder / out / "report.md").read_text() for out in ("whole", "cut")]
         self.assertEqual(report[0], report[1])
+
+    def test_the_record_is_what_the_rule_says_of_its_runs(self) -> None:
+        done = self.call(self.script, "record")  # walks the rule on data.csv beside it, training nothing
+        self.assertIn("all done", done.stdout)
+        self.assertEqual((self.folder / "record" / "report.md").read_text(), (self.script.parent / "report.md").read_text())
 
     def test_ties_go_to_the_default(self) -> None:
         choose = self.module().choose

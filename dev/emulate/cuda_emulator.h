@@ -105,13 +105,19 @@ inline float __high2float(__nv_bfloat162 x) { return __bfloat162float(x.y); }
 inline __nv_bfloat162 __habs2(__nv_bfloat162 x) {
   return {{uint16_t(x.x.bits & 0x7fff)}, {uint16_t(x.y.bits & 0x7fff)}};
 }
+// As the GPU's: of two zeros +0 is the larger. (std::fmax may return either: -0, taken for a largest magnitude, has
+// the largest bits.)
+namespace emulator {
+inline float max_of(float x, float y) { return x == 0 && y == 0 ? (std::signbit(x) ? y : x) : std::fmax(x, y); }
+inline float min_of(float x, float y) { return x == 0 && y == 0 ? (std::signbit(x) ? x : y) : std::fmin(x, y); }
+}  // namespace emulator
 inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  return __floats2bfloat162_rn(std::fmax(__low2float(a), __low2float(b)),
-                               std::fmax(__high2float(a), __high2float(b)));
+  return __floats2bfloat162_rn(emulator::max_of(__low2float(a), __low2float(b)),
+                               emulator::max_of(__high2float(a), __high2float(b)));
 }
 inline __nv_bfloat162 __hmin2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  return __floats2bfloat162_rn(std::fmin(__low2float(a), __low2float(b)),
-                               std::fmin(__high2float(a), __high2float(b)));
+  return __floats2bfloat162_rn(emulator::min_of(__low2float(a), __low2float(b)),
+                               emulator::min_of(__high2float(a), __high2float(b)));
 }
 inline __nv_bfloat162 __hneg2(__nv_bfloat162 x) {
   return {{uint16_t(x.x.bits ^ 0x8000)}, {uint16_t(x.y.bits ^ 0x8000)}};
@@ -120,12 +126,12 @@ inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(__low2float(a) * __low2float(b), __high2float(a) * __high2float(b));
 }
 inline __half2 __hmax2(__half2 a, __half2 b) {
-  return __floats2half2_rn(std::fmax(__half2float(a.x), __half2float(b.x)),
-                           std::fmax(__half2float(a.y), __half2float(b.y)));
+  return __floats2half2_rn(emulator::max_of(__half2float(a.x), __half2float(b.x)),
+                           emulator::max_of(__half2float(a.y), __half2float(b.y)));
 }
 inline __half2 __hmin2(__half2 a, __half2 b) {
-  return __floats2half2_rn(std::fmin(__half2float(a.x), __half2float(b.x)),
-                           std::fmin(__half2float(a.y), __half2float(b.y)));
+  return __floats2half2_rn(emulator::min_of(__half2float(a.x), __half2float(b.x)),
+                           emulator::min_of(__half2float(a.y), __half2float(b.y)));
 }
 inline __half2 __hneg2(__half2 x) { return {{uint16_t(x.x.bits ^ 0x8000)}, {uint16_t(x.y.bits ^ 0x8000)}}; }
 inline float __fdividef(float x, float y) { return x / y; }

@@ -186,7 +186,7 @@ inline uint32_t shared_address(const void* p) { return emulator::address_of(p); 
 // ---- registers
 inline int reload_thread_idx() { return int(threadIdx.x); }
 template <class T>
-void keep(T*&) {}
+void keep(T&) {}
 template <int kRegisters>
 void warpgroup_reg_dealloc() {}
 template <int kRegisters>

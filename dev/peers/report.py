@@ -4,8 +4,8 @@ best is bold; the rows that train_gdn loses come first.
 
 A ratio is the other's time over train_gdn's (above 1: train_gdn is faster) and, beside it, its inverse. It compares what does the
 same work: forwards that keep nothing with each other, and forward + backward as one piece, o and all gradients returned.
-A record is one call on one card. The table of a shape is of one call alone, the last one that timed train_gdn at it; what other
-calls measured of the peers is named below it, and counts where it beats train_gdn.
+A record is one call on one card. A table is of one shape and one call alone; what calls that did not time train_gdn at that shape measured
+of the peers is named below it, and counts where it beats train_gdn.
 """
 
 import argparse
@@ -52,20 +52,18 @@ def spread(row: dict, digits: int) -> str:
 
 
 def choose(calls: list[list[dict]]) -> tuple[list[dict], list[dict]]:
-    """(rows to show, with those of a shape from one call; times of peers from the other calls)."""
+    """(rows of the tables; times of peers from calls that did not time train_gdn at that shape). Each row knows its call.
+
+    A shape that no call timed train_gdn at has a table of each call."""
     shown, others = [], []
-    measured = ("check", "time", "step")
-    chosen = {}
-    for n, rows in enumerate(calls):
-        for r in rows:
-            if r["kind"] in measured and (r["kind"] != "check" and r["peer"] == "ours" or r["shape"] not in chosen):
-                chosen[r["shape"]] = n
-    for n, rows in enumerate(calls):
-        for r in rows:
-            if r["kind"] not in measured or chosen[r["shape"]] == n:
-                shown.append(dict(r, call=n + 1))
-            elif r["kind"] == "time" and r["peer"] != "ours":
-                others.append(dict(r, call=n + 1))
+    calls = [[dict(r, call=n + 1) for r in rows] for n, rows in enumerate(calls)]
+    ours = {(r["shape"], r["call"]) for rows in calls for r in rows if r["kind"] in ("time", "step") and r["peer"] == "ours"}
+    with_ours = {shape for shape, _ in ours}
+    for r in (r for rows in calls for r in rows):
+        if r["kind"] not in ("check", "time", "step") or (r["shape"], r["call"]) in ours or r["shape"] not in with_ours:
+            shown.append(r)
+        elif r["kind"] == "time" and r["peer"] != "ours":
+            others.append(r)
     return shown, others
 
 
@@ -85,8 +83,14 @@ class Report:
             self.say("| " + " | ".join(cells) + " |")
         self.say()
 
-    def of_call(self, rows: list[dict]) -> str:
-        return f", call {rows[0]['call']}" if self.calls > 1 else ""
+    def of_call(self, call: int) -> str:
+        return f", call {call}" if self.calls > 1 else ""
+
+    def tables(self, kind: str) -> list[tuple[str, int]]:
+        """(shape, call) of the tables of rows of that kind, those of a shape together."""
+        shapes = list(dict.fromkeys(r["shape"] for r in self.rows if r["kind"] == kind))
+        found = {(r["shape"], r["call"]) for r in self.rows if r["kind"] == kind}
+        return sorted(found, key=lambda x: (shapes.index(x[0]), x[1]))
 
     def compare(self, title: str, what: str, others: dict[str, float], mine: float | None) -> list[str]:
         """Cells of ratios; notes what is lost."""
@@ -106,20 +110,20 @@ class Report:
             self.slower.append(f"{name} {shape}, {what}: {ms:.3f} ms, before {before:.3f}")
 
     def kernels(self) -> None:
-        shapes = list(dict.fromkeys(r["shape"] for r in self.rows if r["kind"] == "check"))
-        if not shapes:
+        if not self.tables("check"):
             return
         self.say("## The gated delta rule\n")
         self.say("ms on the device, the median (least to most) over rounds in turn: replays of a CUDA graph, of JAX programs queued "
                  "back to back. q and k normalised beforehand, g = -0.1 U(0,1), beta = U(0,1) in float32, the rest bf16. `kept` is "
                  "what lies between forward and backward beside the inputs. `error` is |x - float64| / |float64| of o / the worst "
                  "gradient, in the same run.\n")
-        for shape in shapes:
+        for shape, call in self.tables("check"):
+            rows = [r for r in self.rows if r["kind"] in ("check", "time") and (r["shape"], r["call"]) == (shape, call)]
             B, T, Hk, Hv, dk, dv = common.sizes(shape)
-            title = f"{B} x {T}, {Hk}/{Hv} heads of {dk} and {dv}"
-            self.say(f"### {title}{self.of_call([r for r in self.rows if r['kind'] == 'check' and r['shape'] == shape])}\n")
-            checks = {r["peer"]: r for r in self.rows if r["kind"] == "check" and r["shape"] == shape}
-            times = {(r["peer"], r["case"]): r for r in self.rows if r["kind"] == "time" and r["shape"] == shape}
+            title = f"{B} x {T}, {Hk}/{Hv} heads of {dk} and {dv}{self.of_call(call)}"
+            self.say(f"### {title}\n")
+            checks = {r["peer"]: r for r in rows if r["kind"] == "check"}
+            times = {(r["peer"], r["case"]): r for r in rows if r["kind"] == "time"}
             cases = [case for case in common.CASES if any(c == case for _, c in times)]
             best = {case: min((r["ms"] for (p, c), r in times.items() if c == case), default=None) for case in cases}
             body = []
@@ -180,11 +184,11 @@ class Report:
         self.say("6 heads, dv = 2 dk, T = 1024, V = 50304 tied, AdamW, clipping, random tokens; float32 master weights and moments. ms, "
                  "the median (least to most); memory is the allocator's peak (train_gdn: what it plans). eager: as fla's users call it, "
                  "queued without waiting; graph: the whole step as one CUDA graph; FP8: of jax-linear-attention's Linears.\n")
-        for shape in dict.fromkeys(r["shape"] for r in rows):
+        for shape, call in self.tables("step"):
             d, B, L = shape.split(",")[:3]
-            title = f"d = {d}, {L} layers, {B} sequences"
-            mine = next((r for r in rows if r["shape"] == shape and r["peer"] == "ours"), None)
-            of_shape = {(r["peer"], r["mode"]): r for r in rows if r["shape"] == shape}
+            title = f"d = {d}, {L} layers, {B} sequences{self.of_call(call)}"
+            of_shape = {(r["peer"], r["mode"]): r for r in rows if (r["shape"], r["call"]) == (shape, call)}
+            mine = of_shape.get(("ours", None))
             best = min(r["ms"] for r in of_shape.values())
             body, others = [], {}
             for (peer, mode), r in of_shape.items():
@@ -197,7 +201,7 @@ class Report:
                 if peer != "ours":
                     others[name] = r["ms"]
                 self.seen(f"{peer} {mode}", shape, "step", r["ms"])
-            self.say(f"### {title}{self.of_call(list(of_shape.values()))}\n")
+            self.say(f"### {title}\n")
             self.table(["", "ms", "GiB", "parameters, millions", "times train_gdn's (inverse)", "loss, first -> last"], body)
             self.compare(title, "step", others, mine["ms"] if mine else None)
 

@@ -48,10 +48,10 @@ say_machine() {
 
 install() {
   local folder wheel
+  mkdir -p "$SITE"
   for folder in ${WHEELS:?WHEELS names the folders with the wheels}; do
-    for wheel in "$folder"/*.whl; do
-      "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$wheel" 2>&1 |
-        grep -v WARNING
+    for wheel in "$folder"/*.whl; do  # unpacked, not by pip, whose --target takes away fla-core's `fla` for the other wheel's
+      "$PYTHON" -m zipfile -e "$wheel" "$SITE" || exit 1
     done
   done
   (cd "$SITE" && echo ./*.dist-info)

@@ -75,6 +75,14 @@ class Reports(unittest.TestCase):
         self.assertIn(", call 2", table.splitlines()[0])
         self.assertNotIn("7.000", table.split("In another call")[0])
 
+    def test_two_calls_that_timed_train_gdn_have_a_table_each(self) -> None:
+        first = [check("ours"), check("fla"), timed("ours", "both", 2), timed("fla", "both", 7)]
+        second = [check("ours"), check("flashinfer"), timed("ours", "both", 2.5), timed("flashinfer", "both", 2.4)]
+        tables = self.report(first, second).split("### 8 x 4096")[1:]
+        self.assertEqual([t.splitlines()[0][-6:] for t in tables], ["call 1", "call 2"])
+        self.assertIn("fla 3.50", tables[0])
+        self.assertNotIn("fla 2.80", tables[1])
+
     def test_slower_than_seen_before_is_said(self) -> None:
         self.assertIn("## Slower than seen before", self.report([check("flashinfer"), timed("flashinfer", "forward", 0.6)]))
         self.assertNotIn("Slower than seen before", self.report([check("flashinfer"), timed("flashinfer", "forward", 0.42)]))
@@ -85,7 +93,7 @@ class Reports(unittest.TestCase):
 
     def test_the_committed_report_is_of_the_committed_records(self) -> None:
         at = HERE.parent / "results" / "peers"
-        done = subprocess.run([sys.executable, str(HERE / "report.py"), str(at / "peers_1.jsonl"), str(at / "peers_2.jsonl")],
+        done = subprocess.run([sys.executable, str(HERE / "report.py"), *map(str, sorted(at.glob("peers_*.jsonl")))],
                               capture_output=True, text=True, timeout=60)
         self.assertEqual(done.stdout, (at / "report.md").read_text())
 

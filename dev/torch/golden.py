@@ -4,7 +4,7 @@
     python3 dev/torch/golden.py            writes them        (needs torch, transformers >= 5, safetensors)
     python3 dev/torch/golden.py --check    says whether those in the repository are the same numbers
 
-Inputs, outputs and gradients of the gated delta rule, of one mixer and of a small model. The numbers are those of
+Inputs, outputs and gradients of the gated delta rule, of one mixer and of a small model (gdn/tests/golden/README.md). The numbers are those of
 transformers' code, its casts to float32 lifted to float64, and must agree to 1e-12 with reference.py, which was
 written for this project from the equations; else nothing is written. Inputs are bf16 numbers, so that a GPU's layers
 get them unrounded; outputs are rounded to float32.
@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import others
-from reference import Config, gated_delta_rule_recurrent, initialize, loss, mixer, relative
+from reference import Config, gated_delta_rule_recurrent, initialize, loss, mixer, recurrent_steps, relative
 
 FOLDER = Path(__file__).parents[2] / "gdn" / "tests" / "golden"
 AGREE = 1e-12
@@ -81,6 +81,54 @@ def delta_rule(decay: str, tokens: int, batch: int = 1, heads_k: int = 1, heads_
     return {**stored, "g": g.float(), "beta": beta.float(), **outputs}
 
 
+def delta_rule_with_states(regime: str, lengths: list[int], heads_k: int = 1, heads_v: int = 2, dk: int = 16, dv: int = 32):
+    """s = 1/4. Documents one after the other, each from a state to a state of its own, and the gradients of
+    sum(o d_o) + sum(final_state d_final_state). Long memory: a decay of at most e^-0.002 a token, so that the first state is
+    still read at the end; beta near 0: hardly anything is written."""
+    r = torch.Generator().manual_seed(len(regime))
+    normal = lambda *shape: torch.randn(*shape, generator=r, dtype=torch.float64)  # noqa: E731
+    uniform = lambda *shape: torch.rand(*shape, generator=r, dtype=torch.float64)  # noqa: E731
+    tokens, count = sum(lengths), len(lengths)
+    q, k = (bf16(F.normalize(normal(1, tokens, heads_k, dk), dim=-1)) for _ in "qk")
+    v, d_o = bf16(normal(1, tokens, heads_v, dv)), bf16(normal(1, tokens, heads_v, dv))
+    state, d_state = bf16(normal(count, heads_v, dk, dv)), bf16(normal(count, heads_v, dk, dv))
+    gates = 1, tokens, heads_v
+    g, beta = {
+        "documents": (-0.5 * uniform(*gates), 2 * uniform(*gates)),
+        "long_memory": (-0.002 * uniform(*gates), uniform(*gates)),
+        "beta_near_0": (-0.1 * uniform(*gates), 1e-3 * uniform(*gates)),
+    }[regime]
+    inputs = dict(q=q, k=k, v=v, g=g.float().double(), beta=beta.float().double(), initial_state=state)
+
+    def by_document(function):
+        """o and final_state, and the gradients."""
+        x = {name: y.detach().clone().requires_grad_() for name, y in inputs.items()}
+        parts = [x[name].split(lengths, 1) if name != "initial_state" else x[name].split(1) for name in x]
+        o, last = (torch.cat(y, axis) for y, axis in zip(zip(*(function(*part) for part in zip(*parts))), (1, 0)))
+        grads = torch.autograd.grad((o * d_o).sum() + (last * d_state).sum(), list(x.values()))
+        return [o.detach(), last.detach(), *grads]
+
+    def of_transformers(function):
+        def call(q, k, v, g, beta, state):
+            o, last = function(others.same_heads(q, v), others.same_heads(k, v), v, g, beta, initial_state=state,
+                               output_final_state=True)
+            return 0.25 * dk ** 0.5 * o, last
+        return call
+
+    def ours(q, k, v, g, beta, state):
+        return recurrent_steps(state, others.same_heads(q, v), others.same_heads(k, v), v, g, beta, 0.25)[::-1]
+
+    with others.in_float64():
+        theirs = by_document(of_transformers(others.olmo().torch_recurrent_gated_delta_rule))
+        chunked = by_document(of_transformers(others.qwen().torch_chunk_gated_delta_rule))
+    names = ["o", "final_state", *("d" + name for name in "q k v g beta".split()), "d_initial_state"]
+    agreed(f"delta rule, {regime}, in chunks", chunked, by_document(ours), names)
+    outputs = agreed(f"delta rule, {regime}", theirs, by_document(ours), names)
+    stored = {name: x.bfloat16() for name, x in dict(q=q, k=k, v=v, d_o=d_o, initial_state=state, d_final_state=d_state).items()}
+    return {**stored, "g": g.float(), "beta": beta.float(), **outputs,
+            "cu_seqlens": torch.tensor([sum(lengths[:n]) for n in range(count + 1)], dtype=torch.int32)}
+
+
 # d0 = 16, so logits are halved and s = 2 dk^-1/2; value heads in groups of two; the vocabulary is padded
 CONFIG = Config(width=32, layers=2, heads_k=2, heads_v=4, head_dim_k=16, head_dim_v=16, mlp_size=48, vocab=60,
                 padded_vocab=64, tied=False, neg_eigval=False, base_width=16)
@@ -138,6 +186,8 @@ def main() -> None:
         sys.exit(f"golden.py: {reason}")
     files = {f"delta_rule_{regime}": lambda regime=regime: delta_rule(regime, 139)
              for regime in ("strong_decay", "beta_near_1", "beta_to_2")}
+    files |= {f"delta_rule_{regime}": lambda regime=regime, lengths=lengths: delta_rule_with_states(regime, lengths)
+              for regime, lengths in (("documents", [1, 64, 75]), ("long_memory", [140]), ("beta_near_0", [70, 70]))}
     files |= {"mixer": lambda: one_mixer(CONFIG, 70), "model": lambda: small_model(CONFIG, 70)}
     total, changed = 0, False
     for name, make in files.items():

@@ -5,7 +5,8 @@ torch_recurrent_gated_delta_rule, the mixers of Qwen3-Next and OLMo-hybrid, and 
 alone. flash-linear-attention (https://github.com/fla-org/flash-linear-attention): chunk_gated_delta_rule and
 GatedDeltaNetForCausalLM, on a GPU.
 
-Two of this project's constants have no place in their code. The logits' scale 1/r multiplies the output matrix. The
+Three of this project's constants have no place in their code. The logits' scale 1/r multiplies the output matrix, the
+multiplier of the branches W_o and W_down. The
 readout scale s, theirs is dk^-1/2, only enters a norm: rmsnorm(s o, eps) = rmsnorm(dk^-1/2 o, eps / (s^2 dk)), so the
 norm's eps takes it. Both are exact.
 
@@ -194,6 +195,13 @@ def qwen_mixer(h, w: Parameters, at: str, c: Config):
 # ---- the model: (w, c, tokens [B,T+1]) -> mean cross-entropy, as reference.loss ---------------------------------
 
 
+def branches(w: Parameters, c: Config) -> Parameters:
+    """The multiplier of a layer's branches, which their code has not, in the matrices that end them."""
+    if c.residual_scale == 1:
+        return w
+    return {name: x * c.residual_scale if name.endswith((".o_proj.weight", ".down_proj.weight")) else x for name, x in w.items()}
+
+
 def output_matrix(w: Parameters, c: Config):
     return w["model.embeddings.weight" if c.tied else "lm_head.weight"] * c.logit_scale
 
@@ -211,6 +219,7 @@ def olmo_model(sizes: tuple):
 def olmo_logits(w: Parameters, c: Config, tokens):
     """tokens [B,T] -> logits [B,T,padded vocabulary]."""
     model = olmo_model(tuple(vars(c).items())).to(tokens.device)
+    w = branches(w, c)
     mapped = {"model.embed_tokens.weight": w["model.embeddings.weight"], "model.norm.weight": w["model.norm.weight"],
               "lm_head.weight": output_matrix(w, c)}
     for layer in range(c.layers):
@@ -269,7 +278,7 @@ def fla_model(sizes: tuple):
 def fla_loss(w: Parameters, c: Config, tokens):
     """In float32 under bf16 autocast, as fla trains."""
     model = fla_model(tuple(vars(c).items())).to(tokens.device)
-    mapped = {**w, "lm_head.weight": output_matrix(w, c)}
+    mapped = {**branches(w, c), "lm_head.weight": output_matrix(w, c)}
     with torch.autocast("cuda", torch.bfloat16):
         out = functional_call(model, mapped, kwargs=dict(input_ids=tokens[:, :-1], use_cache=False))
     return cross_entropy(out.logits, c, tokens)

@@ -53,6 +53,15 @@ class Config:
     gates: str = "independent"  # -gates, which initial values and SGD alone know
     readout: str = "param"  # -readout: s as the parametrization has it, or that of mup or sp
     logit_factor: float = 1.0  # -logit_factor
+    base_layers: int = 0  # -L0; 0: layers
+    depth_alpha: str = "1"  # -depth_alpha
+
+    @property
+    def residual_scale(self) -> float:
+        """Of a layer's two branches: (L0/L)^alpha (mup.h, section 7)."""
+        if self.parametrization == "sp" or self.depth_alpha == "off" or not self.base_layers:
+            return 1.0
+        return (self.base_layers / self.layers) ** (0.5 if self.depth_alpha == "1/2" else 1.0)
 
     @property
     def ratio(self) -> float:
@@ -79,8 +88,11 @@ class Config:
         return r_k / math.sqrt(self.head_dim_k)  # dk0 = dk / r_k
 
     def learning_rate_scale(self, name: str) -> float:
-        """AdamW's: a Linear's 1 / its fan-in's ratio, all else (embedding, head, gains, taps, time scales) 1."""
-        return 1 / self.fan_in_ratio(name) if is_linear(name) else 1.0
+        """AdamW's: a Linear's 1 / its fan-in's ratio, all else (embedding, head, gains, taps, time scales) 1; in blocks
+        times rho^(alpha - 1)."""
+        depth = (self.base_layers or self.layers) / self.layers if self.residual_scale != 1 else 1.0
+        block = self.residual_scale / depth if name.startswith("model.layers.") else 1.0
+        return block * (1 / self.fan_in_ratio(name) if is_linear(name) else 1.0)
 
     def initial_std(self, name: str) -> float:
         """Of a matrix's normal values."""
@@ -93,14 +105,14 @@ class Config:
 
 
 CHOICES = dict(parametrization=("mup", "mup0", "sp"), gains=("vector", "hidden"), gates=("independent", "output", "aligned"),
-               readout=("param", "mup", "sp"))  # gdn/mup_names.h
+               readout=("param", "mup", "sp"), depth_alpha=("1", "1/2", "off"))  # gdn/mup_names.h
 
 
 def config_of(j: dict) -> Config:
     """Of config.json's object. A key of "train_gdn", or a value, that this file does not know is an error: it may change the
     model."""
     ours = dict(j["train_gdn"])
-    known = {"vocab", "base_width", "fixed_head_size", "logit_factor", *CHOICES}
+    known = {"vocab", "base_width", "fixed_head_size", "logit_factor", "base_layers", *CHOICES}
     if unknown := sorted(ours.keys() - known):
         raise ValueError(f"train_gdn: unknown key '{unknown[0]}', expected some of {', '.join(sorted(known))}")
     for key, choices in CHOICES.items():
@@ -339,8 +351,8 @@ def loss(w: Parameters, c: Config, tokens, delta_rule=gated_delta_rule_chunked):
     x = F.embedding(tokens[:, :-1], w["model.embeddings.weight"])
     for layer in range(c.layers):
         at = f"model.layers.{layer}."
-        x = x + mixer(rmsnorm(x, w[at + "attn_norm.weight"]), w, at + "attn.", c, delta_rule)
-        x = x + mlp(rmsnorm(x, w[at + "mlp_norm.weight"]), w, at + "mlp.")
+        x = x + c.residual_scale * mixer(rmsnorm(x, w[at + "attn_norm.weight"]), w, at + "attn.", c, delta_rule)
+        x = x + c.residual_scale * mlp(rmsnorm(x, w[at + "mlp_norm.weight"]), w, at + "mlp.")
     head = w["model.embeddings.weight" if c.tied else "lm_head.weight"]
     logits = F.linear(rmsnorm(x, w["model.norm.weight"]) * c.logit_scale, head)  # [B,T,V]
     return F.cross_entropy(wide(logits.flatten(0, 1)[:, :c.vocab]), tokens[:, 1:].flatten())

@@ -77,7 +77,7 @@ class Scripts(unittest.TestCase):
         keys = re.findall(r'{"(\w+)",', source[source.index('{"train_gdn", Json::Object{'):source.index("}}}};")])[1:]
         self.assertIn("readout", keys)
         values = dict(vocab=64, base_width=16, fixed_head_size=False, parametrization="mup", gains="vector", gates="independent",
-                      readout="param", logit_factor=1.0)
+                      readout="param", logit_factor=1.0, base_layers=1, depth_alpha="1")
         sizes = dict(hidden_size=32, num_hidden_layers=1, num_heads=2, num_v_heads=2, head_dim=16, expand_v=2.0,
                      intermediate_size=256, vocab_size=64, tie_word_embeddings=True, allow_neg_eigval=False)
 
@@ -90,9 +90,10 @@ class Scripts(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "readout 'no_such_rule'"):
             config(readout="no_such_rule")
         names = (HERE.parents[1] / "gdn" / "mup_names.h").read_text()
-        for rule, key in dict(Parametrization="parametrization", VectorRule="gains", GateRule="gates", ReadoutRule="readout").items():
+        for rule, key in dict(Parametrization="parametrization", VectorRule="gains", GateRule="gates", ReadoutRule="readout",
+                              DepthRule="depth_alpha").items():
             written = re.search(rf"struct Names<{rule}> {{.*?\*names\[\] = {{(.*?)}}", names, re.S)[1]
-            self.assertEqual(set(re.findall(r'"(\w+)"', written)), set(reference.CHOICES[key]))
+            self.assertEqual(set(re.findall(r'"([\w/]+)"', written)), set(reference.CHOICES[key]))
 
         scales = {(rule, readout): config(parametrization=rule, readout=readout).readout_scale * 16**0.5
                   for rule in ("mup", "mup0", "sp") for readout in ("param", "mup", "sp")}

@@ -1,4 +1,8 @@
-// Softmax cross-entropy over the vocabulary, logits replaced in place by their gradient.
+// Softmax cross-entropy. For a row x of logits, over the columns of the vocabulary, and its target t:
+//   loss = log(sum_c e^{x_c}) - x_t        dx_c = dlogits_scale (e^{x_c} / sum e^x - [c = t])
+// The gradient replaces the logits in place; columns beyond the vocabulary count as -infinity and get 0.
+//
+// Times: NVIDIA H100, dev/results/layer_speed/h100_d1024.txt; %: of the rate of a copy of as many bytes.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -44,13 +48,14 @@ __device__ inline void unpack_logits(float (&x)[8], uint4 packed, int column, in
     if (column + c >= vocab) x[c] = -INFINITY;
 }
 
-// kThreads (a warp or the block) do a row. It is copied to shared memory, each thread reading back only what
-// it copied itself, so that nothing but the two sums over the row synchronises and logits are read and
-// written once. A row longer than `staged` columns is done in pieces, and each piece but the last is read a
-// second time.
-// Floor at n = 32768, V = 50304: 6.6 GB (logits in, gradient out), 2.194 ms at the copy rate; the loss alone
-// 3.3 GB, 1.097 ms. Reached: 2.258 ms, 97%; the loss alone 1.121 ms, 98%. At V = 256, where a warp does a row:
-// 0.0226 ms, 49%; the loss alone 0.0177 ms, 32%.
+// A row belongs to kThreads threads: a warp up to kSmallVocab columns, else a block. The row is copied to
+// shared memory by cp.async; a thread reads back only what it copied itself, so only the maximum and the sum
+// over the row need barriers, and logits cross global memory once in each direction. A row longer than
+// `staged` columns is processed in parts, and all parts but the last are read a second time.
+//
+// n = 32768, V = 50304: 6.6 GB (logits in, gradient out), 2.194 ms at the copy rate, measured 2.258 ms, 97%;
+// the loss alone 3.3 GB, 1.097 ms, measured 1.121 ms, 98%. V = 256: 0.0226 ms, 49%; the loss alone 0.0177 ms,
+// 32%.
 template <int kThreads>
 __global__ void __launch_bounds__(kClassifierThreads)
     softmax_cross_entropy_kernel(act* logits, float* __restrict__ losses, const int32_t* __restrict__ targets,
@@ -123,18 +128,18 @@ template <int kThreads>
 void launch_softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
                                   int vocab, int padded, float dlogits_scale) {
   constexpr int kRows = kClassifierThreads / kThreads;
-  const int room = (shared_bytes_limit() - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
+  const int room = (dev.shared_bytes - kSumBytes) / (kRows * int(sizeof(act))) / 8 * 8;
   const int staged = std::min({padded, kStagedColumns, room});
   const int shared_bytes = kRows * staged * int(sizeof(act));
-  allow_shared_bytes(softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
+  allow_shared_bytes(dev, softmax_cross_entropy_kernel<kThreads>, shared_bytes, "the classifier");
   softmax_cross_entropy_kernel<kThreads>
       <<<divide_up(rows, kRows), kClassifierThreads, shared_bytes, dev.stream>>>(
           logits, losses, targets, rows, vocab, padded, staged, dlogits_scale);
   launched("softmax_cross_entropy");
 }
 
-void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows,
-                                  int vocab, int padded, float dlogits_scale) {
+void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t* targets, int rows, int vocab,
+                           int padded, float dlogits_scale) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(padded, "the padded vocabulary");
   if (rows == 0) return;
@@ -145,8 +150,8 @@ void softmax_cross_entropy(Cuda& dev, act* logits, float* losses, const int32_t*
                                                      dlogits_scale);
 }
 
-// One block; each thread adds every 1024th loss in double.
-// Floor at n = 32768: 131 KB, so the latency of one launch. Reached: 0.0057 ms.
+// One block; thread i adds losses i, i + 1024, ... in double. n = 32768: 131 KB, so the latency of one
+// launch; measured 0.0057 ms.
 static __global__ void __launch_bounds__(1024)
     sum_losses_kernel(double* __restrict__ total, const float* __restrict__ losses, int rows) {
   __shared__ double shared[32];

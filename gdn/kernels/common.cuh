@@ -46,22 +46,13 @@ inline int lanes_for(int vectors) {
 
 // ---- shared memory ----------------------------------------------------------------------------------------
 
-// Bytes a block may have on this GPU.
-inline int shared_bytes_limit() {
-  int device = 0, bytes = 0;
-  cuda_check(cudaGetDevice(&device));
-  cuda_check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-}
-
-// Before a launch with so many dynamic bytes. Throws one line when this GPU has fewer.
+// Before a launch with so many dynamic bytes. Throws one line when the GPU has fewer.
 template <class Kernel>
-void allow_shared_bytes(Kernel* kernel, int bytes, const char* what) {
-  const int limit = shared_bytes_limit();
-  if (bytes > limit)
+void allow_shared_bytes(const Cuda& device, Kernel* kernel, int bytes, const char* what) {
+  if (bytes > device.shared_bytes)
     throw std::runtime_error(std::string(what) + " needs " + std::to_string(bytes) +
                              " bytes of shared memory a block at these sizes; this GPU has " +
-                             std::to_string(limit));
+                             std::to_string(device.shared_bytes));
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 

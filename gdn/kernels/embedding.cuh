@@ -1,4 +1,7 @@
-// Embedding: rows of a table gathered by token, and their gradients summed back per token.
+// Embedding: x_m = w_emb[token_m]; backward dw_emb[v] += the sum of dx_m over the rows m of token v, in an
+// order that depends on the tokens alone (no atomics).
+//
+// Times: NVIDIA H100, dev/results/layer_speed/h100_d1024.txt; %: of the rate of a copy of as many bytes.
 #pragma once
 
 #include "common.cuh"
@@ -7,9 +10,10 @@ namespace gdn {
 
 constexpr int kEmbeddingThreads = 128, kEmbeddingRows = 4;
 
-// A block copies 4 rows, each thread one vector of eight columns in each.
-// Floor at M = 32768, d = 1024: 67 MB out and 2 KB in for each distinct token; with 9.8 thousand of them 87
-// MB, 0.0290 ms at the copy rate. Reached: 0.0351 ms, 83%.
+// A block copies 4 rows, a thread eight columns of each, all four loads in flight before the first store.
+//
+// M = 32768, d = 1024, 9.8 thousand distinct tokens: 67 MB out and 2 KB in for each of these, 87 MB, 0.0290
+// ms at the copy rate; measured 0.0351 ms, 83%.
 static __global__ void __launch_bounds__(kEmbeddingThreads)
     embedding_forward_kernel(act* __restrict__ x, const act* __restrict__ w_emb,
                              const int32_t* __restrict__ tokens, int rows, int width) {
@@ -25,8 +29,7 @@ static __global__ void __launch_bounds__(kEmbeddingThreads)
     if (first + i < rows) store16(x + int64_t(first + i) * width + column, packed[i]);
 }
 
-void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t* tokens, int rows,
-                              int width) {
+void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t* tokens, int rows, int width) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");
   if (rows == 0) return;
@@ -35,13 +38,14 @@ void embedding_forward(Cuda& dev, act* x, const act* w_emb, const int32_t* token
   launched("embedding_forward");
 }
 
-// Backward. The sorted positions are cut into chunks; a run is the positions of one token. A run inside one
-// chunk is added to dw_emb by that chunk's block. A run that crosses chunk borders leaves one partial sum in
-// each of its chunks: in row 0 of the chunk where the run came in from the chunk before, in row 1 where it
-// begins. A second kernel adds up each crossing run's partial sums in order. A thread owns four columns.
+// Backward: a segmented sum. The rows, sorted by token, are cut into chunks of equal length, a block each; a
+// run is the rows of one token. The first kernel adds a run that lies inside one chunk to dw_emb. A run that
+// crosses a chunk's border leaves a partial sum in each of its chunks (partials [chunks,2,d]): in row 0 where
+// it continues from the chunk before, in row 1 where it begins. The second kernel adds up each crossing run's
+// partial sums in order. A thread owns four columns.
 constexpr int kLongestSortedChunk = 128;
 
-// A long chunk leaves few partial sums of the frequent tokens; a narrow model needs more blocks.
+// Longer chunks leave fewer partial sums; a narrow model needs more blocks.
 inline int sorted_chunk(int width) { return width >= 768 ? kLongestSortedChunk : kLongestSortedChunk / 2; }
 
 constexpr int kEmbeddingBackwardThreads = 256;
@@ -60,10 +64,11 @@ __device__ inline float4 unpack4(uint2 v) {
                      __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
 }
 
-// Of kGroup positions, the rows of dx and the rows of dw_emb that they complete are all loaded before the
-// first is added: each of them waited for in turn was the time of the chunks of rare tokens. Floor at M =
-// 32768, d = 1024: 67 MB of dx, and 8 KB in and out of dw_emb for each distinct token; with 9.8 thousand of
-// them 148 MB, 0.0491 ms at the copy rate, by both kernels together. Reached: 0.0652 ms, 75%.
+// First kernel. The rows of dx of kGroup sorted rows, and the rows of dw_emb whose runs end among them, are
+// all loaded before the first is added: rare tokens end a run at every row, and loaded one after another each
+// would wait for memory. M = 32768, d = 1024, 9.8 thousand distinct tokens, both kernels: 67 MB of dx, and 8
+// KB in and out of dw_emb for each distinct token, 148 MB, 0.0491 ms at the copy rate; measured 0.0652 ms,
+// 75%.
 static __global__ void __launch_bounds__(kEmbeddingBackwardThreads)
     embedding_backward_chunks_kernel(float* __restrict__ dw_emb, float* __restrict__ partials,
                                      const act* __restrict__ dx, const int32_t* __restrict__ tokens,
@@ -113,7 +118,8 @@ static __global__ void __launch_bounds__(kEmbeddingBackwardThreads)
   }
 }
 
-// The block of the chunk in which a crossing run begins adds up the run; the other blocks have nothing to do.
+// Second kernel. The block of the chunk in which a crossing run begins adds up the run; the others return at
+// once.
 static __global__ void __launch_bounds__(kEmbeddingBackwardThreads)
     embedding_backward_runs_kernel(float* __restrict__ dw_emb, const float* __restrict__ partials,
                                    const int32_t* __restrict__ tokens, const int32_t* __restrict__ order,
@@ -146,8 +152,8 @@ size_t embedding_backward_scratch_bytes(Cuda&, int rows, int width) {
   return size_t(divide_up(rows, sorted_chunk(width))) * 2 * width * sizeof(float);
 }
 
-void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const int32_t* tokens,
-                               const int32_t* order, int rows, int width, void* scratch) {
+void embedding_backward(Cuda& dev, float* dw_emb, const act* dx, const int32_t* tokens, const int32_t* order,
+                        int rows, int width, void* scratch) {
   Range<Cuda> range(dev, __func__);
   require_multiple_of_8(width, "the width of the embedding");
   if (rows == 0) return;

@@ -1,6 +1,9 @@
-// Gates of the delta rule: the logarithm g of the decay, and the writing strength beta. A few numbers a row,
-// so that a launch of their own would cost more than they do: blocks of the short convolution's grid
-// (short_conv.cuh) compute them, one for each of its tiles of rows.
+// Gates of the delta rule, for each row and value head, from the columns a and b of proj:
+//   g = -e^{A_log} softplus(a + dt_bias)          beta = beta_max sigmoid(b)
+//   da = -dg e^{A_log} sigmoid(a + dt_bias)       db = dbeta beta (1 - beta / beta_max)
+//   dA_log = sum over rows of dg g                ddt_bias = sum over rows of da
+// g is the logarithm of the decay, beta the write strength. They are a few numbers a row, less work than a
+// launch: a block of the short convolution's grid (short_conv.cuh) computes those of each tile of rows.
 #pragma once
 
 #include "common.cuh"
@@ -40,9 +43,9 @@ __device__ inline void gates_forward_rows(float* __restrict__ g, float* __restri
 }
 
 // Columns a, b and the padding (zeros) of dproj, rows [begin, end), by the whole block of kThreads threads.
-// sums [2 Hv] = of dA_log and of ddt_bias, what these rows add: a thread keeps to one head, so that the
-// numbers of a row are read side by side, and a head's threads are added up in order. Where position is 0, dg
-// counts as 0.
+// sums [2 Hv]: these rows' part of dA_log and of ddt_bias. A thread keeps to one head and neighbouring
+// threads have neighbouring heads, so loads are contiguous; a head's threads are added up in order. Where
+// position is 0, dg counts as 0.
 template <int kThreads>
 __device__ void gates_backward_rows(act* __restrict__ dproj, float* __restrict__ sums,
                                     const float* __restrict__ dg, const float* __restrict__ dbeta,

@@ -207,7 +207,7 @@ struct AdamwRule {
     const float g = factor * gradient;
     m = beta1 * m + (1 - beta1) * g;
     v = beta2 * v + (1 - beta2) * g * g;
-    p = decay * p - lr * (m / correction1) / (sqrtf(v / correction2) + epsilon);
+    p = decay * p - lr * (m / correction1) / (sqrtf(v / correction2) + epsilon * s.epsilon_scale);
   }
 };
 

@@ -1,4 +1,9 @@
-// The mixer's output: RMSNorm of each head of o, times silu(z).
+// The mixer's output, for each head of each row (an item), o and z of dv channels:
+//   rstd = 1 / sqrt(mean(o^2) + eps)                           n = o rstd
+//   y = w_o * n * silu(z)                                      dw_o += sum over items of n * silu(z) * dy
+//   d_o = rstd (e - n mean(e * n)),  e = w_o * silu(z) * dy    dz = w_o * n * dy * silu'(z)
+//
+// Times: NVIDIA H100, dev/results/layer_speed/h100_d1024.txt; %: of the rate of a copy of as many bytes.
 #pragma once
 
 #include <algorithm>
@@ -8,11 +13,11 @@
 namespace gdn {
 
 constexpr int kOutputThreads = 256;
-// Blocks of a multiprocessor in the backward, as many as there are registers for.
+// Blocks an SM in the backward, as many as there are registers for.
 __host__ __device__ constexpr int output_backward_blocks(int vectors) { return vectors == 1 ? 3 : 2; }
 
-// A head of one row belongs to a team of `lanes` lanes of a warp (a power of two), each with kVectors vectors
-// of eight channels: 1 up to dv = 256, 2 up to 512.
+// An item belongs to a team: an aligned group of `lanes` lanes of a warp (a power of two), each with kVectors
+// times eight channels, 1 up to dv = 256, 2 up to 512.
 struct OutputLayout {
   int heads, head_dim, columns, z_column;  // of a row of proj
   int lanes;
@@ -34,9 +39,9 @@ __device__ inline int64_t z_start(const OutputLayout& at, int item) {
 // y of one channel, silu = silu(z): one expression for both passes, so that they give the same bits.
 __device__ inline float output_value(float normed, float gain, float silu) { return normed * gain * silu; }
 
-// A team does kItems items, its loads all in flight together.
-// Floor at M = 32768, H = 6, dv = 256: 302 MB (o, z in, y out), 0.1005 ms at the copy rate. Reached:
-// 0.1052 ms, 95%.
+// A team computes kItems items, all their loads in flight together.
+//
+// M = 32768, H = 6, dv = 256: 302 MB (o, z in, y out), 0.1005 ms at the copy rate; measured 0.1052 ms, 95%.
 template <int kVectors>
 __global__ void __launch_bounds__(kOutputThreads, 3)
     output_norm_forward_kernel(act* __restrict__ y, float* __restrict__ rstd, const act* __restrict__ o,
@@ -90,8 +95,8 @@ __global__ void __launch_bounds__(kOutputThreads, 3)
   }
 }
 
-void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, const act* proj,
-                                const float* w_o, const MixerShape& shape) {
+void output_norm_forward(Cuda& dev, act* y, float* rstd, const act* o, const act* proj, const float* w_o,
+                         const MixerShape& shape) {
   Range<Cuda> range(dev, __func__);
   const OutputLayout at = output_layout(shape);
   if (at.items == 0) return;
@@ -154,11 +159,13 @@ __device__ OutputItem<kVectors> load_item(const act* dy, const act* o, const act
   return x;
 }
 
-// A team walks over items, one item's loads ahead of its sums, and keeps its sum of dw_o in registers; the
-// block adds up its teams in order and leaves the sum in its row of partials [blocks,dv]. As many blocks as
-// run at once. d_o may be dy: a team reads its item before it writes there. Floor at M = 32768, H = 6, dv =
-// 256: 604 MB (dy, o, z in, d_o, dz, y out), 0.2010 ms at the copy rate. Reached: 0.2337 ms, 86%,
-// the sum of the partials included.
+// Persistent blocks, as many as are resident at once. A team walks over items, the next item's loads in
+// flight while it computes, and keeps its sum of dw_o in registers; the block adds up its teams in order and
+// writes the sum to its row of partials [blocks,dv], which add_partials sums. d_o may be dy: a team reads its
+// item before it writes there.
+//
+// M = 32768, H = 6, dv = 256: 604 MB (dy, o, z in, d_o, dz, y out), 0.2010 ms at the copy rate; measured
+// 0.2337 ms, 86%, add_partials included.
 template <int kVectors>
 __global__ void __launch_bounds__(kOutputThreads, output_backward_blocks(kVectors))
     output_norm_backward_kernel(act* d_o, act* __restrict__ dproj, float* __restrict__ partials,
@@ -166,7 +173,7 @@ __global__ void __launch_bounds__(kOutputThreads, output_backward_blocks(kVector
                                 const float* __restrict__ rstd, const act* __restrict__ proj,
                                 const float* __restrict__ w_o, OutputLayout at) {
   __shared__ __align__(16) float team_dw[kOutputThreads * kVectors * 8];  // [teams, kVectors, lanes, 8]
-  // Through the L1 cache the gain came as late as the items' loads, and was what the kernel waited for.
+  // w_o in shared memory: loads through L1 would queue behind the items' loads.
   __shared__ float4 gains[2][kVectors * 32];  // channels 0 to 3 and 4 to 7 of each vector
   const int lane = output_lane(at), team = threadIdx.x / at.lanes, teams = kOutputThreads / at.lanes;
   const int head_vectors = at.head_dim / 8;
@@ -240,9 +247,9 @@ size_t output_norm_backward_scratch_bytes(Cuda& dev, const MixerShape& shape) {
   return size_t(output_norm_backward_blocks(dev, shape)) * shape.head_dim_v * sizeof(float);
 }
 
-void output_norm_backward(Cuda& dev, act* d_o, act* dproj, float* dw_o, act* y, const act* dy,
-                                 const act* o, const float* rstd, const act* proj, const float* w_o,
-                                 const MixerShape& shape, void* scratch) {
+void output_norm_backward(Cuda& dev, act* d_o, act* dproj, float* dw_o, act* y, const act* dy, const act* o,
+                          const float* rstd, const act* proj, const float* w_o, const MixerShape& shape,
+                          void* scratch) {
   Range<Cuda> range(dev, __func__);
   const OutputLayout at = output_layout(shape);
   if (at.items == 0) return;

@@ -39,6 +39,7 @@ template <class T>
 __device__ inline void keep(T*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
+__device__ inline void keep(int& x) { asm volatile("" : "+r"(x)); }
 
 // setmaxnreg: registers a thread of this warpgroup from here on, fewer (dealloc) or more (alloc).
 template <int kRegisters>

@@ -1,5 +1,9 @@
-// RMSNorm, alone and with the residual addition before it. A row stays in registers between the sum of its
-// squares and its output, so that every array is read once and written once.
+// RMSNorm, alone and with the residual addition before it, for a row x of d columns:
+//   rstd = 1 / sqrt(mean(x^2) + eps)       h = w * x * rstd
+//   dx += rstd (e - n mean(e * n)),  e = w * dh,  n = x rstd         dw += sum over rows of dh * n
+// A row stays in registers between its sum and its output, so every array is read once and written once.
+//
+// Times: NVIDIA H100, dev/results/layer_speed/h100_d1024.txt; %: of the rate of a copy of as many bytes.
 #pragma once
 
 #include <algorithm>
@@ -10,13 +14,13 @@ namespace gdn {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
 
-// A row belongs to kWarpsPerRow warps (1, or all 8 of the block), a thread to kVectors of its vectors of
+// The threads of one row: kWarpsPerRow warps (1, or all 8 of the block), each thread with kVectors times
 // eight columns.
 template <int kVectorsOfThread, int kWarps>
 struct RowTeam {
   static constexpr int kVectors = kVectorsOfThread, kWarpsPerRow = kWarps;
   static constexpr int kRows = kRowWarps / kWarpsPerRow;  // a block handles at a time
-  static constexpr int kBackwardBlocks = kVectors <= 2 ? 3 : kVectors <= 4 ? 2 : 1;  // of a multiprocessor
+  static constexpr int kBackwardBlocks = kVectors <= 2 ? 3 : kVectors <= 4 ? 2 : 1;  // an SM
   static constexpr int kMaxWidth = kVectors * kWarpsPerRow * 32 * 8;
 
   __device__ static int row_in_block() { return threadIdx.x / 32 / kWarpsPerRow; }
@@ -51,8 +55,8 @@ void with_row_team(int width, Run run) {
 }
 
 // h = w * x * rstd; with kResidual first x_out = x + branch, and the norm is of x_out as rounded.
-// Floor at M = 32768, d = 1024: 134 MB (x in, h out), 0.0447 ms at the copy rate; with the residual 268 MB
-// (x, branch in, x_out, h out), 0.0893 ms. Reached: 0.0491 ms, 91%; with the residual 0.0939 ms, 95%.
+// M = 32768, d = 1024: 134 MB (x in, h out), 0.0447 ms at the copy rate, measured 0.0491 ms, 91%; with the
+// residual 268 MB (x, branch in, x_out, h out), 0.0893 ms, measured 0.0939 ms, 95%.
 template <class Team, bool kResidual>
 __global__ void __launch_bounds__(kRowThreads)
     rmsnorm_forward_kernel(act* x_out, act* __restrict__ h, float* __restrict__ rstd, const act* x,
@@ -112,23 +116,23 @@ void launch_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const ac
   launched("rmsnorm_forward");
 }
 
-void rmsnorm_forward(Cuda& dev, act* h, float* rstd, const act* x, const float* w, int rows,
-                            int width) {
+void rmsnorm_forward(Cuda& dev, act* h, float* rstd, const act* x, const float* w, int rows, int width) {
   Range<Cuda> range(dev, __func__);
   launch_rmsnorm_forward<false>(dev, nullptr, h, rstd, x, nullptr, w, rows, width);
 }
 
-void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x,
-                                     const act* branch, const float* w, int rows, int width) {
+void residual_rmsnorm_forward(Cuda& dev, act* x_out, act* h, float* rstd, const act* x, const act* branch,
+                              const float* w, int rows, int width) {
   Range<Cuda> range(dev, __func__);
   launch_rmsnorm_forward<true>(dev, x_out, h, rstd, x, branch, w, rows, width);
 }
 
-// dx += rstd * (e - x rstd mean(e x rstd)) with e = w dh, and h (where not null) as the forward gave it; h
-// may be dh: a thread reads its part of dh before it writes there. A block walks over rows and keeps its sum
-// of dw in registers; partials [blocks,d] gets it. As many blocks as run at once: more would only be more
-// partials. Floor at M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.1117 ms at the copy rate.
-// Reached: 0.1290 ms, 87%, the sum of the partials included.
+// dx and dw, and h (where not null) with the forward's bits; h may be dh: a thread reads its part of dh
+// before it writes there. Persistent blocks, as many as are resident at once: each walks over rows, keeps its
+// sum of dw in registers and writes it to its row of partials [blocks,d], which add_partials sums.
+//
+// M = 32768, d = 1024: 336 MB (dh, x, dx in, dx, h out), 0.1117 ms at the copy rate; measured 0.1290 ms, 87%,
+// add_partials included.
 template <class Team>
 __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
     rmsnorm_backward_kernel(act* __restrict__ dx, float* __restrict__ partials, act* h, const act* dh,
@@ -136,7 +140,8 @@ __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
                             const float* __restrict__ w, int rows, int width) {
   constexpr int kVectors = Team::kVectors;
   __shared__ float shared[kRowWarps];
-  // w, columns 0 to 3 and 4 to 7 of each vector; through the L1 cache it came behind the rows' loads.
+  // w, columns 0 to 3 and 4 to 7 of each vector. In shared memory: loads through L1 would queue behind the
+  // rows' loads.
   __shared__ float4 gains[2][Team::kMaxWidth / 8];
   const int row_vectors = width / 8;  // an int counts vectors of eight through 32 GB
   const float per_column = 1.0f / float(width);
@@ -221,7 +226,7 @@ __global__ void __launch_bounds__(kRowThreads, Team::kBackwardBlocks)
     if (Team::column(v) < width) store8(partials + int64_t(blockIdx.x) * width + Team::column(v), dw[v]);
 }
 
-// How many blocks share the rows, and so how many partial sums of dw there are.
+// Blocks of the backward, and so rows of partials.
 inline int rmsnorm_backward_blocks(const Cuda& dev, int rows, int width) {
   int at_once = 0;
   with_row_team(width, [&](auto team) { at_once = decltype(team)::kBackwardBlocks * dev.sm_count; });
@@ -232,8 +237,8 @@ size_t rmsnorm_backward_scratch_bytes(Cuda& dev, int rows, int width) {
   return size_t(rmsnorm_backward_blocks(dev, rows, width)) * width * sizeof(float);
 }
 
-void rmsnorm_backward(Cuda& dev, act* dx, float* dw, act* h, const act* dh, const act* x,
-                             const float* rstd, const float* w, int rows, int width, void* scratch) {
+void rmsnorm_backward(Cuda& dev, act* dx, float* dw, act* h, const act* dh, const act* x, const float* rstd,
+                      const float* w, int rows, int width, void* scratch) {
   Range<Cuda> range(dev, __func__);
   if (rows == 0) return;
   const int blocks = rmsnorm_backward_blocks(dev, rows, width);

@@ -1,12 +1,20 @@
 // The mixer's short convolution, silu and the L2 norm of q and k, fused, with the gates (gates.cuh) in the
-// same launch: proj is read once and qkv written once.
+// same launch: proj is read once and qkv written once. For a channel with inputs x_t and four taps:
+//   u_t = sum_{j=0..3} taps[j] x_{t-3+j}         p = silu(u);  v = p
+//   q = p rnorm, k = p rnorm                     rnorm = 1 / sqrt(|p|^2 + eps), over the channels of a head
+//   dp = rnorm (dq - q (q . dq)), of k alike     du = dp silu'(u)
+//   dx_t = sum_j taps[j] du_{t+3-j}              dtaps[j] = sum_t du_t x_{t-3+j}
 //
-// A thread owns eight channels and walks along time, the inputs of the last three steps in registers. Steps
-// that are still to come are on their way to shared memory, where a thread has slots of its own: so loads are
-// in flight all the time, and need neither registers nor barriers. The channels of one head of q or k lie
-// side by side in a power of two of lanes (the last ones idle when dk / 8 is none), so that its norm is a sum
-// over lanes; the channels of v follow densely from the next warp on. The last block along the channels does
-// the gates.
+// Layout: a thread owns eight channels. Those of one head of q or k lie in an aligned group of lanes, a power
+// of two (the last ones idle where dk / 8 is none), so its norm is a sum over lanes; the channels of v follow
+// densely from the next warp on. A block owns a tile of time steps of kConvThreads threads' channels; the
+// last block along the channels (grid x) computes the gates of the tile.
+//
+// Schedule: a thread walks along time with the last three inputs in registers, and prefetches the coming
+// steps by cp.async to shared memory of its own, in groups of kConvGroup steps: loads are always in flight,
+// without registers or barriers.
+//
+// Times: NVIDIA H100, dev/results/layer_speed/h100_d1024.txt; %: of the rate of a copy of as many bytes.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +26,9 @@ namespace gdn {
 
 constexpr int kConvThreads = 128;
 constexpr int kConvHalo = kConvTaps - 1;
-constexpr int kConvGroup = 4;                                   // time steps that are waited for together
-constexpr int kConvForwardGroups = 3, kConvBackwardGroups = 2;  // in shared memory, on their way or in use
-// Time steps of a block: at most, and for each 128 threads along the channels (conv_layout).
+constexpr int kConvGroup = 4;                                   // time steps of a cp.async group
+constexpr int kConvForwardGroups = 3, kConvBackwardGroups = 2;  // stages of the ring in shared memory
+// Time steps of a tile: at most, and for each 128 threads along the channels (conv_layout).
 constexpr int kConvForwardTile = 80, kConvForwardTilePerBlock = 28;
 constexpr int kConvBackwardTile = 128, kConvBackwardTilePerBlock = 48;
 static_assert(kConvGroup == kConvTaps, "the window of inputs is back in its first slot after a group");
@@ -40,10 +48,9 @@ struct ConvLayout {
   dim3 grid() const { return dim3(channel_blocks() + 1, tiles(), batch); }
 };
 
-// The longer a tile, the fewer inputs are read twice and the fewer partial sums there are; with few blocks
-// along the channels it is shorter, so that there are enough in all. At B = 32, T = 1024 the tiles make a
-// little less than two rounds of the blocks that 132 SMs hold. A tile must not depend on B and T:
-// work space is made for the largest ones.
+// A longer tile reads fewer inputs twice and leaves fewer partial sums; with few blocks along the channels it
+// is shorter, so that there are enough blocks in all. At B = 32, T = 1024 the blocks are a little less than
+// two waves of 132 SMs. A tile must not depend on B and T: work space is made for the largest ones.
 inline ConvLayout conv_layout(const MixerShape& s, int longest_tile, int tile_per_block) {
   require_head_dims(s);
   const int lanes = lanes_for(s.head_dim_k / 8), normed_threads = divide_up(2 * s.heads_k * lanes, 32) * 32;
@@ -125,9 +132,10 @@ __device__ inline void load_positions(int (&to)[kConvGroup], const int32_t* posi
   for (int i = 0; i < kConvGroup; i++) to[i] = t + i < end ? position[t + i] : kConvHalo;
 }
 
-// A block does a tile of one sequence. position [M], read where kMasked: steps since the row's document
-// began. Floor at M = 32768, C = 3072: 405 MB (the columns of proj in, qkv out), 0.1348 ms at the copy rate.
-// Reached: 0.1708 ms, 79%.
+// position [M], read where kMasked: steps since the row's document began.
+//
+// M = 32768, C = 3072: 405 MB (the columns of proj in, qkv out), 0.1348 ms at the copy rate; measured 0.1708
+// ms, 79%.
 template <bool kMasked>
 static __global__ void __launch_bounds__(kConvThreads, 5)
     short_conv_gates_forward_kernel(act* __restrict__ qkv, float* __restrict__ rnorm, float* __restrict__ g,
@@ -218,10 +226,9 @@ static __global__ void __launch_bounds__(kConvThreads)
   for (int j = 0; j < kConvHalo; j++) store16(mine + int64_t(j) * at.channels, x[j]);
 }
 
-void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float* beta,
-                                     const act* proj, const float* taps, const float* A_log,
-                                     const float* dt_bias, act* history, const MixerShape& shape,
-                                     float beta_max, const int32_t* position) {
+void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float* beta, const act* proj,
+                              const float* taps, const float* A_log, const float* dt_bias, act* history,
+                              const MixerShape& shape, float beta_max, const int32_t* position) {
   Range<Cuda> range(dev, __func__);
   const ConvLayout at = conv_layout(shape, kConvForwardTile, kConvForwardTilePerBlock);
   if (shape.rows() == 0) return;
@@ -236,11 +243,12 @@ void short_conv_gates_forward(Cuda& dev, act* qkv, float* rnorm, float* g, float
   launched("short_conv_history");
 }
 
-// A block does a tile: of u and p = silu(u), which it computes again, of du and, with the three steps of du
-// after the tile, of dx. Its sums of dtaps, or of dA_log and ddt_bias, are in its tile's row of partials [B *
-// tiles, stride]: 4 C for dtaps, then Hv and Hv. Floor at M = 32768, C = 3072: 609 MB (the columns of proj,
-// dqkv in, those of dproj out), 0.2026 ms at the copy rate. Reached: 0.2769 ms, 73%, the sum of the partials
-// included.
+// A block recomputes u and p of its tile, then computes du, also of the three steps after the tile, and from
+// these dx. Its sums of dtaps, or of dA_log and ddt_bias, go to the tile's row of partials [B tiles, stride]:
+// 4 C for dtaps, then Hv and Hv; add_partials sums them.
+//
+// M = 32768, C = 3072: 609 MB (the columns of proj, dqkv in, those of dproj out), 0.2026 ms at the copy rate;
+// measured 0.2769 ms, 73%, add_partials included.
 template <bool kMasked>
 static __global__ void __launch_bounds__(kConvThreads, 3)
     short_conv_gates_backward_kernel(act* __restrict__ dproj, float* __restrict__ partials, int stride,
@@ -360,11 +368,11 @@ size_t short_conv_gates_backward_scratch_bytes(Cuda&, const MixerShape& shape) {
   return size_t(at.batch) * at.tiles() * conv_partials_stride(shape) * sizeof(float);
 }
 
-void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float* dA_log, float* ddt_bias,
-                                      act* dqkv, const float* dg, const float* dbeta, const float* rnorm,
-                                      const float* g, const float* beta, const act* proj, const float* taps,
-                                      const float* A_log, const float* dt_bias, const MixerShape& shape,
-                                      float beta_max, void* scratch, const int32_t* position) {
+void short_conv_gates_backward(Cuda& dev, act* dproj, float* dtaps, float* dA_log, float* ddt_bias, act* dqkv,
+                               const float* dg, const float* dbeta, const float* rnorm, const float* g,
+                               const float* beta, const act* proj, const float* taps, const float* A_log,
+                               const float* dt_bias, const MixerShape& shape, float beta_max, void* scratch,
+                               const int32_t* position) {
   Range<Cuda> range(dev, __func__);
   const ConvLayout at = conv_layout(shape, kConvBackwardTile, kConvBackwardTilePerBlock);
   if (shape.rows() == 0) return;

@@ -2,8 +2,10 @@
 // one does not.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
@@ -193,8 +195,8 @@ TEST_CASE("config: tensors that the model does not have, or has in another shape
   };
   const std::string four(4 * 4, '\0');
   CHECK(error(good) == "");
-  for (const char* name :
-       {"model.layers.0.attn.q_proj.bias", "model.layers.0.attn.D", "model.layers.1.attn.A_log", "other"})
+  for (const char* name : {"model.layers.0.attn.q_proj.bias", "model.layers.0.attn.D",
+                           "model.layers.1.attn.D", "model.layers.1.attn.A_log", "other"})
     CHECK(with({name, "F32", {4}, four}) ==
           ": tensor '" + std::string(name) + "' is none of the model that config.json describes");
   StoredTensor head = good[0];
@@ -209,6 +211,51 @@ TEST_CASE("config: tensors that the model does not have, or has in another shape
   std::vector<StoredTensor> wrong = good;
   wrong.back().shape = {2, 4};
   CHECK(error(wrong) == ": tensor 'model.norm.weight' is 2 x 4, expected 8");
+}
+
+TEST_CASE(
+    "config: checkpoints of older flash-linear-attention: gate and up in one tensor, a tensor that is never "
+    "read") {
+  const TemporaryFolder folder;
+  const std::string config = "{" + kSmall + R"(, "vocab_size": 64, "tie_word_embeddings": true})";
+  const ModelConfig model = config_of(config);
+  std::vector<StoredTensor> apart = tensors_of(model), joined;
+  const std::string gate = "model.layers.0.mlp.gate_proj.weight", up = "model.layers.0.mlp.up_proj.weight";
+  float x = 0;  // numbers that all differ: 1, 2, ...
+  for (StoredTensor& t : apart)
+    for (size_t at = 0; at < t.bytes.size(); at += sizeof x) {
+      x++;
+      std::memcpy(&t.bytes[at], &x, sizeof x);
+    }
+  for (const StoredTensor& t : apart)
+    if (t.name != gate && t.name != up) joined.push_back(t);
+  const auto find = [&](const std::string& name) {
+    return *std::find_if(apart.begin(), apart.end(), [&](const StoredTensor& t) { return t.name == name; });
+  };
+  StoredTensor both = find(gate);
+  both.shape[0] *= 2;
+  both.bytes += find(up).bytes;
+  joined.push_back(both);
+  const int64_t heads = model.heads_k;
+  joined.push_back(
+      {"model.layers.0.attn.D", "F32", {heads}, std::string(size_t(heads) * sizeof(float), '\0')});
+
+  Cpu<float> dev;
+  const auto loaded = [&](const std::vector<StoredTensor>& tensors) {
+    const Checkpoint checkpoint = open_checkpoint(write_folder(folder, config, tensors));
+    Parameters<Cpu<float>> parameters(dev, read_config(checkpoint));
+    load_parameters(parameters, checkpoint);
+    std::vector<float> all;
+    for (const Tensor& t : parameters.table.tensors)
+      all.insert(all.end(), parameters.master(t.offset), parameters.master(t.offset) + t.size);
+    return all;
+  };
+  CHECK(loaded(joined) == loaded(apart));
+  joined.back().shape = {heads + 1};
+  joined.back().bytes += std::string(sizeof(float), '\0');
+  const std::string path = write_folder(folder, config, joined);
+  CHECK(contains(error_of([&] { read_config(open_checkpoint(path)); }),
+                 "tensor 'model.layers.0.attn.D' is none of the model"));
 }
 
 TEST_CASE("config: weights of every type load, and a number that is not finite does not") {

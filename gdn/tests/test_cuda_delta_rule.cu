@@ -205,21 +205,28 @@ double allowed_error(const Doubles& oracle, const Doubles& reference) {
   return 2 * (reference.size() < 256 ? std::max(error, kBf16Error) : error);
 }
 
-void check_against_recurrence(Cuda& device, const MixerShape& shape, Regime regime, int seed) {
+// With each of `shared_bytes` a block; 0: all that the GPU has.
+void check_against_recurrence(Cuda& device, const MixerShape& shape, Regime regime, int seed,
+                              const std::vector<int>& shared_bytes = {0}) {
   const Inputs in = make_inputs(shape, regime, seed);
   const Results reference = recurrence<double>(shape, in);
   Results oracle = recurrence<float>(shape, in);
   for (Doubles& output : oracle.of)
     for (double& x : output) x = round_to_bf16(x);
-  const GpuResults gpu = run_on_gpu(device, shape, in);
-  const Results ours =
-      split_results(shape, to_double(gpu.o), to_double(gpu.dqkv), to_double(gpu.dg), to_double(gpu.dbeta));
-  for (int i = 0; i < kOutputs; i++) {
-    const double error = relative_error(ours.of[i], reference.of[i]);
-    const double oracle_error = relative_error(oracle.of[i], reference.of[i]);
-    INFO(describe(shape), ", ", kRegimeNames[regime], ", ", kOutputNames[i], ": error ", error, ", oracle's ",
-         oracle_error);
-    CHECK(error <= allowed_error(oracle.of[i], reference.of[i]));
+  for (const int bytes : shared_bytes) {
+    const int all = device.shared_bytes;
+    if (bytes > 0) device.shared_bytes = std::min(bytes, all);
+    const GpuResults gpu = run_on_gpu(device, shape, in);
+    device.shared_bytes = all;
+    const Results ours =
+        split_results(shape, to_double(gpu.o), to_double(gpu.dqkv), to_double(gpu.dg), to_double(gpu.dbeta));
+    INFO(describe(shape), ", ", kRegimeNames[regime], ", bytes of shared memory (0: all): ", bytes);
+    for (int i = 0; i < kOutputs; i++) {
+      const double error = relative_error(ours.of[i], reference.of[i]);
+      const double oracle_error = relative_error(oracle.of[i], reference.of[i]);
+      INFO(kOutputNames[i], ": error ", error, ", oracle's ", oracle_error);
+      CHECK(error <= allowed_error(oracle.of[i], reference.of[i]));
+    }
   }
 }
 
@@ -261,12 +268,48 @@ TEST_CASE("cuda delta rule: many chunks" * needs_gpu()) {
   for (const MixerShape& shape : kManyChunks) check_against_recurrence(device, shape, kInitial, 200);
 }
 
-#ifndef GDN_READABLE
+// What GPUs with 99 KiB (sm_86, 89, 120) and 163 KiB (sm_80) of shared memory a block run, on one with more:
+// all compiled head sizes, one value head a key head and several, whole and cut; where blocks take several
+// work tiles; and with so few SMs that blocks of the passes have all the warps that fit. The plans:
+// dev/delta_rule_plans. In a build for Hopper the kernels on wgmma have one plan, and need more: build with
+// GPU_ARCH=80.
+TEST_CASE("cuda delta rule: every head size in 99 and 163 KiB of shared memory" * needs_gpu()) {
+  using namespace gdn::delta_rule;
+  if (has_wgmma()) {
+    MESSAGE("skipped: this build's kernels are on wgmma; with GPU_ARCH=80 it runs");
+    return;
+  }
+  Cuda device;
+  const std::vector<int> shared_bytes = {0, kSharedBytes163, kSharedBytes99};
+  int seed = 600;
+  const auto check = [&](const MixerShape& shape) {
+    for (const Regime regime : {kInitial, kStrongDecay, kWeakDecayBetaToTwo})
+      check_against_recurrence(device, shape, regime, seed++, shared_bytes);
+  };
+  device.sm_count = 1;
+  for (const int heads_v : {1, 2})
+    for (const MixerShape& shape :
+         {make_shape(2, 130, 1, heads_v, 32, 64), make_shape(1, 200, 1, heads_v, 64, 128),
+          make_shape(1, 65, 1, heads_v, 96, 192), make_shape(1, 130, 1, heads_v, 128, 256),
+          make_shape(1, 130, 1, heads_v, 192, 384), make_shape(1, 65, 1, heads_v, 256, 512),
+          make_shape(1, 200, 1, heads_v, 48, 80), make_shape(1, 130, 1, heads_v, 112, 128),
+          make_shape(1, 130, 1, heads_v, 176, 32), make_shape(1, 200, 1, heads_v, 208, 16)})
+      check(shape);
+  device.sm_count = 132;
+  for (const MixerShape& shape : {make_shape(3, 900, 5, 10, 256, 64), make_shape(3, 900, 8, 8, 144, 48)})
+    check_against_recurrence(device, shape, kInitial, seed++, shared_bytes);
+  // cut, where the number of splits does not depend on shared memory
+  for (const MixerShape& shape : {make_shape(1, 900, 1, 1, 96, 48), make_shape(1, 1090, 1, 2, 128, 256),
+                                  make_shape(1, 800, 1, 1, 176, 64), make_shape(1, 1500, 1, 1, 256, 96)}) {
+    REQUIRE(choose_splits(device, shape).count >= 3);
+    check(shape);
+  }
+}
 
 // More blocks of the passes than SMs: on Hopper they have two warpgroups then. Every compiled dk.
-const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128), make_shape(2, 130, 1, 1, 64, 80),
-                                     make_shape(1, 330, 1, 2, 80, 112), make_shape(1, 450, 2, 2, 112, 128),
-                                     make_shape(2, 40, 1, 1, 128, 256), make_shape(1, 130, 1, 1, 176, 96),
+const MixerShape kTwoWarpgroups[] = {make_shape(1, 200, 1, 2, 32, 128),  make_shape(2, 130, 1, 1, 64, 80),
+                                     make_shape(1, 330, 1, 2, 80, 112),  make_shape(1, 450, 2, 2, 112, 128),
+                                     make_shape(2, 40, 1, 1, 128, 256),  make_shape(1, 130, 1, 1, 176, 96),
                                      make_shape(1, 190, 1, 1, 256, 256), make_shape(1, 130, 1, 1, 96, 144)};
 
 TEST_CASE("cuda delta rule: two warpgroups a block" * needs_gpu()) {
@@ -330,6 +373,99 @@ TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not
   CHECK(std::memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.size() * sizeof(act)) == 0);
 }
 
+// [B,T,heads,columns] of 16-bit values with gaps behind each head and each row.
+struct Gapped {
+  int heads, columns, head_stride, row_stride;
+  Gapped(int heads, int columns, int head_gap, int row_gap)
+      : heads(heads),
+        columns(columns),
+        head_stride(columns + head_gap),
+        row_stride(heads * head_stride + row_gap) {}
+
+  // from columns [first, first + heads columns) of rows of C
+  std::vector<act> spread(const std::vector<act>& packed, int C, int first) const {
+    const size_t rows = packed.size() / C;
+    std::vector<act> out(rows * row_stride, __float2bfloat16_rn(std::numeric_limits<float>::quiet_NaN()));
+    for (size_t m = 0; m < rows; m++)
+      for (int h = 0; h < heads; h++)
+        std::copy_n(&packed[m * C + first + h * columns], columns, &out[m * row_stride + h * head_stride]);
+    return out;
+  }
+  std::vector<act> packed(const std::vector<act>& apart) const {
+    std::vector<act> out;
+    for (size_t at = 0; at + row_stride <= apart.size(); at += row_stride)
+      for (int h = 0; h < heads; h++)
+        out.insert(out.end(), &apart[at + h * head_stride], &apart[at + h * head_stride] + columns);
+    return out;
+  }
+  template <class T>
+  gdn::delta_rule::HeadRows<T> rows(T* at) const {
+    return {at, row_stride, head_stride};
+  }
+};
+
+// q, k, v, o and their gradients as tensors of their own, as from another library.
+TEST_CASE("cuda delta rule: separate strided tensors give the bits of packed rows" * needs_gpu()) {
+  using namespace gdn::delta_rule;
+  Cuda device;
+  device.sm_count = 132;
+  for (const MixerShape& shape : {make_shape(2, 130, 2, 4, 64, 128), make_shape(1, 200, 2, 2, 256, 64),
+                                  make_shape(1, 100, 1, 2, 48, 80), make_shape(1, 1000, 1, 2, 128, 64)}) {
+    INFO(describe(shape));
+    const Inputs in = make_inputs(shape, kInitial, 700);
+    const GpuResults expected = run_on_gpu(device, shape, in);
+    const int Hk = shape.heads_k, Hv = shape.heads_v, dk = shape.head_dim_k, dv = shape.head_dim_v;
+    const int C = shape.conv_channels(), keys = shape.key_dim(), values = shape.value_dim();
+    const Gapped q_at(Hk, dk, 0, 8), k_at(Hk, dk, 16, 0), v_at(Hv, dv, 8, 24), d_o_at(Hv, dv, 0, 40),
+        o_at(Hv, dv, 24, 0), dq_at(Hk, dk, 8, 8), dk_at(Hk, dk, 0, 16), dv_at(Hv, dv, 40, 8);
+    const auto qkv = to_act(in.qkv), d_o = to_act(in.d_o);
+    const auto q = upload(device, q_at.spread(qkv, C, 0)), k = upload(device, k_at.spread(qkv, C, keys)),
+               v = upload(device, v_at.spread(qkv, C, 2 * keys)),
+               d_out = upload(device, d_o_at.spread(d_o, values, 0));
+    const auto memory = [&](const Gapped& x) {
+      return poisoned<act>(device, size_t(shape.rows()) * x.row_stride);
+    };
+    const auto o = memory(o_at), dq = memory(dq_at), d_k = memory(dk_at), d_v = memory(dv_at);
+    const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
+    const auto dg = poisoned<float>(device, in.g.size()), dbeta = poisoned<float>(device, in.g.size());
+    const auto saved = poisoned<uint8_t>(device, gated_delta_rule_saved_bytes(device, shape));
+    const auto scratch = poisoned<uint8_t>(device, gated_delta_rule_scratch_bytes(device, shape));
+    const Saved forward = saved_at(saved.get(), shape);
+    const Adjoints adjoints = adjoints_at(scratch.get(), shape);
+    const DeltaRulePlan plan = make_plan(device, shape, in.s, prepared_at(saved.get(), nullptr, shape),
+                                         splits_at(device, scratch.get(), shape));
+    const Qkv<const act> tensors = {q_at.rows<const act>(q.get()), k_at.rows<const act>(k.get()),
+                                    v_at.rows<const act>(v.get())};
+    const HeadRows<const act> output_gradient = d_o_at.rows<const act>(d_out.get());
+    prepare(device, plan, {tensors.q, tensors.k, g.get(), beta.get()});
+    if (plan.splits.count > 1) {
+      forward_states(device, plan, tensors, true);
+      merge_splits(device, plan, false);
+    }
+    forward_pass(device, plan, o_at.rows(o.get()), forward, tensors);
+    if (plan.splits.count > 1) {
+      forward_states(device, plan, tensors, false);
+      backward_states(device, plan, tensors, output_gradient);
+      merge_splits(device, plan, true);
+    }
+    backward_pass(device, plan, dv_at.rows(d_v.get()), adjoints, tensors, output_gradient);
+    gradients(device, plan, {dq_at.rows(dq.get()), dk_at.rows(d_k.get()), dg.get(), dbeta.get()},
+              {tensors.q, tensors.k, output_gradient, forward, adjoints, plan.prepared.gates});
+    device.synchronize();
+    const auto same = [&](const Gapped& x, const Buffer<Cuda, act>& ours, const std::vector<act>& packed,
+                          int C, int first) {
+      const std::vector<act> a = x.packed(download(device, ours)), b = x.packed(x.spread(packed, C, first));
+      return std::memcmp(a.data(), b.data(), a.size() * sizeof(act)) == 0;
+    };
+    CHECK(same(o_at, o, expected.o, values, 0));
+    CHECK(same(dq_at, dq, expected.dqkv, C, 0));
+    CHECK(same(dk_at, d_k, expected.dqkv, C, keys));
+    CHECK(same(dv_at, d_v, expected.dqkv, C, 2 * keys));
+    CHECK(download(device, dg) == expected.dg);
+    CHECK(download(device, dbeta) == expected.dbeta);
+  }
+}
+
 TEST_CASE("cuda delta rule: which sequences are cut") {
   using gdn::delta_rule::choose_splits;
   CHECK(choose_splits(512, 24, 132).count == 5);
@@ -386,8 +522,6 @@ TEST_CASE("cuda delta rule: against the readable one" * needs_gpu()) {
       }
     }
 }
-
-#endif  // GDN_READABLE
 
 TEST_CASE("cuda delta rule: the same bits in two runs" * needs_gpu()) {
   Cuda device;

@@ -12,6 +12,7 @@
 #include <random>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../../gdn_kernels.cuh"
@@ -169,6 +170,20 @@ inline std::string describe(const MixerShape& s) {
          std::to_string(s.head_dim_k) + " dv " + std::to_string(s.head_dim_v);
 }
 
+// Of a SUBCASE: "rows 65 width 256".
+template <class... Sizes>
+std::string sizes_text(const Sizes&... parts) {
+  std::string text;
+  const auto add = [&](const auto& part) {
+    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>)
+      text += " " + std::to_string(part);
+    else
+      text += (text.empty() ? "" : " ") + std::string(part);
+  };
+  (add(parts), ...);
+  return text;
+}
+
 // Columns [begin, end) of rows of `stride`.
 inline Numbers columns(const Numbers& x, int stride, int begin, int end) {
   Numbers out;
@@ -196,32 +211,39 @@ TEST_CASE("cuda: embedding" * needs_gpu()) {
     double repeated;
   };
   for (const Case& c : {Case{1, 8, 3, 0}, Case{33, 64, 256, 0.2}, Case{65, 1024, 50, 0},
-                        Case{700, 1032, 40, 0.5}, Case{256, 256, 1, 1}, Case{999, 72, 5000, 0.3}}) {
-    INFO("rows " << c.rows << " width " << c.width << " vocab " << c.vocab << ", seed " << seed());
-    Random random;
-    std::vector<int32_t> tokens(c.rows), order(c.rows);
-    for (int32_t& t : tokens)
-      t = random.uniform(0, 1) < c.repeated ? c.vocab / 2 : int(random.uniform(0, c.vocab));
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
-    const Numbers w = random.bf16(size_t(c.vocab) * c.width), dx = random.bf16(size_t(c.rows) * c.width);
-    Numbers x_ref(dx.size()), dw_ref = random.fp32(w.size());
-    const DeviceCopy<int32_t> dev_tokens(dev, tokens), dev_order(dev, order);
-    Acts x(dev, x_ref.size());
-    const Acts dev_w(dev, w), dev_dx(dev, dx);
-    Floats dw(dev, dw_ref);
-    Scratch scratch(dev, gdn::embedding_backward_scratch_bytes(dev, c.rows, c.width));
+                        Case{700, 1032, 40, 0.5}, Case{256, 256, 1, 1}, Case{999, 72, 5000, 0.3}})
+    SUBCASE(sizes_text("rows", c.rows, "width", c.width, "vocab", c.vocab).c_str()) {
+      INFO("seed " << seed());
+      Random random;
+      std::vector<int32_t> tokens(c.rows), order(c.rows);
+      for (int32_t& t : tokens)
+        t = random.uniform(0, 1) < c.repeated ? c.vocab / 2 : int(random.uniform(0, c.vocab));
+      std::iota(order.begin(), order.end(), 0);
+      std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
+      const Numbers w = random.bf16(size_t(c.vocab) * c.width), dx = random.bf16(size_t(c.rows) * c.width);
+      Numbers x_ref(dx.size()), dw_ref = random.fp32(w.size());
+      const DeviceCopy<int32_t> dev_tokens(dev, tokens), dev_order(dev, order);
+      Acts x(dev, x_ref.size());
+      const Acts dev_w(dev, w), dev_dx(dev, dx);
+      Floats dw(dev, dw_ref);
+      Scratch scratch(dev, gdn::embedding_backward_scratch_bytes(dev, c.rows, c.width));
 
-    run_twice([&] { gdn::embedding_forward(dev, x, dev_w, dev_tokens, c.rows, c.width); }, x);
-    gdn::embedding_forward(cpu, x_ref.data(), w.data(), tokens.data(), c.rows, c.width);
-    check_close("x", x, x_ref, 0);
-    run_twice(
-        [&] { gdn::embedding_backward(dev, dw, dev_dx, dev_tokens, dev_order, c.rows, c.width, scratch); },
-        dw);
-    gdn::embedding_backward(cpu, dw_ref.data(), dx.data(), tokens.data(), order.data(), c.rows, c.width,
-                            nullptr);
-    check_close("dw_emb", dw, dw_ref, kFloatTolerance);
-  }
+      SUBCASE("forward") {
+        run_twice([&] { gdn::embedding_forward(dev, x, dev_w, dev_tokens, c.rows, c.width); }, x);
+        gdn::embedding_forward(cpu, x_ref.data(), w.data(), tokens.data(), c.rows, c.width);
+        check_close("x", x, x_ref, 0);
+      }
+      SUBCASE("backward") {
+        run_twice(
+            [&] {
+              gdn::embedding_backward(dev, dw, dev_dx, dev_tokens, dev_order, c.rows, c.width, scratch);
+            },
+            dw);
+        gdn::embedding_backward(cpu, dw_ref.data(), dx.data(), tokens.data(), order.data(), c.rows, c.width,
+                                nullptr);
+        check_close("dw_emb", dw, dw_ref, kFloatTolerance);
+      }
+    }
 }
 
 TEST_CASE("cuda: rmsnorm" * needs_gpu()) {
@@ -231,72 +253,88 @@ TEST_CASE("cuda: rmsnorm" * needs_gpu()) {
     int rows, width;
   };
   for (const Case& c : {Case{1, 8}, Case{65, 256}, Case{333, 512}, Case{130, 768}, Case{5001, 64},
-                        Case{257, 1024}, Case{77, 1544}, Case{33, 2048}, Case{600, 2056}, Case{7, 8192}}) {
-    const int rows = c.rows, width = c.width;
-    INFO("rows " << rows << " width " << width << ", seed " << seed());
-    Random random;
-    const size_t n = size_t(rows) * width;
-    const Numbers x = random.bf16(n), branch = random.bf16(n), dh = random.bf16(n), dx_start = random.bf16(n);
-    const Numbers w = random.fp32(width, 0.3, 1), dw_start = random.fp32(width);
-    Numbers h_ref(n), sum_ref(n), r_ref(rows);
-    const Acts dev_x(dev, x), dev_branch(dev, branch), dev_dh(dev, dh);
-    const Floats dev_w(dev, w);
-    Acts h(dev, n), sum(dev, n), dx(dev, dx_start), in_place(dev, x), in_branch(dev, branch);
-    Floats r(dev, size_t(rows)), dw(dev, dw_start);
+                        Case{257, 1024}, Case{77, 1544}, Case{33, 2048}, Case{600, 2056}, Case{7, 8192}})
+    SUBCASE(sizes_text("rows", c.rows, "width", c.width).c_str()) {
+      const int rows = c.rows, width = c.width;
+      INFO("seed " << seed());
+      Random random;
+      const size_t n = size_t(rows) * width;
+      const Numbers x = random.bf16(n), branch = random.bf16(n), dh = random.bf16(n),
+                    dx_start = random.bf16(n);
+      const Numbers w = random.fp32(width, 0.3, 1), dw_start = random.fp32(width);
+      Numbers h_ref(n), sum_ref(n), r_ref(rows);
+      const Acts dev_x(dev, x), dev_branch(dev, branch), dev_dh(dev, dh);
+      const Floats dev_w(dev, w);
+      Acts h(dev, n), sum(dev, n), dx(dev, dx_start), in_place(dev, x), in_branch(dev, branch);
+      Floats r(dev, size_t(rows)), dw(dev, dw_start);
 
-    run_twice([&] { gdn::rmsnorm_forward(dev, h, r, dev_x, dev_w, rows, width); }, h, r);
-    gdn::rmsnorm_forward(cpu, h_ref.data(), r_ref.data(), x.data(), w.data(), rows, width);
-    check_close("h", h, h_ref, kActTolerance);
-    check_close("rstd", r, r_ref, kFloatTolerance);
+      SUBCASE("forward, then backward with h recomputed elsewhere and in place of its gradient") {
+        run_twice([&] { gdn::rmsnorm_forward(dev, h, r, dev_x, dev_w, rows, width); }, h, r);
+        gdn::rmsnorm_forward(cpu, h_ref.data(), r_ref.data(), x.data(), w.data(), rows, width);
+        check_close("h", h, h_ref, kActTolerance);
+        check_close("rstd", r, r_ref, kFloatTolerance);
 
-    // The backward pass of the same norm, both from the GPU's own rstd.
-    Numbers dx_ref = dx_start, dw_ref = dw_start;
-    const Numbers r_used = r.numbers();
-    Scratch scratch(dev, gdn::rmsnorm_backward_scratch_bytes(dev, rows, width));
-    const std::vector<act> h_of_forward = h.elements();
-    Acts dh_then_h(dev, dh), h_again(dev, n);
-    run_twice(
-        [&] { gdn::rmsnorm_backward(dev, dx, dw, nullptr, dev_dh, dev_x, r, dev_w, rows, width, scratch); },
-        dx, dw);
-    const std::vector<act> dx_without_h = dx.elements();
-    const std::vector<float> dw_without_h = dw.elements();
-    for (Acts* to : {&h_again, &dh_then_h}) {  // h elsewhere, and in the place of its gradient
-      const Acts& from = to == &dh_then_h ? dh_then_h : dev_dh;
-      run_twice([&] { gdn::rmsnorm_backward(dev, dx, dw, *to, from, dev_x, r, dev_w, rows, width, scratch); },
-                dx, dw, *to);
-      CHECK(to->same_bits(h_of_forward));
-      CHECK(dx.same_bits(dx_without_h));
-      CHECK(dw.same_bits(dw_without_h));
+        // The backward pass of the same norm, both from the GPU's own rstd.
+        Numbers dx_ref = dx_start, dw_ref = dw_start;
+        const Numbers r_used = r.numbers();
+        Scratch scratch(dev, gdn::rmsnorm_backward_scratch_bytes(dev, rows, width));
+        const std::vector<act> h_of_forward = h.elements();
+        Acts dh_then_h(dev, dh), h_again(dev, n);
+        run_twice(
+            [&] {
+              gdn::rmsnorm_backward(dev, dx, dw, nullptr, dev_dh, dev_x, r, dev_w, rows, width, scratch);
+            },
+            dx, dw);
+        const std::vector<act> dx_without_h = dx.elements();
+        const std::vector<float> dw_without_h = dw.elements();
+        for (Acts* to : {&h_again, &dh_then_h}) {
+          const Acts& from = to == &dh_then_h ? dh_then_h : dev_dh;
+          run_twice(
+              [&] { gdn::rmsnorm_backward(dev, dx, dw, *to, from, dev_x, r, dev_w, rows, width, scratch); },
+              dx, dw, *to);
+          CHECK(to->same_bits(h_of_forward));
+          CHECK(dx.same_bits(dx_without_h));
+          CHECK(dw.same_bits(dw_without_h));
+        }
+        double* const nowhere = nullptr;
+        gdn::rmsnorm_backward(cpu, dx_ref.data(), dw_ref.data(), nowhere, dh.data(), x.data(), r_used.data(),
+                              w.data(), rows, width, nullptr);
+        check_close("dx", dx, dx_ref, kActTolerance);
+        check_close("dw", dw, dw_ref, kSumTolerance);
+      }
+
+      SUBCASE("with a residual, elsewhere and in place of either summand") {
+        run_twice(
+            [&] { gdn::residual_rmsnorm_forward(dev, sum, h, r, dev_x, dev_branch, dev_w, rows, width); },
+            sum, h, r);
+        for (size_t i = 0; i < n; i++) sum_ref[i] = x[i] + branch[i];
+        check_close("x_out", sum, sum_ref, kActTolerance);
+        sum_ref = sum.numbers();  // the norm is of x_out as rounded
+        gdn::rmsnorm_forward(cpu, h_ref.data(), r_ref.data(), sum_ref.data(), w.data(), rows, width);
+        check_close("h of x_out", h, h_ref, kActTolerance);
+        check_close("rstd of x_out", r, r_ref, kFloatTolerance);
+        const std::vector<act> sum_before = sum.elements(), h_before = h.elements();
+        run_twice(
+            [&] {
+              gdn::residual_rmsnorm_forward(dev, in_place, h, r, in_place, dev_branch, dev_w, rows, width);
+            },
+            in_place, h, r);
+        CHECK(in_place.same_bits(sum_before));
+        CHECK(h.same_bits(h_before));
+        run_twice(
+            [&] {
+              gdn::residual_rmsnorm_forward(dev, in_branch, h, r, dev_x, in_branch, dev_w, rows, width);
+            },
+            in_branch, h, r);
+        CHECK(in_branch.same_bits(sum_before));
+        CHECK(h.same_bits(h_before));
+      }
     }
-    double* const nowhere = nullptr;
-    gdn::rmsnorm_backward(cpu, dx_ref.data(), dw_ref.data(), nowhere, dh.data(), x.data(), r_used.data(),
-                          w.data(), rows, width, nullptr);
-    check_close("dx", dx, dx_ref, kActTolerance);
-    check_close("dw", dw, dw_ref, kSumTolerance);
-
-    run_twice([&] { gdn::residual_rmsnorm_forward(dev, sum, h, r, dev_x, dev_branch, dev_w, rows, width); },
-              sum, h, r);
-    for (size_t i = 0; i < n; i++) sum_ref[i] = x[i] + branch[i];
-    check_close("x_out", sum, sum_ref, kActTolerance);
-    sum_ref = sum.numbers();  // the norm is of x_out as rounded
-    gdn::rmsnorm_forward(cpu, h_ref.data(), r_ref.data(), sum_ref.data(), w.data(), rows, width);
-    check_close("h of x_out", h, h_ref, kActTolerance);
-    check_close("rstd of x_out", r, r_ref, kFloatTolerance);
-    const std::vector<act> sum_before = sum.elements(), h_before = h.elements();
-    run_twice(
-        [&] { gdn::residual_rmsnorm_forward(dev, in_place, h, r, in_place, dev_branch, dev_w, rows, width); },
-        in_place, h, r);
-    CHECK(in_place.same_bits(sum_before));
-    CHECK(h.same_bits(h_before));
-    run_twice(
-        [&] { gdn::residual_rmsnorm_forward(dev, in_branch, h, r, dev_x, in_branch, dev_w, rows, width); },
-        in_branch, h, r);
-    CHECK(in_branch.same_bits(sum_before));
-    CHECK(h.same_bits(h_before));
+  SUBCASE("a width that is no multiple of 8 is refused") {
+    Acts x(dev, Numbers(12, 1.0)), h(dev, size_t(12));
+    Floats r(dev, size_t(1)), w(dev, Numbers(12, 1.0));
+    CHECK_THROWS(gdn::rmsnorm_forward(dev, h, r, x, w, 1, 12));
   }
-  Acts x(dev, Numbers(12, 1.0)), h(dev, size_t(12));
-  Floats r(dev, size_t(1)), w(dev, Numbers(12, 1.0));
-  CHECK_THROWS(gdn::rmsnorm_forward(dev, h, r, x, w, 1, 12));
 }
 
 TEST_CASE("cuda: linear" * needs_gpu()) {
@@ -307,27 +345,36 @@ TEST_CASE("cuda: linear" * needs_gpu()) {
     double scale;
   };
   for (const Case& c : {Case{1, 8, 8, 1}, Case{33, 72, 40, 0.25}, Case{257, 128, 264, 1},
-                        Case{1000, 64, 48, 2}, Case{65, 1032, 96, 0.5}}) {
-    INFO("rows " << c.rows << " out " << c.out << " in " << c.in << ", seed " << seed());
-    Random random;
-    const Numbers x = random.bf16(size_t(c.rows) * c.in), w = random.bf16(size_t(c.out) * c.in);
-    const Numbers dy = random.bf16(size_t(c.rows) * c.out);
-    Numbers y_ref(dy.size()), dx_ref(x.size()), dw_ref = random.fp32(w.size());
-    const Acts dev_x(dev, x), dev_w(dev, w), dev_dy(dev, dy);
-    Acts y(dev, y_ref.size()), dx(dev, dx_ref.size());
-    Floats dw(dev, dw_ref);
-    const float scale = float(c.scale);
+                        Case{1000, 64, 48, 2}, Case{65, 1032, 96, 0.5}})
+    SUBCASE(sizes_text("rows", c.rows, "out", c.out, "in", c.in).c_str()) {
+      INFO("seed " << seed());
+      Random random;
+      const Numbers x = random.bf16(size_t(c.rows) * c.in), w = random.bf16(size_t(c.out) * c.in);
+      const Numbers dy = random.bf16(size_t(c.rows) * c.out);
+      Numbers y_ref(dy.size()), dx_ref(x.size()), dw_ref = random.fp32(w.size());
+      const Acts dev_x(dev, x), dev_w(dev, w), dev_dy(dev, dy);
+      Acts y(dev, y_ref.size()), dx(dev, dx_ref.size());
+      Floats dw(dev, dw_ref);
+      const float scale = float(c.scale);
 
-    run_twice([&] { gdn::linear_forward(dev, y, dev_x, dev_w, c.rows, c.out, c.in, scale); }, y);
-    gdn::linear_forward(cpu, y_ref.data(), x.data(), w.data(), c.rows, c.out, c.in, c.scale);
-    check_close("y", y, y_ref, kActTolerance);
-    run_twice([&] { gdn::linear_backward_input(dev, dx, dev_dy, dev_w, c.rows, c.out, c.in, scale); }, dx);
-    gdn::linear_backward_input(cpu, dx_ref.data(), dy.data(), w.data(), c.rows, c.out, c.in, c.scale);
-    check_close("dx", dx, dx_ref, kActTolerance);
-    run_twice([&] { gdn::linear_backward_weight(dev, dw, dev_dy, dev_x, c.rows, c.out, c.in, scale); }, dw);
-    gdn::linear_backward_weight(cpu, dw_ref.data(), dy.data(), x.data(), c.rows, c.out, c.in, c.scale);
-    check_close("dw", dw, dw_ref, kFloatTolerance);
-  }
+      SUBCASE("forward") {
+        run_twice([&] { gdn::linear_forward(dev, y, dev_x, dev_w, c.rows, c.out, c.in, scale); }, y);
+        gdn::linear_forward(cpu, y_ref.data(), x.data(), w.data(), c.rows, c.out, c.in, c.scale);
+        check_close("y", y, y_ref, kActTolerance);
+      }
+      SUBCASE("gradient of the input") {
+        run_twice([&] { gdn::linear_backward_input(dev, dx, dev_dy, dev_w, c.rows, c.out, c.in, scale); },
+                  dx);
+        gdn::linear_backward_input(cpu, dx_ref.data(), dy.data(), w.data(), c.rows, c.out, c.in, c.scale);
+        check_close("dx", dx, dx_ref, kActTolerance);
+      }
+      SUBCASE("gradient of the weight") {
+        run_twice([&] { gdn::linear_backward_weight(dev, dw, dev_dy, dev_x, c.rows, c.out, c.in, scale); },
+                  dw);
+        gdn::linear_backward_weight(cpu, dw_ref.data(), dy.data(), x.data(), c.rows, c.out, c.in, c.scale);
+        check_close("dw", dw, dw_ref, kFloatTolerance);
+      }
+    }
 }
 
 TEST_CASE("cuda: short convolution and gates" * needs_gpu()) {
@@ -336,83 +383,88 @@ TEST_CASE("cuda: short convolution and gates" * needs_gpu()) {
   std::vector<MixerShape> shapes = mixer_shapes();
   shapes.push_back({2, 300, 6, 6, 128, 256});  // several tiles of the longest, the last one ragged
   for (const MixerShape& s : shapes)
-    for (bool documents : {false, true}) {
-      INFO(describe(s) << ", seed " << seed() << (documents ? ", documents" : ""));
-      Random random;
-      const int M = s.rows(), C = s.conv_channels(), P = s.columns(), H = s.heads_v;
-      const double beta_max = M % 2 ? 1 : 2;
-      const size_t norms = size_t(M) * 2 * s.heads_k, in_history = size_t(s.batch) * 3 * C, n = size_t(M) * H;
-      const Numbers proj = random.bf16(size_t(M) * P, 2), taps = random.fp32(size_t(C) * 4, 0.4);
-      const Numbers A_log = random.fp32(H), dt_bias = random.fp32(H, 2, -4);
-      const Numbers dqkv = random.bf16(size_t(M) * C), dg = random.fp32(n), dbeta = random.fp32(n);
-      const Numbers dtaps_start = random.fp32(taps.size()), dA_start = random.fp32(H),
-                    ddt_start = random.fp32(H);
-      const Numbers history_start = random.bf16(in_history);
-      Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), g_ref(n), beta_ref(n), history_ref = history_start;
-      const Acts dev_proj(dev, proj);
-      const Floats dev_taps(dev, taps), dev_A(dev, A_log), dev_dt(dev, dt_bias);
-      // documents of one to six tokens, and at the edges of tiles
-      std::vector<int32_t> position(M);
-      for (int m = 0; m < M; m++) {
-        const int t = m % s.tokens;
-        const bool starts = t == 0 || t % 32 == 0 || t % 32 == 31 || random.uniform(0, 4) < 1;
-        position[m] = starts ? 0 : position[m - 1] + 1;
+    for (bool documents : {false, true}) SUBCASE((describe(s) + (documents ? ", documents" : "")).c_str()) {
+        INFO("seed " << seed());
+        Random random;
+        const int M = s.rows(), C = s.conv_channels(), P = s.columns(), H = s.heads_v;
+        const double beta_max = M % 2 ? 1 : 2;
+        const size_t norms = size_t(M) * 2 * s.heads_k, in_history = size_t(s.batch) * 3 * C,
+                     n = size_t(M) * H;
+        const Numbers proj = random.bf16(size_t(M) * P, 2), taps = random.fp32(size_t(C) * 4, 0.4);
+        const Numbers A_log = random.fp32(H), dt_bias = random.fp32(H, 2, -4);
+        const Numbers dqkv = random.bf16(size_t(M) * C), dg = random.fp32(n), dbeta = random.fp32(n);
+        const Numbers dtaps_start = random.fp32(taps.size()), dA_start = random.fp32(H),
+                      ddt_start = random.fp32(H);
+        const Numbers history_start = random.bf16(in_history);
+        Numbers qkv_ref(dqkv.size()), rnorm_ref(norms), g_ref(n), beta_ref(n), history_ref = history_start;
+        const Acts dev_proj(dev, proj);
+        const Floats dev_taps(dev, taps), dev_A(dev, A_log), dev_dt(dev, dt_bias);
+        // documents of one to six tokens, and at the edges of tiles
+        std::vector<int32_t> position(M);
+        for (int m = 0; m < M; m++) {
+          const int t = m % s.tokens;
+          const bool starts = t == 0 || t % 32 == 0 || t % 32 == 31 || random.uniform(0, 4) < 1;
+          position[m] = starts ? 0 : position[m - 1] + 1;
+        }
+        const DeviceCopy<int32_t> dev_position(dev, position);
+        const int32_t *masked = documents ? static_cast<int32_t*>(dev_position) : nullptr,
+                      *masked_ref = documents ? position.data() : nullptr;
+        Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
+        Floats rnorm(dev, norms), g(dev, n), beta(dev, n);
+
+        const auto forward = [&](act* from) {
+          gdn::short_conv_gates_forward(dev, qkv, rnorm, g, beta, dev_proj, dev_taps, dev_A, dev_dt, from, s,
+                                        float(beta_max), masked);
+        };
+        const auto forward_ref = [&](double* from) {
+          gdn::short_conv_gates_forward(cpu, qkv_ref.data(), rnorm_ref.data(), g_ref.data(), beta_ref.data(),
+                                        proj.data(), taps.data(), A_log.data(), dt_bias.data(), from, s,
+                                        beta_max, masked_ref);
+        };
+        SUBCASE("forward after a history") {
+          run_twice([&] { forward(history); }, qkv, rnorm, g, beta, history);
+          forward_ref(history_ref.data());
+          check_close("qkv after history", qkv, qkv_ref, kActTolerance);
+          check_close("rnorm after history", rnorm, rnorm_ref, kFloatTolerance);
+          check_close("history", history, history_ref, 0);
+        }
+        SUBCASE("forward and backward") {
+          run_twice([&] { forward(nullptr); }, qkv, rnorm, g, beta);
+          forward_ref(nullptr);
+          check_close("qkv", qkv, qkv_ref, kActTolerance);
+          check_close("rnorm", rnorm, rnorm_ref, kFloatTolerance);
+          check_close("g", g, g_ref, kFloatTolerance);
+          check_close("beta", beta, beta_ref, kFloatTolerance);
+
+          // Both backward passes from the GPU's rnorm, g and beta.
+          const Numbers rnorm_used = rnorm.numbers(), g_used = g.numbers(), beta_used = beta.numbers();
+          Numbers dproj_ref(proj.size()), dtaps_ref = dtaps_start, dA_ref = dA_start, ddt_ref = ddt_start;
+          Numbers work = dqkv;
+          Acts dproj(dev, proj.size()), dev_dqkv(dev, dqkv);
+          const Floats dev_dg(dev, dg), dev_dbeta(dev, dbeta);
+          Floats dtaps(dev, dtaps_start), dA(dev, dA_start), ddt(dev, ddt_start);
+          Scratch scratch(dev, gdn::short_conv_gates_backward_scratch_bytes(dev, s));
+          run_twice(
+              [&] {
+                gdn::short_conv_gates_backward(dev, dproj, dtaps, dA, ddt, dev_dqkv, dev_dg, dev_dbeta, rnorm,
+                                               g, beta, dev_proj, dev_taps, dev_A, dev_dt, s, float(beta_max),
+                                               scratch, masked);
+              },
+              dproj, dtaps, dA, ddt, dev_dqkv);
+          gdn::short_conv_gates_backward(
+              cpu, dproj_ref.data(), dtaps_ref.data(), dA_ref.data(), ddt_ref.data(), work.data(), dg.data(),
+              dbeta.data(), rnorm_used.data(), g_used.data(), beta_used.data(), proj.data(), taps.data(),
+              A_log.data(), dt_bias.data(), s, beta_max, nullptr, masked_ref);
+          check_columns("dproj", dproj, dproj_ref, P, 0, C);
+          check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
+          check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);
+          check_columns("padding", dproj, dproj_ref, P, s.b_column() + H, P);
+          CHECK(all_nan(columns(dproj.numbers(), P, s.z_column(), s.a_column())));  // the output norm's
+          check_close("dtaps", dtaps, dtaps_ref, kSumTolerance);
+          check_close("dA_log", dA, dA_ref, kSumTolerance);
+          check_close("ddt_bias", ddt, ddt_ref, kSumTolerance);
+        }
       }
-      const DeviceCopy<int32_t> dev_position(dev, position);
-      const int32_t *masked = documents ? static_cast<int32_t*>(dev_position) : nullptr,
-                    *masked_ref = documents ? position.data() : nullptr;
-      Acts qkv(dev, qkv_ref.size()), history(dev, history_start);
-      Floats rnorm(dev, norms), g(dev, n), beta(dev, n);
-
-      const auto forward = [&](act* from) {
-        gdn::short_conv_gates_forward(dev, qkv, rnorm, g, beta, dev_proj, dev_taps, dev_A, dev_dt, from, s,
-                                      float(beta_max), masked);
-      };
-      const auto forward_ref = [&](double* from) {
-        gdn::short_conv_gates_forward(cpu, qkv_ref.data(), rnorm_ref.data(), g_ref.data(), beta_ref.data(),
-                                      proj.data(), taps.data(), A_log.data(), dt_bias.data(), from, s,
-                                      beta_max, masked_ref);
-      };
-      run_twice([&] { forward(history); }, qkv, rnorm, g, beta, history);
-      forward_ref(history_ref.data());
-      check_close("qkv after history", qkv, qkv_ref, kActTolerance);
-      check_close("rnorm after history", rnorm, rnorm_ref, kFloatTolerance);
-      check_close("history", history, history_ref, 0);
-      run_twice([&] { forward(nullptr); }, qkv, rnorm, g, beta);
-      forward_ref(nullptr);
-      check_close("qkv", qkv, qkv_ref, kActTolerance);
-      check_close("rnorm", rnorm, rnorm_ref, kFloatTolerance);
-      check_close("g", g, g_ref, kFloatTolerance);
-      check_close("beta", beta, beta_ref, kFloatTolerance);
-
-      // Both backward passes from the GPU's rnorm, g and beta.
-      const Numbers rnorm_used = rnorm.numbers(), g_used = g.numbers(), beta_used = beta.numbers();
-      Numbers dproj_ref(proj.size()), dtaps_ref = dtaps_start, dA_ref = dA_start, ddt_ref = ddt_start;
-      Numbers work = dqkv;
-      Acts dproj(dev, proj.size()), dev_dqkv(dev, dqkv);
-      const Floats dev_dg(dev, dg), dev_dbeta(dev, dbeta);
-      Floats dtaps(dev, dtaps_start), dA(dev, dA_start), ddt(dev, ddt_start);
-      Scratch scratch(dev, gdn::short_conv_gates_backward_scratch_bytes(dev, s));
-      run_twice(
-          [&] {
-            gdn::short_conv_gates_backward(dev, dproj, dtaps, dA, ddt, dev_dqkv, dev_dg, dev_dbeta, rnorm, g,
-                                           beta, dev_proj, dev_taps, dev_A, dev_dt, s, float(beta_max),
-                                           scratch, masked);
-          },
-          dproj, dtaps, dA, ddt, dev_dqkv);
-      gdn::short_conv_gates_backward(cpu, dproj_ref.data(), dtaps_ref.data(), dA_ref.data(), ddt_ref.data(),
-                                     work.data(), dg.data(), dbeta.data(), rnorm_used.data(), g_used.data(),
-                                     beta_used.data(), proj.data(), taps.data(), A_log.data(), dt_bias.data(),
-                                     s, beta_max, nullptr, masked_ref);
-      check_columns("dproj", dproj, dproj_ref, P, 0, C);
-      check_columns("da", dproj, dproj_ref, P, s.a_column(), s.b_column());
-      check_columns("db", dproj, dproj_ref, P, s.b_column(), s.b_column() + H);
-      check_columns("padding", dproj, dproj_ref, P, s.b_column() + H, P);
-      CHECK(all_nan(columns(dproj.numbers(), P, s.z_column(), s.a_column())));  // the output norm's
-      check_close("dtaps", dtaps, dtaps_ref, kSumTolerance);
-      check_close("dA_log", dA, dA_ref, kSumTolerance);
-      check_close("ddt_bias", ddt, ddt_ref, kSumTolerance);
-    }
 }
 
 TEST_CASE("cuda: output norm" * needs_gpu()) {
@@ -420,56 +472,58 @@ TEST_CASE("cuda: output norm" * needs_gpu()) {
   Reference cpu;
   std::vector<MixerShape> shapes = mixer_shapes();
   shapes.push_back({3, 700, 6, 6, 16, 32});  // several rounds of each block
-  for (const MixerShape& s : shapes) {
-    INFO(describe(s) << ", seed " << seed());
-    Random random;
-    const int M = s.rows(), P = s.columns(), z = s.z_column();
-    const size_t n = size_t(M) * s.value_dim(), heads = size_t(M) * s.heads_v;
-    const Numbers proj = random.bf16(size_t(M) * P, 2), o = random.bf16(n), dy = random.bf16(n);
-    const Numbers w_o = random.fp32(s.head_dim_v, 0.3, 1), dw_start = random.fp32(s.head_dim_v);
-    Numbers y_ref(n), rstd_ref(heads), d_o_ref(n), dproj_ref(proj.size()), dw_ref = dw_start;
-    const Acts dev_proj(dev, proj), dev_o(dev, o), dev_dy(dev, dy);
-    const Floats dev_w(dev, w_o);
-    Acts y(dev, n), d_o(dev, n), dproj(dev, proj.size());
-    Floats rstd(dev, heads), dw(dev, dw_start);
+  for (const MixerShape& s : shapes) SUBCASE(describe(s).c_str()) {
+      INFO("seed " << seed());
+      Random random;
+      const int M = s.rows(), P = s.columns(), z = s.z_column();
+      const size_t n = size_t(M) * s.value_dim(), heads = size_t(M) * s.heads_v;
+      const Numbers proj = random.bf16(size_t(M) * P, 2), o = random.bf16(n), dy = random.bf16(n);
+      const Numbers w_o = random.fp32(s.head_dim_v, 0.3, 1), dw_start = random.fp32(s.head_dim_v);
+      Numbers y_ref(n), rstd_ref(heads), d_o_ref(n), dproj_ref(proj.size()), dw_ref = dw_start;
+      const Acts dev_proj(dev, proj), dev_o(dev, o), dev_dy(dev, dy);
+      const Floats dev_w(dev, w_o);
+      Acts y(dev, n), d_o(dev, n), dproj(dev, proj.size());
+      Floats rstd(dev, heads), dw(dev, dw_start);
 
-    run_twice([&] { gdn::output_norm_forward(dev, y, rstd, dev_o, dev_proj, dev_w, s); }, y, rstd);
-    gdn::output_norm_forward(cpu, y_ref.data(), rstd_ref.data(), o.data(), proj.data(), w_o.data(), s);
-    check_close("y", y, y_ref, kActTolerance);
-    check_close("rstd", rstd, rstd_ref, kFloatTolerance);
+      run_twice([&] { gdn::output_norm_forward(dev, y, rstd, dev_o, dev_proj, dev_w, s); }, y, rstd);
+      gdn::output_norm_forward(cpu, y_ref.data(), rstd_ref.data(), o.data(), proj.data(), w_o.data(), s);
+      check_close("y", y, y_ref, kActTolerance);
+      check_close("rstd", rstd, rstd_ref, kFloatTolerance);
 
-    const Numbers rstd_used = rstd.numbers();
-    Scratch scratch(dev, gdn::output_norm_backward_scratch_bytes(dev, s));
-    const std::vector<act> y_of_forward = y.elements();
-    Acts y_again(dev, n), dy_then_d_o(dev, dy);
-    run_twice(
-        [&] {
-          gdn::output_norm_backward(dev, d_o, dproj, dw, y_again, dev_dy, dev_o, rstd, dev_proj, dev_w, s,
-                                    scratch);
-        },
-        d_o, dproj, dw, y_again);
-    CHECK(y_again.same_bits(y_of_forward));
-    const std::vector<act> d_o_elsewhere = d_o.elements();
-    run_twice(
-        [&] {
-          gdn::output_norm_backward(dev, dy_then_d_o, dproj, dw, y_again, dy_then_d_o, dev_o, rstd, dev_proj,
-                                    dev_w, s, scratch);
-        },
-        dy_then_d_o, dproj, dw, y_again);
-    CHECK(dy_then_d_o.same_bits(d_o_elsewhere));
-    Numbers y_unused(n);
-    gdn::output_norm_backward(cpu, d_o_ref.data(), dproj_ref.data(), dw_ref.data(), y_unused.data(),
-                              dy.data(), o.data(), rstd_used.data(), proj.data(), w_o.data(), s, nullptr);
-    check_close("d_o", d_o, d_o_ref, kActTolerance);
-    check_columns("dz", dproj, dproj_ref, P, z, z + s.value_dim());
-    CHECK(all_nan(columns(dproj.numbers(), P, 0, z)));  // the other layers'
-    CHECK(all_nan(columns(dproj.numbers(), P, z + s.value_dim(), P)));
-    check_close("dw_o", dw, dw_ref, kSumTolerance);
+      const Numbers rstd_used = rstd.numbers();
+      Scratch scratch(dev, gdn::output_norm_backward_scratch_bytes(dev, s));
+      const std::vector<act> y_of_forward = y.elements();
+      Acts y_again(dev, n), dy_then_d_o(dev, dy);
+      run_twice(
+          [&] {
+            gdn::output_norm_backward(dev, d_o, dproj, dw, y_again, dev_dy, dev_o, rstd, dev_proj, dev_w, s,
+                                      scratch);
+          },
+          d_o, dproj, dw, y_again);
+      CHECK(y_again.same_bits(y_of_forward));
+      const std::vector<act> d_o_elsewhere = d_o.elements();
+      run_twice(
+          [&] {
+            gdn::output_norm_backward(dev, dy_then_d_o, dproj, dw, y_again, dy_then_d_o, dev_o, rstd,
+                                      dev_proj, dev_w, s, scratch);
+          },
+          dy_then_d_o, dproj, dw, y_again);
+      CHECK(dy_then_d_o.same_bits(d_o_elsewhere));
+      Numbers y_unused(n);
+      gdn::output_norm_backward(cpu, d_o_ref.data(), dproj_ref.data(), dw_ref.data(), y_unused.data(),
+                                dy.data(), o.data(), rstd_used.data(), proj.data(), w_o.data(), s, nullptr);
+      check_close("d_o", d_o, d_o_ref, kActTolerance);
+      check_columns("dz", dproj, dproj_ref, P, z, z + s.value_dim());
+      CHECK(all_nan(columns(dproj.numbers(), P, 0, z)));  // the other layers'
+      CHECK(all_nan(columns(dproj.numbers(), P, z + s.value_dim(), P)));
+      check_close("dw_o", dw, dw_ref, kSumTolerance);
+    }
+  SUBCASE("a head size that is no multiple of 16 is refused") {
+    MixerShape odd{1, 4, 1, 1, 24, 32};
+    Acts none(dev, size_t(8));
+    Floats no_floats(dev, size_t(8));
+    CHECK_THROWS(gdn::output_norm_forward(dev, none, no_floats, none, none, no_floats, odd));
   }
-  MixerShape odd{1, 4, 1, 1, 24, 32};
-  Acts none(dev, size_t(8));
-  Floats no_floats(dev, size_t(8));
-  CHECK_THROWS(gdn::output_norm_forward(dev, none, no_floats, none, none, no_floats, odd));
 }
 
 TEST_CASE("cuda: swiglu" * needs_gpu()) {
@@ -478,31 +532,32 @@ TEST_CASE("cuda: swiglu" * needs_gpu()) {
   struct Case {
     int rows, inner;
   };
-  for (const Case& c : {Case{1, 8}, Case{7, 256}, Case{33, 2816}, Case{101, 1032}}) {
-    const int rows = c.rows, inner = c.inner;
-    INFO("rows " << rows << " inner " << inner << ", seed " << seed());
-    Random random;
-    const size_t n = size_t(rows) * inner;
-    const Numbers gate_up = random.bf16(2 * n, 4), dout = random.bf16(n);
-    Numbers out_ref(n), dgate_up_ref(2 * n);
-    const Acts dev_gate_up(dev, gate_up), dev_dout(dev, dout);
-    Acts out(dev, n), dgate_up(dev, 2 * n);
-    run_twice([&] { gdn::swiglu_forward(dev, out, dev_gate_up, rows, inner); }, out);
-    gdn::swiglu_forward(cpu, out_ref.data(), gate_up.data(), rows, inner);
-    check_close("out", out, out_ref, kActTolerance);
-    const std::vector<act> out_of_forward = out.elements();
-    Acts out_again(dev, n), dout_then_out(dev, dout);
-    for (Acts* to : {&out_again, &dout_then_out}) {  // elsewhere, and in the place of its gradient
-      const Acts& from = to == &dout_then_out ? dout_then_out : dev_dout;
-      run_twice([&] { gdn::swiglu_backward(dev, dgate_up, *to, from, dev_gate_up, rows, inner); }, dgate_up,
-                *to);
-      CHECK(to->same_bits(out_of_forward));
+  for (const Case& c : {Case{1, 8}, Case{7, 256}, Case{33, 2816}, Case{101, 1032}})
+    SUBCASE(sizes_text("rows", c.rows, "inner", c.inner).c_str()) {
+      const int rows = c.rows, inner = c.inner;
+      INFO("seed " << seed());
+      Random random;
+      const size_t n = size_t(rows) * inner;
+      const Numbers gate_up = random.bf16(2 * n, 4), dout = random.bf16(n);
+      Numbers out_ref(n), dgate_up_ref(2 * n);
+      const Acts dev_gate_up(dev, gate_up), dev_dout(dev, dout);
+      Acts out(dev, n), dgate_up(dev, 2 * n);
+      run_twice([&] { gdn::swiglu_forward(dev, out, dev_gate_up, rows, inner); }, out);
+      gdn::swiglu_forward(cpu, out_ref.data(), gate_up.data(), rows, inner);
+      check_close("out", out, out_ref, kActTolerance);
+      const std::vector<act> out_of_forward = out.elements();
+      Acts out_again(dev, n), dout_then_out(dev, dout);
+      for (Acts* to : {&out_again, &dout_then_out}) {  // elsewhere, and in the place of its gradient
+        const Acts& from = to == &dout_then_out ? dout_then_out : dev_dout;
+        run_twice([&] { gdn::swiglu_backward(dev, dgate_up, *to, from, dev_gate_up, rows, inner); }, dgate_up,
+                  *to);
+        CHECK(to->same_bits(out_of_forward));
+      }
+      Numbers out_unused(n);
+      gdn::swiglu_backward(cpu, dgate_up_ref.data(), out_unused.data(), dout.data(), gate_up.data(), rows,
+                           inner);
+      check_close("dgate_up", dgate_up, dgate_up_ref, kActTolerance);
     }
-    Numbers out_unused(n);
-    gdn::swiglu_backward(cpu, dgate_up_ref.data(), out_unused.data(), dout.data(), gate_up.data(), rows,
-                         inner);
-    check_close("dgate_up", dgate_up, dgate_up_ref, kActTolerance);
-  }
 }
 
 TEST_CASE("cuda: softmax cross-entropy" * needs_gpu()) {
@@ -515,54 +570,57 @@ TEST_CASE("cuda: softmax cross-entropy" * needs_gpu()) {
   for (const Case& c :
        {Case{33, 256, 256, 1}, Case{1, 3, 8, 1}, Case{65, 2001, 2048, 5}, Case{5, 2050, 2056, 2},
         Case{7, 50257, 50304, 3}, Case{3, 50304, 50304, 20}, Case{2, 151669, 151672, 2},
-        Case{2, 112641, 225288, 1}}) {  // the last: a piece without any column of the vocabulary
-    INFO("rows " << c.rows << " vocab " << c.vocab << " padded " << c.padded << ", seed " << seed());
+        Case{2, 112641, 225288, 1}})  // the last: a piece without any column of the vocabulary
+    SUBCASE(sizes_text("rows", c.rows, "vocab", c.vocab, "padded", c.padded).c_str()) {
+      INFO("seed " << seed());
+      Random random;
+      const double scale = 1.0 / 64;
+      const Numbers logits = random.bf16(size_t(c.rows) * c.padded, c.sigma);
+      std::vector<int32_t> targets(c.rows);
+      for (int32_t& t : targets) t = int(random.uniform(0, c.vocab));
+      targets[0] = c.vocab - 1;
+      if (c.rows > 2) targets[2] = -1;
+      Numbers losses_ref(c.rows), gradient_ref = logits, total_ref(1);
+      const DeviceCopy<int32_t> dev_targets(dev, targets);
+      Acts dev_logits(dev, logits);
+      Floats losses(dev, size_t(c.rows));
+      Doubles total(dev, total_ref);
+      const std::vector<act> before = dev_logits.elements();
+
+      run_twice(
+          [&] {
+            gdn::softmax_cross_entropy(dev, dev_logits, losses, dev_targets, c.rows, c.vocab, c.padded, 0);
+          },
+          dev_logits, losses);
+      CHECK(dev_logits.same_bits(before));
+      gdn::softmax_cross_entropy(cpu, gradient_ref.data(), losses_ref.data(), targets.data(), c.rows, c.vocab,
+                                 c.padded, scale);
+      check_close("losses alone", losses, losses_ref, kFloatTolerance);
+      run_twice(
+          [&] {
+            gdn::softmax_cross_entropy(dev, dev_logits, losses, dev_targets, c.rows, c.vocab, c.padded,
+                                       float(scale));
+          },
+          dev_logits, losses);
+      check_close("losses", losses, losses_ref, kFloatTolerance);
+      check_close("dlogits", dev_logits, gradient_ref, kActTolerance);
+      Numbers padding = columns(dev_logits.numbers(), c.padded, c.vocab, c.padded);
+      CHECK(std::all_of(padding.begin(), padding.end(), [](double v) { return v == 0; }));
+
+      run_twice([&] { gdn::sum_losses(dev, total, losses, c.rows); }, total);
+      gdn::sum_losses(cpu, total_ref.data(), losses_ref.data(), c.rows);
+      check_close("total", total, total_ref, kFloatTolerance);
+    }
+  SUBCASE("the sum of 40,001 losses") {
     Random random;
-    const double scale = 1.0 / 64;
-    const Numbers logits = random.bf16(size_t(c.rows) * c.padded, c.sigma);
-    std::vector<int32_t> targets(c.rows);
-    for (int32_t& t : targets) t = int(random.uniform(0, c.vocab));
-    targets[0] = c.vocab - 1;
-    if (c.rows > 2) targets[2] = -1;
-    Numbers losses_ref(c.rows), gradient_ref = logits, total_ref(1);
-    const DeviceCopy<int32_t> dev_targets(dev, targets);
-    Acts dev_logits(dev, logits);
-    Floats losses(dev, size_t(c.rows));
-    Doubles total(dev, total_ref);
-    const std::vector<act> before = dev_logits.elements();
-
-    run_twice(
-        [&] {
-          gdn::softmax_cross_entropy(dev, dev_logits, losses, dev_targets, c.rows, c.vocab, c.padded, 0);
-        },
-        dev_logits, losses);
-    CHECK(dev_logits.same_bits(before));
-    gdn::softmax_cross_entropy(cpu, gradient_ref.data(), losses_ref.data(), targets.data(), c.rows, c.vocab,
-                               c.padded, scale);
-    check_close("losses alone", losses, losses_ref, kFloatTolerance);
-    run_twice(
-        [&] {
-          gdn::softmax_cross_entropy(dev, dev_logits, losses, dev_targets, c.rows, c.vocab, c.padded,
-                                     float(scale));
-        },
-        dev_logits, losses);
-    check_close("losses", losses, losses_ref, kFloatTolerance);
-    check_close("dlogits", dev_logits, gradient_ref, kActTolerance);
-    Numbers padding = columns(dev_logits.numbers(), c.padded, c.vocab, c.padded);
-    CHECK(std::all_of(padding.begin(), padding.end(), [](double v) { return v == 0; }));
-
-    run_twice([&] { gdn::sum_losses(dev, total, losses, c.rows); }, total);
-    gdn::sum_losses(cpu, total_ref.data(), losses_ref.data(), c.rows);
-    check_close("total", total, total_ref, kFloatTolerance);
+    const Numbers many = random.fp32(40001, 1, 5);
+    Numbers sum(1, 7);
+    Floats losses(dev, many);
+    Doubles total(dev, sum);
+    run_twice([&] { gdn::sum_losses(dev, total, losses, int(many.size())); }, total);
+    gdn::sum_losses(cpu, sum.data(), many.data(), int(many.size()));
+    check_close("sum of many", total, sum, 1e-6);
   }
-  Random random;
-  const Numbers many = random.fp32(40001, 1, 5);
-  Numbers sum(1, 7);
-  Floats losses(dev, many);
-  Doubles total(dev, sum);
-  run_twice([&] { gdn::sum_losses(dev, total, losses, int(many.size())); }, total);
-  gdn::sum_losses(cpu, sum.data(), many.data(), int(many.size()));
-  check_close("sum of many", total, sum, 1e-6);
 }
 
 TEST_CASE("cuda: norm of the gradients, rounding of weights" * needs_gpu()) {

@@ -18,6 +18,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -416,44 +417,82 @@ TEST_CASE("dataloader: pipes and devices are refused without waiting") {
   CHECK(open_error("/dev/zero") == "/dev/zero: is a device, expected a regular file");
 }
 
-TEST_CASE("dataloader: a file that shrinks, grows, is rewritten, replaced or deleted fails the next read") {
+TEST_CASE("dataloader: a file that changes or is deleted fails the next read, one that is touched does not") {
   TemporaryFolder folder;
   const std::vector<uint16_t> tokens = consecutive(0, 4001);
+  std::vector<uint16_t> others = tokens;
+  others[2000] = 7;
   const std::string path = folder.write_shard("n.bin", tokens);
-  const auto error_after = [&](const std::function<void()>& change) {
-    folder.write_shard("n.bin", tokens);
-    DataLoader loader(path, 4, 2, 0);
-    CHECK(error_of([&] { next_batch(loader, 4); }) == "");
-    change();
-    const uint64_t position = loader.position();
-    const std::string error = error_of([&] { next_batch(loader, 4); });
-    CHECK(loader.position() == position);
-    return error;
+  const auto later = [&](const std::string& file) {
+    fs::last_write_time(file, fs::last_write_time(file) + std::chrono::seconds(1));
   };
-  CHECK(error_after([&] { fs::resize_file(path, 0); }) ==
-        path + ": has 0 bytes, expected the 9026 it had at the start");
-  CHECK(error_after([&] { fs::resize_file(path, 9025); }) ==
-        path + ": has 9025 bytes, expected the 9026 it had at the start");
-  CHECK(error_after([&] { fs::resize_file(path, 9027); }) ==
-        path + ": has 9027 bytes, expected the 9026 it had at the start");
-  CHECK(error_after([&] {
-          folder.write_shard("n.bin", tokens);
-          fs::last_write_time(path, fs::last_write_time(path) + std::chrono::seconds(1));
-        }) == path + ": was written to since the start, expected it to stay as it was");
-  CHECK(error_after([&] { fs::remove(path); }) ==
-        path + ": was deleted or replaced, expected it to stay as it was");
-  CHECK(error_after([&] { fs::rename(folder.write_shard("m.bin", tokens), path); }) ==
-        path + ": was deleted or replaced, expected it to stay as it was");
-  // a file that is not kept open
-  folder.write_shard("n.bin", tokens);
-  const data::TokenFile file = data::open_tokens(path, 0, false);
-  CHECK(data::read_tokens(file, 7, 2) == std::vector<int32_t>{7, 8});
-  fs::rename(folder.write_shard("m.bin", tokens), path);
-  CHECK(error_of([&] { data::read_tokens(file, 7, 2); }) ==
-        path + ": is another file than at the start, expected it to stay as it was");
-  fs::remove(path);
-  CHECK(error_of([&] { data::read_tokens(file, 7, 2); }) ==
-        path + ": cannot open: No such file or directory");
+  for (const bool keep_open : {true, false}) {
+    CAPTURE(keep_open);
+    const auto error_after = [&](const std::function<void()>& change) {
+      folder.write_shard("n.bin", tokens);
+      const data::TokenFile file = data::open_tokens(path, 0, keep_open);
+      CHECK(data::read_tokens(file, 7, 2) == std::vector<int32_t>{7, 8});
+      change();
+      std::vector<int32_t> read = {7, 8};
+      const auto read_again = [&] { read = data::read_tokens(file, 7, 2); };
+      const std::string error = error_of(read_again);
+      CHECK(error_of(read_again) == error);
+      CHECK(read == std::vector<int32_t>{7, 8});
+      return error;
+    };
+    CHECK(error_after([&] { fs::resize_file(path, 0); }) ==
+          path + ": has 0 bytes, expected the 9026 it had at the start");
+    CHECK(error_after([&] { fs::resize_file(path, 9025); }) ==
+          path + ": has 9025 bytes, expected the 9026 it had at the start");
+    CHECK(error_after([&] { fs::resize_file(path, 9027); }) ==
+          path + ": has 9027 bytes, expected the 9026 it had at the start");
+    CHECK(error_after([&] { folder.write_shard("n.bin", others), later(path); }) ==
+          path + ": was written to since the start, expected it to stay as it was");
+    CHECK(error_after([&] {  // the old time put back
+            const auto time = fs::last_write_time(path);
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+            folder.write_shard("n.bin", others);
+            fs::last_write_time(path, time);
+          }) == path + ": was written to since the start, expected it to stay as it was");
+    CHECK(error_after([&] { fs::remove(path); }) ==
+          path + (keep_open ? ": was deleted, expected it to stay as it was"
+                            : ": cannot open: No such file or directory"));
+    CHECK(error_after([&] { fs::rename(folder.write_shard("m.bin", others), path); }) ==
+          path + ": was replaced since the start, expected it to stay as it was");
+    // what holds the same bytes is the same
+    CHECK(error_after([&] { later(path); }) == "");
+    CHECK(error_after([&] { folder.write_shard("n.bin", tokens), later(path); }) == "");
+    CHECK(error_after([&] { fs::permissions(path, fs::perms::owner_read); }) == "");
+    fs::permissions(path, fs::perms::owner_all);
+    CHECK(error_after([&] { fs::rename(folder.write_shard("m.bin", tokens), path); }) == "");
+  }
+  DataLoader loader(folder.write_shard("n.bin", tokens), 4, 2, 0);
+  CHECK(error_of([&] { next_batch(loader, 4); }) == "");
+  fs::resize_file(path, 0);
+  const uint64_t position = loader.position();
+  CHECK(error_of([&] { next_batch(loader, 4); }) != "");
+  CHECK(loader.position() == position);
+}
+
+TEST_CASE("dataloader: a large file is the same when a sample of it is; its first and last bytes are in it") {
+  TemporaryFolder folder;
+  const std::string path = folder.write("large.txt", "");
+  const int64_t size = (int64_t{1} << 24) + 12345;
+  const auto with = [&](int64_t place, char c) {
+    std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(place);
+    file.put(c);
+    file.close();
+    fs::last_write_time(path, fs::last_write_time(path) + std::chrono::seconds(1));
+  };
+  for (const int64_t place : {int64_t{0}, size - 1}) {
+    std::ofstream(path, std::ios::binary) << std::string(size_t(size), 'a');
+    const data::TokenFile file = data::open_tokens(path);
+    with(place, 'a');
+    CHECK(error_of([&] { data::read_tokens(file, 5, 1); }) == "");
+    with(place, 'b');
+    CHECK(error_of([&] { data::read_tokens(file, 5, 1); }) != "");
+  }
 }
 
 TEST_CASE("dataloader: more files than a process may have open") {

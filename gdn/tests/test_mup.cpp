@@ -1,5 +1,6 @@
 // Tests of mup.h: at the base size all parametrizations are one, and away from it every constant grows with
 // the exponent that is written out below, for both ways to grow a model.
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -8,7 +9,9 @@
 #include <doctest/doctest.h>
 
 #include "../cpu_layers.h"
+#include "../model.h"
 #include "../mup_names.h"
+#include "../optimizer.h"
 #include "../parameters.h"
 
 namespace {
@@ -49,6 +52,7 @@ const std::vector<Row> kFixedHeads = {
     {TensorClass::conv, kNone, kNone, 0, +1, +1},
     {TensorClass::gain, kNone, kNone, 0, +1, +1},
     {TensorClass::output_gain, kNone, kNone, 0, +1, +1},
+    {TensorClass::final_gain, kNone, kNone, 0, +1, +1},
 };
 
 const std::vector<Row> kFixedHeadSize = {
@@ -60,6 +64,7 @@ const std::vector<Row> kFixedHeadSize = {
     {TensorClass::conv, kNone, kNone, 0, +1, +1},
     {TensorClass::gain, kNone, kNone, 0, +1, +1},
     {TensorClass::output_gain, kNone, kNone, 0, +0.5, +0.5},
+    {TensorClass::final_gain, kNone, kNone, 0, +1, +1},
 };
 // clang-format on
 
@@ -267,6 +272,7 @@ const std::vector<Statement> kStatements = {
     {TensorClass::conv,        FanIn::width,  {},                 {},             {1},                {1}},
     {TensorClass::gain,        FanIn::width,  {},                 {},             {1},                {1}},
     {TensorClass::output_gain, FanIn::width,  {},                 {},             {1, -0.5},          {1, -0.5}},
+    {TensorClass::final_gain,  FanIn::width,  {},                 {},             {1},                {1}},
 };
 // clang-format on
 
@@ -323,8 +329,11 @@ TEST_CASE("mup: W_down and W_o scale by what they sum over, every other tensor b
   p.initialize(1);
   const std::vector<ParameterSpan> adamw = p.spans(OptimizerKind::adamw, 0),
                                    sgd = p.spans(OptimizerKind::sgd, 0);
+  std::vector<Tensor> tensors = p.table.tensors;  // in the spans' order
+  std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) { return a.offset < b.offset; });
   for (size_t i = 0; i < adamw.size(); i++) {
-    const Tensor& t = p.table.tensors[i];
+    const Tensor& t = tensors[i];
+    REQUIRE(adamw[i].offset == t.offset);
     CAPTURE(t.name);
     const bool down = t.name.find("down_proj") != std::string::npos;
     CHECK((t.fan_in == FanIn::inner) == down);
@@ -345,7 +354,8 @@ TEST_CASE("mup: which classes have an init std, and which decay") {
   using namespace mup_tests;
   const Mup m = model(Parametrization::mup, Family::fixed_heads, 512);
   for (const TensorClass cls :
-       {TensorClass::gate_scalar, TensorClass::conv, TensorClass::gain, TensorClass::output_gain}) {
+       {TensorClass::gate_scalar, TensorClass::conv, TensorClass::gain, TensorClass::output_gain,
+        TensorClass::final_gain}) {
     CHECK_THROWS_AS(init_std(m, cls), std::logic_error);
     CHECK_FALSE(has_weight_decay(cls));
   }
@@ -370,8 +380,8 @@ TEST_CASE("mup: gains and taps as hidden weights") {
               doctest::Approx(p == Parametrization::sp ? 0.5 : 0.5 / std::sqrt(r)).epsilon(1e-12));
         for (const TensorClass cls : kTensorClasses)
           for (const OptimizerKind optimizer : kOptimizerKinds) {
-            const bool is_vector =
-                cls == TensorClass::conv || cls == TensorClass::gain || cls == TensorClass::output_gain;
+            const bool is_vector = cls == TensorClass::conv || cls == TensorClass::gain ||
+                                   cls == TensorClass::output_gain || cls == TensorClass::final_gain;
             CHECK(learning_rate_scale(as_hidden, optimizer, cls) ==
                   learning_rate_scale(as_vector, optimizer, is_vector ? TensorClass::hidden : cls));
           }
@@ -422,7 +432,82 @@ TEST_CASE("mup: independent decay is the same at every width, coupled decay foll
                      independent = weight_decay_scale(m, optimizer, cls, DecayMode::independent);
         CHECK(coupled == (has_weight_decay(cls) ? 1 : 0));
         CHECK(lr * independent == doctest::Approx(coupled).epsilon(1e-12));
+        const double root = weight_decay_scale(m, optimizer, cls, DecayMode::sqrt);
+        CHECK(root * root == doctest::Approx(coupled * independent).epsilon(1e-12));
       }
+}
+
+TEST_CASE("mup: depth multiplies what its table says, inside blocks alone, on top of width") {
+  using namespace mup_tests;
+  const double rho = 4;
+  for (const Family family : kFamilies)
+    for (const double width : kWidths)
+      for (const Parametrization p : kParametrizations)
+        for (const DepthRule depth : {DepthRule::one, DepthRule::half, DepthRule::off}) {
+          CAPTURE(std::string(name(p)));
+          CAPTURE(width);
+          CAPTURE(std::string(name(depth)));
+          const Mup plain = model(p, family, width);
+          Mup m = plain;
+          m.layers = 8 * rho, m.base_layers = 8, m.depth = depth;
+          const bool counts = p != Parametrization::sp && depth != DepthRule::off;
+          const double alpha = depth == DepthRule::half ? 0.5 : 1;
+          const auto power = [&](double x) { return doctest::Approx(counts ? std::pow(rho, x) : 1).epsilon(1e-12); };
+          CHECK(residual_scale(m) == power(-alpha));
+          CHECK(logit_scale(m) == logit_scale(plain));
+          CHECK(readout_scale(m) == readout_scale(plain));
+          CHECK(conv_init_range(m) == conv_init_range(plain));
+          for (const TensorClass cls : kTensorClasses) {
+            CAPTURE(std::string(name(cls)));
+            const bool outside = cls == TensorClass::embedding || cls == TensorClass::unembedding ||
+                                 cls == TensorClass::final_gain;
+            const auto lr = [&](const Mup& x, OptimizerKind o) { return learning_rate_scale(x, o, cls); };
+            CHECK(lr(m, OptimizerKind::adamw) / lr(plain, OptimizerKind::adamw) == power(outside ? 0 : alpha - 1));
+            CHECK(lr(m, OptimizerKind::sgd) / lr(plain, OptimizerKind::sgd) == power(outside ? 0 : 2 * alpha - 1));
+            const auto eps = [&](const Mup& x) { return epsilon_scale(x, cls, EpsMode::scaled); };
+            CHECK(eps(m) / eps(plain) == power(outside ? 0 : -alpha));
+            CHECK(epsilon_scale(m, cls, EpsMode::constant) == 1);
+            if (drawn_from_a_normal(cls)) CHECK(init_std(m, cls) == init_std(plain, cls));
+          }
+        }
+  Mup at_base = model(Parametrization::mup, Family::fixed_heads, 512);
+  at_base.layers = at_base.base_layers = 24;
+  for (const TensorClass cls : kTensorClasses)
+    CHECK(learning_rate_scale(at_base, OptimizerKind::sgd, cls) ==
+          learning_rate_scale(model(Parametrization::mup, Family::fixed_heads, 512), OptimizerKind::sgd, cls));
+  for (const DepthRule depth : {DepthRule::one, DepthRule::half, DepthRule::off})
+    CHECK(parse_depth_rule(name(depth)) == depth);
+  CHECK(error_of([] { parse_depth_rule("2"); }) == "depth alpha '2': expected 1, 1/2 or off");
+  CHECK(error_of([] { parse_eps_mode("none"); }) == "eps mode 'none': expected constant or scaled");
+}
+
+// A model in float whose weights, gradients and moments scale by powers of two alone has the same bits.
+TEST_CASE("mup: a loss 2^k times with eps 2^k times gives AdamW's same steps, bit for bit") {
+  using namespace mup_tests;
+  Cpu<float> dev;
+  const ModelConfig c = make_config(64, 32, 2, 2, 0, 2, 64, Parametrization::mup);
+  const auto trained = [&](int k, EpsMode mode) {
+    Parameters<Cpu<float>> p(dev, c);
+    p.allocate_gradients();
+    p.initialize(1);
+    OptimizerConfig o;
+    o.epsilon = std::ldexp(1e-6f, k);
+    o.eps_mode = mode;
+    o.clip = 0;
+    Optimizer<Cpu<float>> optimizer(p, o);
+    Model<Cpu<float>> model(p, 1, 16, Use::training);
+    std::vector<int32_t> tokens(16), targets(16);
+    for (int i = 0; i < 16; i++) tokens[i] = i * 7 % 64, targets[i] = i * 11 % 64;
+    for (int step = 1; step <= 3; step++) {
+      p.zero_gradients();
+      model.forward_backward(tokens.data(), targets.data(), 1, 16, std::ldexp(1 / 16.0f, k));
+      optimizer.step(step, 1e-2);
+    }
+    return std::vector<float>(p.master(), p.master() + p.table.size);
+  };
+  for (const EpsMode mode : {EpsMode::constant, EpsMode::scaled})
+    for (const int k : {-12, 9}) CHECK(trained(k, mode) == trained(0, mode));
+  CHECK(trained(0, EpsMode::constant) != trained(0, EpsMode::scaled));
 }
 
 TEST_CASE("mup: the factor of the logits is one at every width, and changes nothing else") {
@@ -462,7 +547,7 @@ TEST_CASE("mup: names and parsing") {
   for (const DecayMode mode : {DecayMode::coupled, DecayMode::independent})
     CHECK(parse_decay_mode(name(mode)) == mode);
   CHECK(error_of([] { parse_vector_rule("gain"); }) == "gains and taps 'gain': expected vector or hidden");
-  CHECK(error_of([] { parse_decay_mode(""); }) == "decay mode '': expected coupled or independent");
+  CHECK(error_of([] { parse_decay_mode(""); }) == "decay mode '': expected coupled, sqrt or independent");
   for (const ClipNorm norm : {ClipNorm::plain, ClipNorm::scaled}) CHECK(parse_clip_norm(name(norm)) == norm);
   CHECK(error_of([] { parse_clip_norm("mup"); }) == "norm to clip 'mup': expected plain or scaled");
   for (const Parametrization p : kParametrizations) CHECK(parse_parametrization(name(p)) == p);
@@ -502,5 +587,6 @@ TEST_CASE("mup: the printed table") {
         "  conv                  -          4  no\n"
         "  gain                  -          4  no\n"
         "  output_gain           -          4  no\n"
+        "  final_gain            -          4  no\n"
         "  logits x 0.25 (m_out), readout x 0.35355 (s)\n");
 }

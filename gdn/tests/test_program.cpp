@@ -22,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "../checkpoint.h"
 #include "../report.h"
 #include "needs_gpu.h"
 #include "program.h"
@@ -73,6 +74,7 @@ TEST_CASE("program: bad input gives one line that names it, and exit code 1") {
                         Case{"-readout none", "-readout 'none'"},
                         Case{"-wd_mode none", "-wd_mode 'none'"},
                         Case{"-lr_of convs=2", "-lr_of: factor 'convs=2'"},
+                        Case{"-lr_of conv=2,conv=2", "-lr_of: factor 'conv=2'"},
                         Case{"-clip_norm mup", "-clip_norm 'mup'"},
                         Case{"-init_of taps=2", "-init_of: factor 'taps=2'"},
                         Case{"-init_of gain=2", "gain"},
@@ -441,6 +443,20 @@ TEST_CASE("program: data that shrink while training: one line, a checkpoint, exi
   }
 }
 
+TEST_CASE("program: data that are touched, or copied anew, while training end no run") {
+  Folder folder;
+  write_file(folder.path / "d.txt", std::string(100000, 'x'));
+  const std::string later =
+      "{ (while ! grep -q 'step 2/' .out 2>/dev/null; do sleep 0.02; done; touch d.txt; while ! grep -q "
+      "'step "
+      "20/' .out; do sleep 0.02; done; cp d.txt e.txt; mv e.txt d.txt) & }";
+  const Outcome o = run(folder, kTiny + std::string("-n 200 -save 0 -i d.txt -o out"), later);
+  CAPTURE(o.err);
+  CHECK(o.code == 0);
+  CHECK(o.err.find("d.txt: has a new time of change; its bytes are as before") != std::string::npos);
+  CHECK(o.err.find("d.txt: was replaced; its bytes are as before") != std::string::npos);
+}
+
 TEST_CASE("program: shards of another tokenizer train, resume and generate with their vocabulary") {
   Folder folder;
   std::vector<uint16_t> tokens(900);
@@ -768,55 +784,158 @@ TEST_CASE("program: a kill at any of 200 moments loses nothing that was saved, a
   }
 }
 
+// Builds gdn/tests/faults.c as faults.so in the folder; says so where there is no C compiler.
+inline bool build_faults(const Folder& folder) {
+  const bool built = std::system(("cc -shared -fPIC -o '" + (folder.path / "faults.so").string() +
+                                  "' gdn/tests/faults.c -ldl 2>/dev/null")
+                                     .c_str()) == 0;
+  if (!built) MESSAGE("no C compiler: not run");
+  return built;
+}
+
+TEST_CASE("program: any call on a file that fails once ends in one line and exit code 1, or is repaired") {
+  Folder folder;
+  if (!build_faults(folder)) return;
+  std::string text;
+  for (int i = 0; i < 900; i++) text += std::to_string(i * i % 1013) + (i % 9 ? " " : ".\n");
+  write_file(folder.path / "zzdata.txt", text);
+  const std::string tiny = kTiny + std::string("-i zzdata.txt -j zzdata.txt -vn 1 -save 1 -keep 1 ");
+  const fs::path out = folder.path / "zzout";
+  REQUIRE(run(folder, tiny + "-n 1 -o zzout").code == 0);
+  fs::rename(out, folder.path / "base");
+  const struct {
+    const char* call;
+    std::vector<int> errors;
+  } calls[] = {{"open", {EMFILE, EACCES, EIO, ENOSPC}},
+               {"opendir", {EMFILE, EACCES, EIO}},
+               {"stat", {EACCES, EIO}},
+               {"access", {EACCES}},
+               {"read", {EIO}},
+               {"pread", {EIO}},
+               {"write", {EIO, ENOSPC}},
+               {"fsync", {EIO, ENOSPC}},
+               {"ftruncate", {EIO}},
+               {"close", {EIO, ENOSPC}},
+               {"flock", {EIO}},
+               {"rename", {EACCES, EIO, ENOSPC}},
+               {"mkdir", {EACCES, ENOSPC, EIO}},
+               {"rmdir", {EACCES, EIO}},
+               {"unlink", {EACCES, EIO}}};
+  for (const bool resumed : {false, true})
+    for (const auto& c : calls)
+      for (int at = 1;; at++) {
+        fs::remove_all(out);
+        fs::remove(folder.path / "mark");
+        if (resumed) fs::copy(folder.path / "base", out, fs::copy_options::recursive);
+        const int error = c.errors[size_t(at) % c.errors.size()];
+        const Outcome o = run(folder, resumed ? "-d cpu -resume -n 2 -o zzout" : tiny + "-n 2 -o zzout",
+                              "export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive LD_PRELOAD=./faults.so "
+                              "FAULT_IN=zz FAULT_CALLS=," +
+                                  std::string(c.call) + ", FAULT_FROM=" + std::to_string(at) +
+                                  " FAULT_TO=" + std::to_string(at + 1) +
+                                  " FAULT_ERRNO=" + std::to_string(error) + " FAULT_MARK=mark");
+        if (!fs::exists(folder.path / "mark")) break;
+        const std::string fault = std::string(resumed ? "resumed, " : "new, ") + c.call + " " +
+                                  std::to_string(at) + ": " + std::strerror(error) + "; " + o.err;
+        CAPTURE(fault);
+        CHECK((o.code == 0 || o.code == 1));
+        std::istringstream lines(o.err);
+        std::string line, last;
+        int count = 0;
+        for (; std::getline(lines, line); count++) {
+          CHECK(line.rfind("train_gdn: ", 0) == 0);
+          CHECK(line.find("filesystem error") == std::string::npos);
+          last = line;
+        }
+        if (o.code == 1) {
+          CHECK(count >= 1);
+          CHECK(count <= 2);
+          CHECK(last.find("zz") != std::string::npos);
+        }
+        // what was saved opens, the last step's too where the run says that it ended well; no row is lost
+        const auto newest = [&] { return find_newest_checkpoint(out.string(), [](const std::string&) {}); };
+        if (resumed || o.out.find("saved ") != std::string::npos) CHECK(newest() != "");
+        if (o.code == 0) CHECK(newest() == (out / "step_00000002").string());
+        const std::string log = read_file(out / "log.csv");
+        if (resumed || o.code == 0) CHECK(log.find("\n1,train,") != std::string::npos);
+        if (o.code == 0) CHECK(log.find("\n2,train,") != std::string::npos);
+      }
+}
+
+TEST_CASE("program: a stream that is closed gets no file's number; a limit of file size is as a full disk") {
+  Folder folder;
+  const std::string tiny = kTiny + std::string("-n 2 -save 1 ");
+  for (const char* closed : {"<&-", ">&-", "2>&-", "<&- >&- 2>&-"}) {
+    CAPTURE(closed);
+    fs::remove_all(folder.path / "out");
+    const std::string command = "cd '" + folder.path.string() + "' && '" + program() + "' " + tiny +
+                                "-o out >.out 2>.err </dev/null " + closed;
+    CHECK(std::system(command.c_str()) == 0);
+    const std::string log = read_file(folder.path / "out" / "log.csv");
+    CHECK(log.rfind("# train_gdn ", 0) == 0);
+    CHECK(log.find("device") == std::string::npos);
+    CHECK(std::count(log.begin(), log.end(), '\n') == 2 + 2 + 1);
+    CHECK(find_newest_checkpoint((folder.path / "out").string(), [](const std::string&) {}) ==
+          (folder.path / "out" / "step_00000002").string());
+  }
+  const Outcome limited = run(folder, tiny + "-o limited", "ulimit -f 40");  // SIGXFSZ as it is by default
+  CHECK(limited.code == 1);
+  CHECK(limited.out.find("step 2/2") != std::string::npos);
+  CHECK(limited.err.find("File too large") != std::string::npos);
+}
+
+TEST_CASE("program: an error is one line whatever a name holds") {
+  Folder folder;
+  for (const char* call : {"-i \"$(printf 'no\\nsuch\\rfile')\"", "-resume -o \"$(printf 'no\\nfolder')\"",
+                           "-lr_of \"$(printf 'x\\ny')\"", "\"$(printf -- '-no\\nsuch')\""}) {
+    CAPTURE(call);
+    const Outcome o = run(folder, kTiny + std::string("-n 2 ") + call);
+    CHECK(o.code == 1);
+    CHECK(std::count(o.err.begin(), o.err.end(), '\n') == 1);
+    CHECK(o.err.find('\r') == std::string::npos);
+  }
+}
+
+TEST_CASE("program: threads that wait sleep, unless the caller chose; the process keeps its name") {
+  Folder folder;
+  for (const std::string& chosen : {std::string("true"), std::string("export OMP_WAIT_POLICY=active"),
+                                    std::string("export GOMP_SPINCOUNT=5")}) {
+    CAPTURE(chosen);
+    fs::remove(folder.path / ".out");
+    Started started(folder, kTiny + std::string("-n 1000000 -save 0 -resume auto -o out"),
+                    "unset OMP_WAIT_POLICY GOMP_SPINCOUNT && " + chosen);
+    wait_for(folder.path / ".out", "step 1/");
+    const std::string process = "/proc/" + std::to_string(started.child) + "/";
+    CHECK(read_file(process + "comm") == "train_gdn\n");
+    const std::string settings = read_file(process + "environ");
+    CHECK((settings.find("OMP_WAIT_POLICY=passive") != std::string::npos) == (chosen == "true"));
+    kill(started.child, SIGKILL);
+    started.wait();
+  }
+}
+
+TEST_CASE("program: an export of a muP model names the checkpoint to load in its place") {
+  Folder folder;
+  REQUIRE(run(folder, kTiny + std::string("-n 1 -o out")).code == 0);
+  const fs::path step = folder.path / "out" / "step_00000001", exported = folder.path / "exported";
+  fs::create_directory(exported);
+  fs::copy_file(step / "model.safetensors", exported / "model.safetensors");
+  std::string config = read_file(step / "config.json");
+  const std::string key = "\"norm_eps\": 1e-06";
+  REQUIRE(config.find(key) != std::string::npos);
+  config.replace(config.find(key), key.size(),
+                 "\"train_gdn_export\": \"out/step_00000001\",\n\"norm_eps\": 2.5e-07");
+  write_file(exported / "config.json", config);
+  const Outcome o = run(folder, "-d cpu -gen 1 -load exported");
+  CAPTURE(o.err);
+  CHECK(o.code == 1);
+  CHECK(o.err.find("'norm_eps' is 2.5e-07 in this export of a muP model") != std::string::npos);
+  CHECK(o.err.find("load the checkpoint that it was made from, out/step_00000001") != std::string::npos);
+}
+
 TEST_CASE("program: faults of the disk while a run writes are said, and repaired when they are over") {
   Folder folder;
-  // A library whose write() and fsync() on files of the run's folder fail from call FAULT_FROM to FAULT_TO
-  write_file(folder.path / "faults.c", R"(#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-static int number(const char* name) { const char* v = getenv(name); return v ? atoi(v) : 0; }
-static int fails(const char* path) {
-  static int calls;
-  const char* part = getenv("FAULT_IN");
-  if (!part || !strstr(path, part)) return 0;
-  ++calls;
-  return calls >= number("FAULT_FROM") && calls < number("FAULT_TO");
-}
-static int of(int descriptor) {
-  char link[64], path[4096];
-  snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-  const ssize_t n = readlink(link, path, sizeof path - 1);
-  if (n < 0) return 0;
-  path[n] = 0;
-  return fails(path);
-}
-ssize_t write(int d, const void* p, size_t n) {
-  static ssize_t (*real)(int, const void*, size_t);
-  if (!real) real = dlsym(RTLD_NEXT, "write");
-  if (d > 2 && of(d)) {
-    if (number("FAULT_HALF") && n > 8) return real(d, p, n / 2);
-    return errno = number("FAULT_ERRNO"), -1;
-  }
-  return real(d, p, n);
-}
-int fsync(int d) {
-  static int (*real)(int);
-  if (!real) real = dlsym(RTLD_NEXT, "fsync");
-  return of(d) ? (errno = number("FAULT_ERRNO"), -1) : real(d);
-}
-)");
-  if (std::system(("cc -shared -fPIC -o '" + (folder.path / "faults.so").string() + "' '" +
-                   (folder.path / "faults.c").string() + "' -ldl 2>/dev/null")
-                      .c_str()) != 0) {
-    MESSAGE("no C compiler: not run");
-    return;
-  }
+  if (!build_faults(folder)) return;
   int number = 0;
   for (const int error : {EIO, ENOSPC, EACCES})
     for (const char* part : {"log.csv", "model.safetensors", "training_state", "checkpoint.json"}) {
@@ -827,13 +946,16 @@ int fsync(int d) {
       const std::string from = std::string(part) == "log.csv" ? "4" : "1",
                         to = std::string(part) == "log.csv" ? "9" : "2";
       const Outcome o = run(folder, kTiny + std::string("-n 30 -save 5 -keep 0 -o ") + out,
-                            "export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1 LD_PRELOAD=./faults.so FAULT_IN=/" +
+                            "export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1 LD_PRELOAD=./faults.so "
+                            "FAULT_CALLS=,write,fsync, FAULT_IN=/" +
                                 out + "/ FAULT_FROM=1000000");
       CHECK(o.code == 0);
       fs::remove_all(folder.path / out);
       const std::string faulty =
-          "export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1 LD_PRELOAD=./faults.so FAULT_IN=" + std::string(part) +
-          " FAULT_FROM=" + from + " FAULT_TO=" + to + " FAULT_ERRNO=" + std::to_string(error);
+          "export OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1 LD_PRELOAD=./faults.so FAULT_CALLS=,write,fsync, "
+          "FAULT_IN=" +
+          std::string(part) + " FAULT_FROM=" + from + " FAULT_TO=" + to +
+          " FAULT_ERRNO=" + std::to_string(error);
       const Outcome f = run(folder, kTiny + std::string("-n 30 -save 5 -keep 0 -o ") + out, faulty);
       CAPTURE(f.err);
       CHECK(f.code == 0);
@@ -875,6 +997,25 @@ TEST_CASE("program: the version names commit and compiler; -min_lr takes a share
   CHECK(weights("-min_lr lr/20") == weights("-min_lr 0.001"));
   CHECK(weights("") == weights("-min_lr lr/20"));
   CHECK(weights("-opt sgd") == weights("-opt sgd -min_lr lr/20"));
+}
+
+TEST_CASE("program: the tests that dev/doc/faults.md names are there") {
+  std::string sources;
+  for (const auto& entry : fs::directory_iterator("gdn/tests"))
+    if (entry.path().extension() == ".cpp") sources += read_file(entry.path());
+  const std::string text = read_file("dev/doc/faults.md");
+  int names = 0;
+  for (size_t begin = 0; (begin = text.find('`', begin)) != std::string::npos;) {
+    const size_t end = text.find('`', begin + 1);
+    REQUIRE(end != std::string::npos);
+    const std::string name = text.substr(begin + 1, end - begin - 1);
+    begin = end + 1;
+    if (name.find(": ") == std::string::npos) continue;  // no test's name
+    CAPTURE(name);
+    CHECK(sources.find("\"" + name + "\"") != std::string::npos);
+    names++;
+  }
+  CHECK(names > 40);
 }
 
 TEST_CASE("program: what a terminal gets is printable, and a step's line fits it by whole fields") {

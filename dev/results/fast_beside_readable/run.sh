@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What the optimized kernels' arithmetic costs: the run of d = 256 with the same seeds on TRAIN_GDN, on the float kernels of
-# dev/readable (READABLE [train_gdn_readable beside TRAIN_GDN]; make train_gdn_readable) and on TRAIN_GDN with micro-batches of
+# dev/readable (READABLE: a train_gdn_readable; the last commit that makes it is cb0b095) and on TRAIN_GDN with micro-batches of
 # half the size, whose sums are in another order: the difference that a change of rounding makes by itself. 20 s a fast run of
 # an H200.
 # shellcheck source=dev/results/common.sh
 . "$(dirname "$0")/../common.sh"
 begin 'books_train_*.bin' 'books_val_*.bin' -- "$@"
 fast=$TRAIN_GDN readable=${READABLE:-$(dirname "$TRAIN_GDN")/train_gdn_readable}
-[ -x "$readable" ] || { echo "run.sh: $readable: no such program; make train_gdn_readable" >&2; exit 1; }
+[ -x "$readable" ] || { echo "run.sh: READABLE $readable: no such program; make train_gdn_readable in a checkout of cb0b095" >&2; exit 1; }
 grid="--optimizers adamw --params mup --widths 256 --lrs ${LRS:-4e-3} --seeds 42,43,44,45"
 sweep fast "$grid" "$GPT2_ADAMW -b 64"
 TRAIN_GDN=$readable

@@ -28,7 +28,7 @@ __device__ inline float sum_of_parts(float x) {
 // Lower bound for one token (B=32, H=6, dk=128, dv=256): the state, read and written, 50 MB. H200: 0.035 ms
 // (dev/results/delta_rule_speed).
 static __global__ void __launch_bounds__(kRecurrentThreads)
-    recurrent_kernel(act* o, float* state, const act* qkv, const float* g, const float* beta, Sizes size,
+    recurrent_kernel(act* o, float* state, Qkv<const act> in, const float* g, const float* beta, Sizes size,
                      float s) {
   constexpr int kParts = kRecurrentParts, kRows = kRecurrentRows;
   __shared__ float q[kParts * kRows], k[kParts * kRows];
@@ -42,14 +42,15 @@ static __global__ void __launch_bounds__(kRecurrentThreads)
     S[i] = active && kParts * i + part < size.dk ? column_state[int64_t(kParts * i + part) * size.dv] : 0.f;
   for (int t = 0; t < size.tokens; t++) {
     const int64_t row = int64_t(b) * size.tokens + t, gate = row * size.heads_v + h;
-    const act* inputs = qkv + row * size.channels;
+    const act *q_row = in.q.head(hk) + row * in.q.row_stride, *k_row = in.k.head(hk) + row * in.k.row_stride;
+    const act* v_row = in.v.head(h) + row * in.v.row_stride;
     __syncthreads();
     for (int i = threadIdx.x; i < kParts * kRows; i += kRecurrentThreads) {
-      q[i] = i < size.dk ? __bfloat162float(inputs[size.q_column(hk) + i]) : 0.f;
-      k[i] = i < size.dk ? __bfloat162float(inputs[size.k_column(hk) + i]) : 0.f;
+      q[i] = i < size.dk ? __bfloat162float(q_row[i]) : 0.f;
+      k[i] = i < size.dk ? __bfloat162float(k_row[i]) : 0.f;
     }
     __syncthreads();
-    const float decay = expf(g[gate]), v = active ? __bfloat162float(inputs[size.v_column(h) + column]) : 0.f;
+    const float decay = expf(g[gate]), v = active ? __bfloat162float(v_row[column]) : 0.f;
     float predicted = 0.f, out = 0.f;
 #pragma unroll
     for (int i = 0; i < kRows; i++) {
@@ -70,49 +71,30 @@ static __global__ void __launch_bounds__(kRecurrentThreads)
     if (active && kParts * i + part < size.dk) column_state[int64_t(kParts * i + part) * size.dv] = S[i];
 }
 
-void prepare(Cuda& device, const act* qkv, const float* g, const float* beta, const MixerShape& shape,
-             float s, const Prepared& to) {
-  const bool warpgroup = has_wgmma();
-  const int dk = shape.head_dim_k,
-            bytes = warpgroup ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
-  const auto kernel = warpgroup ? prepare_sm90_kernel : prepare_kernel;
-  allow_shared_bytes(kernel, bytes, "the gated delta rule");
-  const dim3 grid(shape.chunks(), shape.heads_v, shape.batch);
-  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(to.matrices, to.gates, qkv, g, beta, sizes(shape),
-                                                          s);
+void prepare(Cuda& device, const DeltaRulePlan& plan, const PrepareInputs& in) {
+  const int dk = plan.size.dk,
+            bytes = plan.wgmma ? prepare_shared_bytes<true>(dk) : prepare_shared_bytes<false>(dk);
+  const auto kernel = plan.wgmma ? prepare_sm90_kernel : prepare_kernel;
+  allow_shared_bytes(device, kernel, bytes, "the gated delta rule");
+  const dim3 grid(plan.size.chunks, plan.size.heads_v, plan.shape.batch);
+  kernel<<<grid, kPrepareThreads, bytes, device.stream>>>(plan.prepared, in, plan.size, plan.s);
   launched("prepare_kernel");
 }
 
-// The most stages and copies of q and k that fit in `limit` bytes of shared memory; {0, 0} if none do. A
-// third stage would reach two work tiles ahead where a tile is one step, and there are q and k of two.
-inline GradientBuffers gradient_buffers(const MixerShape& shape, int PW, int limit) {
-  const int group = shape.heads_v / shape.heads_k, dk = shape.head_dim_k;
-  const int steps = group * ((dk + PW - 1) / PW) * ((shape.head_dim_v + kStep - 1) / kStep);
-  for (const GradientBuffers buffers :
-       {GradientBuffers{3, 2}, GradientBuffers{3, 1}, GradientBuffers{2, 2}, GradientBuffers{2, 1}})
-    if (gradient_shared_bytes(dk, PW, group > 1, buffers) <= limit && (steps > 1 || buffers.stages == 2))
-      return buffers;
-  return {0, 0};
+// Work tiles of the gradients kernels.
+inline int work_tiles(const DeltaRulePlan& plan) {
+  return plan.size.chunks * plan.size.heads_k * plan.shape.batch;
 }
 
-// Shared memory of each of `blocks` CTAs that share an SM, which reserves 1 KiB for each.
-inline int shared_bytes_share(int blocks) { return (shared_bytes_limit() + 1024) / blocks - 1024; }
-
-template <int PW>
-void launch_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
-                      const MixerShape& shape, float s) {
-  int blocks = gradient_blocks(PW);
-  GradientBuffers buffers = gradient_buffers(shape, PW, shared_bytes_share(blocks));
-  if (buffers.stages == 0) {
-    blocks = 1;
-    buffers = gradient_buffers(shape, PW, shared_bytes_limit());
-  }
-  const int bytes = gradient_shared_bytes(shape.head_dim_k, PW, shape.heads_v > shape.heads_k, buffers);
-  allow_shared_bytes(gradients_kernel<PW>, bytes, "the gated delta rule");
-  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
-  const int grid = std::min(work_tiles, blocks * device.sm_count);
-  gradients_kernel<PW><<<grid, gradient_threads(PW), bytes, device.stream>>>(
-      dqkv, dg, dbeta, in, sizes(shape), work_tiles, buffers, s);
+template <int PW, bool kCompact>
+void launch_gradients(Cuda& device, const DeltaRulePlan& plan, const GradientOutputs& out,
+                      const GradientInputs& in) {
+  const GradientPlan& schedule = plan.gradients;
+  const int tiles = work_tiles(plan);
+  allow_shared_bytes(device, gradients_kernel<PW, kCompact>, schedule.bytes, "the gated delta rule");
+  gradients_kernel<PW, kCompact>
+      <<<std::min(tiles, schedule.ctas * device.sm_count), gradient_threads(PW), schedule.bytes,
+         device.stream>>>(out, in, plan.size, tiles, schedule.buffers, plan.s);
   launched("gradients_kernel");
 }
 
@@ -160,60 +142,56 @@ inline bool has_sm90_gradients(const MixerShape& shape) {
 }
 
 template <int kTiles, bool kGrouped>
-void launch_sm90_gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const GradientInputs& in,
-                           const MixerShape& shape, const Sizes& size, float s) {
-  const int64_t dk = shape.head_dim_k, dv = shape.head_dim_v, T = shape.tokens, B = shape.batch;
-  const int64_t C = shape.conv_channels(), values = shape.value_dim();
-  const auto keys = [&](const act* at) {
-    return tensor_map<4>(at, {dk, 2 * shape.heads_k, T, B}, {dk, C, T * C}, 2);
+void launch_sm90_gradients(Cuda& device, const DeltaRulePlan& plan, const GradientOutputs& out,
+                           const GradientInputs& in) {
+  const int64_t dk = plan.size.dk, dv = plan.size.dv, T = plan.size.tokens, B = plan.shape.batch;
+  const auto heads = [&](const auto& x, int64_t columns, int64_t count) {
+    return tensor_map<4>(x.at, {columns, count, T, B}, {x.head_stride, x.row_stride, T * x.row_stride}, 2);
   };
-  const auto value_tensor = [&](const void* at) {
-    return tensor_map<4>(at, {dv, shape.heads_v, T, B}, {dv, values, T * values}, 2);
-  };
+  const auto keys = [&](const auto& x) { return heads(x, dk, plan.size.heads_k); };
+  const auto values = [&](const auto& x) { return heads(x, dv, plan.size.heads_v); };
   const auto states = [&](const __half* at) {
-    return tensor_map<3>(at, {dk, dv, B * shape.heads_v * shape.chunks()}, {dk, dk * dv}, 1);
+    return tensor_map<3>(at, {dk, dv, B * plan.size.heads_v * plan.size.chunks}, {dk, dk * dv}, 1);
   };
-  const GradientTensors tensors = {keys(in.qkv),
-                                   keys(dqkv),
-                                   value_tensor(in.d_o),
-                                   value_tensor(in.saved.E),
-                                   value_tensor(in.adjoints.x),
+  const GradientTensors tensors = {keys(in.q),
+                                   keys(in.k),
+                                   keys(out.dq),
+                                   keys(out.dk),
+                                   values(in.d_o),
+                                   values(dense_values(in.saved.E, plan.shape)),
+                                   values(dense_values(in.adjoints.x, plan.shape)),
                                    states(in.saved.states),
                                    states(in.adjoints.d_states)};
   const GateInputs gates = {in.gates, in.saved.exponents, in.adjoints.exponents};
   constexpr int bytes = GradientLayout<kTiles, kGrouped>::kBytes;
   const auto kernel = gradients_sm90_kernel<kTiles, kGrouped>;
-  allow_shared_bytes(kernel, bytes, "the gated delta rule");
-  const int work_tiles = shape.chunks() * shape.heads_k * shape.batch;
-  kernel<<<std::min(work_tiles, device.sm_count), kGradientThreads, bytes, device.stream>>>(
-      tensors, dg, dbeta, gates, size, work_tiles, s);
+  allow_shared_bytes(device, kernel, bytes, "the gated delta rule");
+  const int tiles = work_tiles(plan);
+  kernel<<<std::min(tiles, device.sm_count), kGradientThreads, bytes, device.stream>>>(
+      tensors, out.dg, out.dbeta, gates, plan.size, tiles, plan.s);
   launched("gradients_sm90_kernel");
 }
 
-// Slices of dk as wide as shared memory allows.
-void gradients(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved& saved,
-               const act* qkv, const MixerShape& shape, float s, const float* gates, void* scratch) {
-  const GradientInputs in = {qkv, d_o, saved, adjoints_at(scratch, shape), gates};
-  const int dk = shape.head_dim_k;
-  if (has_wgmma() && has_sm90_gradients(shape)) {
-    const auto launch = [&](auto tiles, auto grouped) {
-      launch_sm90_gradients<decltype(tiles)::value, decltype(grouped)::value>(device, dqkv, dg, dbeta, in,
-                                                                              shape, sizes(shape), s);
-    };
-    const auto with_group = [&](auto tiles) {
-      if (shape.heads_v > shape.heads_k) return launch(tiles, std::true_type());
-      launch(tiles, std::false_type());
-    };
-    if (dk <= 64) return with_group(std::integral_constant<int, 1>());
-    if (dk <= 128) return with_group(std::integral_constant<int, 2>());
-    return launch(std::integral_constant<int, 4>(), std::false_type());
+void gradients(Cuda& device, const DeltaRulePlan& plan, const GradientOutputs& out,
+               const GradientInputs& in) {
+  const int dk = plan.size.dk;
+  const bool grouped = plan.size.value_heads_per_key > 1;
+  if (plan.wgmma && has_sm90_gradients(plan.shape)) {
+    const auto launch = grouped ? (dk <= 64 ? launch_sm90_gradients<1, true> : launch_sm90_gradients<2, true>)
+                        : dk <= 64  ? launch_sm90_gradients<1, false>
+                        : dk <= 128 ? launch_sm90_gradients<2, false>
+                                    : launch_sm90_gradients<4, false>;
+    return launch(device, plan, out, in);
   }
-  const auto fits = [&](int PW) { return gradient_buffers(shape, PW, shared_bytes_limit()).stages > 0; };
-  if (dk <= 32) return launch_gradients<32>(device, dqkv, dg, dbeta, in, shape, s);
-  if (dk <= 64 || !fits(96)) return launch_gradients<64>(device, dqkv, dg, dbeta, in, shape, s);
-  if (dk <= 96 || (dk > 128 && dk <= 192) || !fits(128))
-    return launch_gradients<96>(device, dqkv, dg, dbeta, in, shape, s);
-  launch_gradients<128>(device, dqkv, dg, dbeta, in, shape, s);
+  const GradientPlan& schedule = plan.gradients;
+  if (schedule.compact && plan.wgmma)
+    throw std::runtime_error("GDN_SHARED_BYTES: code for sm_90a has no kernels for less shared memory");
+  const auto launch = schedule.compact         ? launch_gradients<kCompactColumns, true>
+                      : schedule.columns == 32 ? launch_gradients<32, false>
+                      : schedule.columns == 64 ? launch_gradients<64, false>
+                      : schedule.columns == 96 ? launch_gradients<96, false>
+                                               : launch_gradients<128, false>;
+  launch(device, plan, out, in);
 }
 
 }  // namespace delta_rule
@@ -228,50 +206,59 @@ size_t gated_delta_rule_scratch_bytes(Cuda& device, const MixerShape& shape) {
 }
 
 // o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
-void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const act* qkv, const float* g,
+void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const act* packed, const float* g,
                               const float* beta, const MixerShape& shape, float s, void* scratch) {
+  using namespace delta_rule;
   Range<Cuda> range(device, __func__);
-  delta_rule::sizes(shape);
+  sizes(shape);
   if (shape.rows() == 0) return;
-  const delta_rule::Prepared prepared = delta_rule::prepared_at(saved, scratch, shape);
-  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch, shape);
-  delta_rule::prepare(device, qkv, g, beta, shape, s, prepared);
-  if (splits.count > 1) {
-    delta_rule::forward_states(device, qkv, shape, prepared, splits, true);
-    delta_rule::merge_splits(device, shape, splits, false);
+  const DeltaRulePlan plan =
+      make_plan(device, shape, s, prepared_at(saved, scratch, shape), splits_at(device, scratch, shape));
+  const Qkv<const act> qkv = unpacked(packed, shape);
+  prepare(device, plan, {qkv.q, qkv.k, g, beta});
+  if (plan.splits.count > 1) {
+    forward_states(device, plan, qkv, true);
+    merge_splits(device, plan, false);
   }
-  delta_rule::forward_pass(device, o, delta_rule::saved_at(saved, shape), qkv, shape, s, prepared, splits);
+  forward_pass(device, plan, dense_values(o, shape), saved_at(saved, shape), qkv);
 }
 
 // dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
 void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
-                               const void* saved, const act* qkv, const float* /*g*/, const float* /*beta*/,
-                               const MixerShape& shape, float s, void* scratch) {
+                               const void* saved, const act* packed, const float* /*g*/,
+                               const float* /*beta*/, const MixerShape& shape, float s, void* scratch) {
+  using namespace delta_rule;
   Range<Cuda> range(device, __func__);
-  delta_rule::sizes(shape);
+  sizes(shape);
   if (shape.rows() == 0) return;
-  const delta_rule::Saved forward = delta_rule::saved_at(const_cast<void*>(saved), shape);
-  const delta_rule::Prepared prepared = delta_rule::prepared_at(const_cast<void*>(saved), nullptr, shape);
-  const delta_rule::Splits splits = delta_rule::splits_at(device, scratch, shape);
-  if (splits.count > 1) {  // transitions again: kept, they would take memory in every layer of every model
-    delta_rule::forward_states(device, qkv, shape, prepared, splits, false);
-    delta_rule::backward_states(device, d_o, qkv, shape, s, prepared, splits);
-    delta_rule::merge_splits(device, shape, splits, true);
+  void* forward = const_cast<void*>(saved);
+  const DeltaRulePlan plan =
+      make_plan(device, shape, s, prepared_at(forward, nullptr, shape), splits_at(device, scratch, shape));
+  const Qkv<const act> qkv = unpacked(packed, shape);
+  const Qkv<act> gradients_of = unpacked(dqkv, shape);
+  const HeadRows<const act> output_gradient = dense_values(d_o, shape);
+  const Adjoints adjoints = adjoints_at(scratch, shape);
+  if (plan.splits.count >
+      1) {  // transitions again: kept, they would take memory in every layer of every model
+    forward_states(device, plan, qkv, false);
+    backward_states(device, plan, qkv, output_gradient);
+    merge_splits(device, plan, true);
   }
-  delta_rule::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, splits, scratch);
-  delta_rule::gradients(device, dqkv, dg, dbeta, d_o, forward, qkv, shape, s, prepared.gates, scratch);
+  backward_pass(device, plan, gradients_of.v, adjoints, qkv, output_gradient);
+  gradients(device, plan, {gradients_of.q, gradients_of.k, dg, dbeta},
+            {qkv.q, qkv.k, output_gradient, saved_at(forward, shape), adjoints, plan.prepared.gates});
 }
 
 // Token by token from and into state [B,Hv,dk,dv] fp32.
-void gated_delta_rule_recurrent(Cuda& device, act* o, float* state, const act* qkv, const float* g,
+void gated_delta_rule_recurrent(Cuda& device, act* o, float* state, const act* packed, const float* g,
                                 const float* beta, const MixerShape& shape, float s) {
+  using namespace delta_rule;
   Range<Cuda> range(device, __func__);
-  const delta_rule::Sizes size = delta_rule::sizes(shape);
+  const Sizes size = sizes(shape);
   if (shape.rows() == 0) return;
-  const dim3 grid((shape.head_dim_v + delta_rule::kRecurrentColumns - 1) / delta_rule::kRecurrentColumns,
-                  shape.heads_v, shape.batch);
-  delta_rule::recurrent_kernel<<<grid, delta_rule::kRecurrentThreads, 0, device.stream>>>(o, state, qkv, g,
-                                                                                          beta, size, s);
+  const dim3 grid(divide_up(shape.head_dim_v, kRecurrentColumns), shape.heads_v, shape.batch);
+  recurrent_kernel<<<grid, kRecurrentThreads, 0, device.stream>>>(o, state, unpacked(packed, shape), g, beta,
+                                                                  size, s);
   launched("recurrent_kernel");
 }
 

@@ -11,8 +11,9 @@
 //   gradients_kernel      (G1)-(G5)  dq dk dg dbeta  chunk, key head, sequence    bwd_dqkwg, bwd_wy
 // On Hopper prepare_sm90_kernel, *_pass_sm90_kernel and, for most head sizes, gradients_sm90_kernel take
 // their places (wgmma, TMA); elsewhere all run on mma.sync. Where a pass has fewer CTAs than the GPU holds,
-// sequences are split (splits.cuh). The state and its gradient stay in fp32 registers for the whole sequence
-// or split. There are no atomics: results have the same bits in every run.
+// sequences are split (splits.cuh). Warps, stages and slices by head size and by the GPU's shared memory:
+// schedule.h, dev/doc/delta_rule_plans.md. The state and its gradient stay in fp32 registers for the whole
+// sequence or split. There are no atomics: results have the same bits in every run.
 //
 // Times in ms on an H200 (dev/bench_delta_rule, dev/results/delta_rule_speed). The forward saves N, P
 // and the gates, so the backward is two kernels. (With 16/32 heads the clock falls under load: the single
@@ -45,6 +46,7 @@
 #include <type_traits>
 
 #include "../common.cuh"
+#include "gradient_common.cuh"
 #include "sm80/passes.cuh"
 #include "sm90/passes.cuh"
 
@@ -71,8 +73,13 @@ inline bool has_wgmma() {
 
 inline Sizes sizes(const MixerShape& shape) {
   require_head_dims(shape);
-  return {shape.tokens,     shape.heads_k,  shape.heads_v,         shape.head_dim_k,
-          shape.head_dim_v, shape.chunks(), shape.conv_channels(), shape.heads_v / shape.heads_k};
+  return {shape.tokens,
+          shape.heads_k,
+          shape.heads_v,
+          shape.head_dim_k,
+          shape.head_dim_v,
+          shape.chunks(),
+          shape.heads_v / shape.heads_k};
 }
 
 inline size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -109,7 +116,7 @@ inline size_t prepared_bytes(const MixerShape& shape) { return matrices_bytes(sh
 
 // CTAs of a pass that the GPU holds at once (occupancy x SMs).
 inline int resident_ctas(const Cuda& device, const MixerShape& shape) {
-  return device.sm_count * pass_blocks(shape.head_dim_k);
+  return device.sm_count * resident_passes(shape.head_dim_k, device.shared_bytes);
 }
 
 // Splits of a sequence if CTAs of 64 columns of dv leave SMs idle.
@@ -160,13 +167,7 @@ inline Adjoints adjoints_at(void* scratch, const MixerShape& shape) {
   return {at.states, at.E, at.exponents};
 }
 
-// Output of prepare_kernel, input of both passes: in `saved` behind the forward's states, in scratch if
-// nothing is saved.
-struct Prepared {
-  __half* matrices;
-  float* gates;
-};
-
+// What prepare_kernel leaves: in `saved` behind the forward's states, in scratch if nothing is saved.
 inline Prepared prepared_at(void* saved, void* scratch, const MixerShape& shape) {
   char* at = saved ? static_cast<char*>(saved) + pass_bytes(shape) : static_cast<char*>(scratch);
   return {reinterpret_cast<__half*>(at), reinterpret_cast<float*>(at + matrices_bytes(shape))};
@@ -183,19 +184,6 @@ void with_head_dim_k(int dk, const Launch& launch) {
   launch(std::integral_constant<int, 256>());
 }
 
-// Warps of a CTA of the mma.sync passes, 16 columns of dv each: many, for they share loads, but no more than
-// fit in shared memory and leave every SM a CTA; slices of equal size.
-inline int pass_warps(const Cuda& device, const MixerShape& shape, int DK, int splits) {
-  const int tiles = shape.head_dim_v / 16, limit = shared_bytes_limit();
-  const auto slices = [&](int warps) { return (tiles + warps - 1) / warps; };
-  int warps = std::min(kMaxPassWarps, tiles);
-  while (warps > 1 && 2 * pass_stage_bytes(DK, warps) > limit) warps--;
-  while (warps > (splits > 1 ? 4 : 1) &&
-         shape.batch * splits * shape.heads_v * slices(warps) < device.sm_count)
-    warps = (warps + 1) / 2;
-  return slices(slices(warps));
-}
-
 // Consumer warpgroups of a CTA of the wgmma passes, 64 columns of dv each. Two share loads, and a CTA of two
 // takes 1.5 times as long as one of one, not twice; one, where the larger number of CTAs finishes in fewer
 // waves.
@@ -209,18 +197,42 @@ inline int pass_groups(const Cuda& device, const MixerShape& shape, int splits) 
   return 2 * waves(1) < 3 * waves(2) ? 1 : 2;
 }
 
+// What the launches of a call share: sizes, schedules, and where prepare_kernel's outputs and the splits'
+// states lie.
+struct DeltaRulePlan {
+  MixerShape shape;
+  Sizes size;
+  float s;     // scale of the readout
+  bool wgmma;  // the kernels for Hopper; else those on mma.sync, by `pass` and `gradients`
+  Prepared prepared;
+  Splits splits;
+  PassPlan pass;
+  GradientPlan gradients;
+};
+
+inline DeltaRulePlan make_plan(const Cuda& device, const MixerShape& shape, float s, const Prepared& prepared,
+                               const Splits& splits) {
+  return {shape,
+          sizes(shape),
+          s,
+          has_wgmma(),
+          prepared,
+          splits,
+          pass_plan(shape, splits.count, device.sm_count, device.shared_bytes),
+          gradient_plan(shape, device.shared_bytes)};
+}
+
 // The kernels' launches, in objects of their own. Those of one compiled dk (delta_rule_head_dim.cu):
 template <int DK>
 struct Passes {
-  static void merge_splits(Cuda&, const MixerShape&, const Splits&, bool backward);
-  static void forward_states(Cuda&, const act* qkv, const MixerShape&, const Prepared&, const Splits&,
-                             bool ends);
-  static void backward_states(Cuda&, const act* d_o, const act* qkv, const MixerShape&, float s,
-                              const Prepared&, const Splits&);
-  static void forward_pass(Cuda&, act* o, const Saved&, const act* qkv, const MixerShape&, float s,
-                           const Prepared&, const Splits&);
-  static void backward_pass(Cuda&, act* dqkv, const act* d_o, const act* qkv, const MixerShape&, float s,
-                            const Prepared&, const Splits&, void* scratch);
+  static void merge_splits(Cuda&, const DeltaRulePlan&, bool backward);
+  static void forward_states(Cuda&, const DeltaRulePlan&, const Qkv<const act>&, bool ends);
+  static void backward_states(Cuda&, const DeltaRulePlan&, const Qkv<const act>&,
+                              const HeadRows<const act>& d_o);
+  static void forward_pass(Cuda&, const DeltaRulePlan&, const HeadRows<act>& o, const Saved&,
+                           const Qkv<const act>&);
+  static void backward_pass(Cuda&, const DeltaRulePlan&, const HeadRows<act>& dv, const Adjoints&,
+                            const Qkv<const act>&, const HeadRows<const act>& d_o);
 };
 extern template struct Passes<32>;
 extern template struct Passes<64>;
@@ -230,47 +242,44 @@ extern template struct Passes<192>;
 extern template struct Passes<256>;
 
 // Those of every dk (delta_rule.cu):
-void prepare(Cuda&, const act* qkv, const float* g, const float* beta, const MixerShape&, float s,
-             const Prepared& to);
-void gradients(Cuda&, act* dqkv, float* dg, float* dbeta, const act* d_o, const Saved&, const act* qkv,
-               const MixerShape&, float s, const float* gates, void* scratch);
+void prepare(Cuda&, const DeltaRulePlan&, const PrepareInputs&);
+void gradients(Cuda&, const DeltaRulePlan&, const GradientOutputs&, const GradientInputs&);
 
 // From M and B of all splits: the states at the splits' starts, or (backward) their gradients at the ends.
-inline void merge_splits(Cuda& device, const MixerShape& shape, const Splits& splits, bool backward) {
-  if (splits.count < 3) return;
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::merge_splits(device, shape, splits, backward);
+inline void merge_splits(Cuda& device, const DeltaRulePlan& plan, bool backward) {
+  if (plan.splits.count < 3) return;
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::merge_splits(device, plan, backward);
   });
 }
 
 // Transitions M of the splits, and with `ends` also their final states B.
-inline void forward_states(Cuda& device, const act* qkv, const MixerShape& shape, const Prepared& prepared,
-                           const Splits& splits, bool ends) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_states(device, qkv, shape, prepared, splits, ends);
+inline void forward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<const act>& qkv, bool ends) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::forward_states(device, plan, qkv, ends);
   });
 }
 
 // dS at the start of all splits but the first, from 0 at their end.
-inline void backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape, float s,
-                            const Prepared& prepared, const Splits& splits) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_states(device, d_o, qkv, shape, s, prepared, splits);
+inline void backward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<const act>& qkv,
+                            const HeadRows<const act>& d_o) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::backward_states(device, plan, qkv, d_o);
   });
 }
 
-inline void forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv, const MixerShape& shape,
-                         float s, const Prepared& prepared, const Splits& splits) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_pass(device, o, saved, qkv, shape, s, prepared, splits);
+inline void forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& o, const Saved& saved,
+                         const Qkv<const act>& qkv) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::forward_pass(device, plan, o, saved, qkv);
   });
 }
 
-inline void backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv, const MixerShape& shape,
-                          float s, const Prepared& prepared, const Splits& splits, void* scratch) {
-  with_head_dim_k(shape.head_dim_k, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_pass(device, dqkv, d_o, qkv, shape, s, prepared, splits,
-                                                     scratch);
+inline void backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
+                          const Adjoints& adjoints, const Qkv<const act>& qkv,
+                          const HeadRows<const act>& d_o) {
+  with_head_dim_k(plan.size.dk, [&](auto head_dim) {
+    Passes<decltype(head_dim)::value>::backward_pass(device, plan, dv, adjoints, qkv, d_o);
   });
 }
 

@@ -5,121 +5,138 @@
 namespace gdn {
 namespace delta_rule {
 
-// Calls launch with the warpgroups of a CTA, and the grid.
-template <class Launch>
-void with_warpgroups(const Cuda& device, const MixerShape& shape, int splits, const Launch& launch) {
-  const int groups = pass_groups(device, shape, splits);
-  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * splits);
-  if (groups == 1) return launch(std::integral_constant<int, 1>(), grid);
-  launch(std::integral_constant<int, 2>(), grid);
+// kernel<<<grid, threads, bytes>>>(arguments...)
+template <class... Parameters, class... Arguments>
+void launch(Cuda& device, const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, int bytes,
+            const Arguments&... arguments) {
+  allow_shared_bytes(device, kernel, bytes, "the gated delta rule");
+  kernel<<<grid, threads, bytes, device.stream>>>(arguments...);
+  launched(name);
+}
+
+// Calls f with the consumer warpgroups of a CTA of the wgmma passes, and the grid.
+template <class F>
+void with_warpgroups(const Cuda& device, const DeltaRulePlan& plan, const F& f) {
+  const MixerShape& shape = plan.shape;
+  const int groups = pass_groups(device, shape, plan.splits.count);
+  const dim3 grid(divide_up(shape.head_dim_v, 64 * groups), shape.heads_v, shape.batch * plan.splits.count);
+  if (groups == 1) return f(std::integral_constant<int, 1>(), grid);
+  f(std::integral_constant<int, 2>(), grid);
+}
+
+// Calls f with the stages of the mma.sync passes.
+template <int DK, class F>
+void with_stages(const DeltaRulePlan& plan, const F& f) {
+  if constexpr (has_one_stage_passes(DK))
+    if (plan.pass.stages == 1) return f(std::integral_constant<int, 1>());
+  f(std::integral_constant<int, 2>());
+}
+
+// Grid of the mma.sync passes over `splits` splits of each sequence.
+inline dim3 pass_grid(const DeltaRulePlan& plan, int splits) {
+  return dim3(plan.pass.slices(plan.size.dv), plan.size.heads_v, plan.shape.batch * splits);
+}
+
+inline PassInputs pass_inputs(const DeltaRulePlan& plan, const Qkv<const act>& qkv,
+                              const HeadRows<const act>& values) {
+  return {qkv.q, qkv.k, values, plan.prepared.matrices, plan.prepared.gates};
 }
 
 template <int DK>
-void Passes<DK>::merge_splits(Cuda& device, const MixerShape& shape, const Splits& splits, bool backward) {
-  const dim3 grid(divide_up(shape.head_dim_v, kMergeRows), shape.heads_v, shape.batch);
+void Passes<DK>::merge_splits(Cuda& device, const DeltaRulePlan& plan, bool backward) {
   constexpr int kColumns = merge_columns(DK);
-  const auto kernel = backward ? merge_splits_kernel<kColumns, true> : merge_splits_kernel<kColumns, false>;
-  kernel<<<grid, kMergeThreads, 0, device.stream>>>(splits, sizes(shape));
-  launched("merge_splits_kernel");
+  const dim3 grid(divide_up(plan.size.dv, kMergeRows), plan.size.heads_v, plan.shape.batch);
+  launch(device, "merge_splits_kernel",
+         backward ? merge_splits_kernel<kColumns, true> : merge_splits_kernel<kColumns, false>, grid,
+         kMergeThreads, 0, plan.splits, plan.size);
 }
 
 template <int DK>
-void Passes<DK>::forward_states(Cuda& device, const act* qkv, const MixerShape& shape,
-                                const Prepared& prepared, const Splits& splits, bool ends) {
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
-  const auto launch = [&](auto kernel, int warps, int bytes) {
-    const int slices_v = ends ? divide_up(shape.head_dim_v, 16 * warps) : 0;
-    const int slices_k = divide_up(shape.head_dim_k, 16 * warps);
-    allow_shared_bytes(kernel, bytes, "the gated delta rule");
-    const dim3 grid(slices_v + slices_k, shape.heads_v, shape.batch * (splits.count - 1));
-    kernel<<<grid, 32 * warps, bytes, device.stream>>>(qkv, matrices, gates, sizes(shape), splits, slices_v);
-    launched("forward_state_kernel");
+void Passes<DK>::forward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<const act>& qkv,
+                                bool ends) {
+  const PassInputs in = pass_inputs(plan, qkv, qkv.v);
+  const int ends_count = plan.splits.count - 1;
+  const auto run = [&](auto kernel, int warps, int bytes) {
+    const int slices_v = ends ? divide_up(plan.size.dv, 16 * warps) : 0;
+    const int slices_k = divide_up(plan.size.dk, 16 * warps);
+    const dim3 grid(slices_v + slices_k, plan.size.heads_v, plan.shape.batch * ends_count);
+    launch(device, "forward_state_kernel", kernel, grid, 32 * warps, bytes, in, plan.size, plan.splits,
+           slices_v);
   };
-  if (has_wgmma()) {
+  if (plan.wgmma) {
     // If all CTAs fit one per SM, request enough shared memory to force that. Otherwise the CTAs of the
     // first split's (unneeded) transition, which exit at once, hold an SM while the last CTAs double up
     // elsewhere.
-    const int slices_v = ends ? divide_up(shape.head_dim_v, 64) : 0;
-    const int slices_k = divide_up(shape.head_dim_k, 64), ends_count = splits.count - 1;
+    const int slices_v = ends ? divide_up(plan.size.dv, 64) : 0, slices_k = divide_up(plan.size.dk, 64);
     const int64_t blocks =
-        int64_t(shape.batch) * shape.heads_v * (ends_count * slices_v + (ends_count - 1) * slices_k);
-    const int bytes = 2 * Sm90Stage<DK, 1, false>::kBytes, alone = shared_bytes_limit() / 2 + 1;
-    return launch(forward_state_sm90_kernel<DK>, 4,
-                  blocks <= device.sm_count ? std::max(bytes, alone) : bytes);
+        int64_t(plan.shape.batch) * plan.size.heads_v * (ends_count * slices_v + (ends_count - 1) * slices_k);
+    const int bytes = 2 * Sm90Stage<DK, 1, false>::kBytes, alone = device.shared_bytes / 2 + 1;
+    return run(forward_state_sm90_kernel<DK>, 4, blocks <= device.sm_count ? std::max(bytes, alone) : bytes);
   }
-  const int warps = pass_warps(device, shape, DK, splits.count);
-  launch(forward_state_kernel<DK>, warps, 2 * pass_stage_bytes(DK, warps));
+  with_stages<DK>(plan, [&](auto stages) {
+    run(forward_state_kernel<DK, decltype(stages)::value>, plan.pass.warps, plan.pass.bytes);
+  });
 }
 
 template <int DK>
-void Passes<DK>::backward_states(Cuda& device, const act* d_o, const act* qkv, const MixerShape& shape,
-                                 float s, const Prepared& prepared, const Splits& splits) {
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
-  const auto launch = [&](auto kernel, int warps, int threads, int bytes) {
-    allow_shared_bytes(kernel, bytes, "the gated delta rule");
-    const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * (splits.count - 1));
-    kernel<<<grid, threads, bytes, device.stream>>>(nullptr, Adjoints(), d_o, qkv, matrices, gates,
-                                                    sizes(shape), splits, s);
-    launched("backward_pass_kernel of states");
+void Passes<DK>::backward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<const act>& qkv,
+                                 const HeadRows<const act>& d_o) {
+  const PassInputs in = pass_inputs(plan, qkv, d_o);
+  const int splits = plan.splits.count - 1;
+  const auto run = [&](auto kernel, dim3 grid, int threads, int bytes) {
+    launch(device, "backward_pass_kernel of states", kernel, grid, threads, bytes, in, HeadRows<act>(),
+           Adjoints(), plan.size, plan.splits, plan.s);
   };
-  if (has_wgmma())
-    return launch(backward_pass_sm90_kernel<DK, 1, true>, 4, pass_threads(DK, 1),
-                  pass_stages(DK) * Sm90Stage<DK, 1>::kBytes);
-  const int warps = pass_warps(device, shape, DK, splits.count);
-  launch(backward_pass_kernel<DK, true>, warps, 32 * warps, 2 * pass_stage_bytes(DK, warps));
+  if (plan.wgmma) {
+    const dim3 grid(divide_up(plan.size.dv, 64), plan.size.heads_v, plan.shape.batch * splits);
+    return run(backward_pass_sm90_kernel<DK, 1, true>, grid, pass_schedule(DK, 1).threads(),
+               sm90_pass_bytes(DK, 1));
+  }
+  with_stages<DK>(plan, [&](auto stages) {
+    run(backward_pass_kernel<DK, decltype(stages)::value, true>, pass_grid(plan, splits),
+        32 * plan.pass.warps, plan.pass.bytes);
+  });
 }
 
 template <int DK>
-void Passes<DK>::forward_pass(Cuda& device, act* o, const Saved& saved, const act* qkv,
-                              const MixerShape& shape, float s, const Prepared& prepared,
-                              const Splits& splits) {
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
-  if (has_wgmma()) {
-    with_warpgroups(device, shape, splits.count, [&](auto warpgroups, dim3 grid) {
-      constexpr int kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = pass_stages(DK) * Sm90Stage<DK, kGroups>::kBytes;
-      const auto kernel = forward_pass_sm90_kernel<DK, kGroups>;
-      allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(o, saved, qkv, matrices, gates,
-                                                                        sizes(shape), splits, s);
+void Passes<DK>::forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& o,
+                              const Saved& saved, const Qkv<const act>& qkv) {
+  const PassInputs in = pass_inputs(plan, qkv, qkv.v);
+  const auto run = [&](auto kernel, dim3 grid, int threads, int bytes) {
+    launch(device, "forward_pass_kernel", kernel, grid, threads, bytes, in, o, saved, plan.size, plan.splits,
+           plan.s);
+  };
+  if (plan.wgmma)
+    return with_warpgroups(device, plan, [&](auto groups, dim3 grid) {
+      constexpr int kGroups = decltype(groups)::value;
+      run(forward_pass_sm90_kernel<DK, kGroups>, grid, pass_schedule(DK, kGroups).threads(),
+          sm90_pass_bytes(DK, kGroups));
     });
-  } else {
-    const int warps = pass_warps(device, shape, DK, splits.count), bytes = 2 * pass_stage_bytes(DK, warps);
-    allow_shared_bytes(forward_pass_kernel<DK>, bytes, "the gated delta rule");
-    const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * splits.count);
-    forward_pass_kernel<DK>
-        <<<grid, 32 * warps, bytes, device.stream>>>(o, saved, qkv, matrices, gates, sizes(shape), splits, s);
-  }
-  launched("forward_pass_kernel");
+  with_stages<DK>(plan, [&](auto stages) {
+    run(forward_pass_kernel<DK, decltype(stages)::value>, pass_grid(plan, plan.splits.count),
+        32 * plan.pass.warps, plan.pass.bytes);
+  });
 }
 
 template <int DK>
-void Passes<DK>::backward_pass(Cuda& device, act* dqkv, const act* d_o, const act* qkv,
-                               const MixerShape& shape, float s, const Prepared& prepared,
-                               const Splits& splits, void* scratch) {
-  const Adjoints adjoints = adjoints_at(scratch, shape);
-  const __half* matrices = prepared.matrices;
-  const float* gates = prepared.gates;
-  if (has_wgmma()) {
-    with_warpgroups(device, shape, splits.count, [&](auto warpgroups, dim3 grid) {
-      constexpr int kGroups = decltype(warpgroups)::value;
-      constexpr int bytes = pass_stages(DK) * Sm90Stage<DK, kGroups>::kBytes;
-      const auto kernel = backward_pass_sm90_kernel<DK, kGroups, false>;
-      allow_shared_bytes(kernel, bytes, "the gated delta rule");
-      kernel<<<grid, pass_threads(DK, kGroups), bytes, device.stream>>>(dqkv, adjoints, d_o, qkv, matrices,
-                                                                        gates, sizes(shape), splits, s);
+void Passes<DK>::backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
+                               const Adjoints& adjoints, const Qkv<const act>& qkv,
+                               const HeadRows<const act>& d_o) {
+  const PassInputs in = pass_inputs(plan, qkv, d_o);
+  const auto run = [&](auto kernel, dim3 grid, int threads, int bytes) {
+    launch(device, "backward_pass_kernel", kernel, grid, threads, bytes, in, dv, adjoints, plan.size,
+           plan.splits, plan.s);
+  };
+  if (plan.wgmma)
+    return with_warpgroups(device, plan, [&](auto groups, dim3 grid) {
+      constexpr int kGroups = decltype(groups)::value;
+      run(backward_pass_sm90_kernel<DK, kGroups, false>, grid, pass_schedule(DK, kGroups).threads(),
+          sm90_pass_bytes(DK, kGroups));
     });
-  } else {
-    const int warps = pass_warps(device, shape, DK, splits.count), bytes = 2 * pass_stage_bytes(DK, warps);
-    allow_shared_bytes(backward_pass_kernel<DK, false>, bytes, "the gated delta rule");
-    const dim3 grid(divide_up(shape.head_dim_v, 16 * warps), shape.heads_v, shape.batch * splits.count);
-    backward_pass_kernel<DK, false><<<grid, 32 * warps, bytes, device.stream>>>(
-        dqkv, adjoints, d_o, qkv, matrices, gates, sizes(shape), splits, s);
-  }
-  launched("backward_pass_kernel");
+  with_stages<DK>(plan, [&](auto stages) {
+    run(backward_pass_kernel<DK, decltype(stages)::value, false>, pass_grid(plan, plan.splits.count),
+        32 * plan.pass.warps, plan.pass.bytes);
+  });
 }
 
 template struct Passes<GDN_HEAD_DIM_K>;

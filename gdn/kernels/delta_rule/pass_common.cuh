@@ -23,6 +23,14 @@ struct Adjoints {
   int* exponents;
 };
 
+// Inputs of a pass. values: V in the forward, dO in the backward; matrices: N and P, and gates, of
+// prepare_kernel.
+struct PassInputs {
+  HeadRows<const act> q, k, values;
+  const __half* matrices;
+  const float* gates;
+};
+
 // What a CTA of a pass works on: one sequence and value head, `warps` x 16 columns of dv, the chunks of one
 // split.
 struct PassBlock {
@@ -45,9 +53,6 @@ __device__ inline PassBlock pass_block(const Sizes& size, const Splits& splits, 
   return block;
 }
 
-// CTAs of 8 warps an SM should hold: a small state leaves registers for two.
-__host__ __device__ constexpr int pass_blocks(int DK) { return DK <= 64 ? 2 : 1; }
-
 template <int DK>
 __device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
 #pragma unroll
@@ -56,7 +61,8 @@ __device__ inline void scale_state(float (&state)[DK / 8][4], float factor) {
     for (int e = 0; e < 4; e++) state[t][e] *= factor;
 }
 
-// Largest magnitude of this lane's part of a warp's 16 columns of a bf16 tile [64, 16].
+// Largest magnitude of this lane's part of a warp's 16 columns of a bf16 tile [64, 16]. Never -0, whose bits
+// scale_exponent would take for the largest: of two zeros __hmax2 takes +0.
 __device__ inline float largest_of_values(uint32_t columns_address, int ld) {
   __nv_bfloat162 high = __float2bfloat162_rn(0.f), low = high;
 #pragma unroll

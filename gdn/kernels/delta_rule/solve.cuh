@@ -51,11 +51,6 @@ __device__ inline void chunk_gates(float* gates, int n) {
   }
 }
 
-// A diagonal 16x16 block of L in shared memory, transposed: [16 columns][kBlockStride rows] float.
-constexpr int kBlockStride = 20;
-
-constexpr int kDiagonalBlock = 16 * kBlockStride;  // floats
-
 __device__ inline void store_diagonal_block(float* to, const float (&left)[4], const float (&right)[4]) {
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
 #pragma unroll
@@ -289,21 +284,16 @@ __device__ inline void multiply_by_decay(RowBlock x, const float* G, float* colu
 // row block 3 - w of P, five blocks in all, whatever w. Rows are ld elements apart, or (kWgmma) in swizzled
 // tiles of 64 columns (sm90/tiles.cuh).
 template <bool kWgmma>
-struct PrepareTiles {
+struct PrepareTiles : PrepareLayout<kWgmma> {
   act* q;
-  int ld, tiles;  // numbers from row to row; tiles that a row takes (kWgmma)
 
-  __host__ __device__ PrepareTiles(void* at, int dk)
-      : q(static_cast<act*>(at)), ld((dk > 32 ? dk : 32) + 8), tiles((dk + kTileRow - 1) / kTileRow) {}
-  __host__ __device__ int row_block() const { return 16 * (kWgmma ? kTileRow : ld); }
-  __host__ __device__ int k_at() const { return kChunk * (kWgmma ? tiles * kTileRow : ld); }
-  // N starts behind the last diagonal block of L.
-  __host__ __device__ int n_at() const { return 3 * row_block() + 2 * kDiagonalBlock; }
-  int bytes() const { return 2 * std::max(2 * k_at(), n_at() + 2 * kChunk * kMatrixStride); }
-  __device__ const act* k() const { return q + k_at(); }
-  __device__ __half* n() const { return reinterpret_cast<__half*>(q + n_at()); }
+  __device__ PrepareTiles(void* at, int dk) : PrepareLayout<kWgmma>(dk), q(static_cast<act*>(at)) {}
+  __device__ const act* k() const { return q + this->k_at(); }
+  __device__ __half* n() const { return reinterpret_cast<__half*>(q + this->n_at()); }
   // Diagonal block i of L overwrites warp i's rows of q, which no other warp reads.
-  __device__ float* diagonal_block(int i) const { return reinterpret_cast<float*>(q + i * row_block()); }
+  __device__ float* diagonal_block(int i) const {
+    return reinterpret_cast<float*>(q + i * this->row_block());
+  }
 };
 
 // Accumulators of warp w: row block 3 - w of q k^T and row block w of k k^T, the first 32 columns of each;
@@ -405,22 +395,16 @@ __device__ inline void write_row_of_p(__half* to, RowBlock qk, const float* G, f
     }
 }
 
-// Dynamic shared memory: gates, 64 floats a warp for multiply_by_decay, tiles.
-constexpr int kPrepareFloats = kGates + 4 * kChunk;
-
+// The block issues cp.async of q and k [64, dk] of a chunk, n rows from row `first` of key head hk, zero-fill
+// below, and (kWgmma) up to a multiple of 32 columns.
 template <bool kWgmma>
-int prepare_shared_bytes(int dk) {
-  return 4 * kPrepareFloats + PrepareTiles<kWgmma>(nullptr, dk).bytes();
-}
-
-// The block issues cp.async of q and k [64, dk] of a chunk: n rows, zero-fill below, and (kWgmma) up to a
-// multiple of 32 columns. k lies to_k elements behind q in global memory.
-template <bool kWgmma>
-__device__ inline void copy_q_and_k(const PrepareTiles<kWgmma>& tiles, const act* from, int to_k, int stride,
-                                    int dk, int n) {
+__device__ inline void copy_q_and_k(const PrepareTiles<kWgmma>& tiles, const HeadRows<const act>& q,
+                                    const HeadRows<const act>& k, int hk, int64_t first, int dk, int n) {
   const int r = threadIdx.x / 8, vector = threadIdx.x % 8, row_block = tiles.row_block();
   static_assert(kPrepareThreads == 8 * 16, "a thread's rows are 16 apart");
-  from = advance_rows(from, r, stride) + 8 * vector;
+  const int q_stride = q.row_stride, k_stride = k.row_stride;
+  const act* q_from = q.head(hk) + (first + r) * q_stride + 8 * vector;
+  const act* k_from = k.head(hk) + (first + r) * k_stride + 8 * vector;
   act* to = tiles.q + (kWgmma ? swizzled(r, vector) / 2 : r * tiles.ld + 8 * vector);
 #pragma unroll 1
   for (int column = 8 * vector; column < (kWgmma ? (dk + 31) / 32 * 32 : dk); column += kTileRow) {
@@ -428,10 +412,10 @@ __device__ inline void copy_q_and_k(const PrepareTiles<kWgmma>& tiles, const act
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const bool valid = r + 16 * i < n && column < dk;
-      cp_async_16(to + (3 - i) * row_block, advance_rows(from, 16 * i, stride), valid);
-      cp_async_16(k_to + i * row_block, advance_rows(from + to_k, 16 * i, stride), valid);
+      cp_async_16(to + (3 - i) * row_block, advance_rows(q_from, 16 * i, q_stride), valid);
+      cp_async_16(k_to + i * row_block, advance_rows(k_from, 16 * i, k_stride), valid);
     }
-    from += kTileRow, to += kWgmma ? kChunk * kTileRow : kTileRow;
+    q_from += kTileRow, k_from += kTileRow, to += kWgmma ? kChunk * kTileRow : kTileRow;
   }
   cp_async_commit();
 }
@@ -447,18 +431,16 @@ __device__ inline void copy_q_and_k(const PrepareTiles<kWgmma>& tiles, const act
 // barriers, half of these for the warps that substitute, 19% for shared memory; DRAM 41%. Registers allow
 // five CTAs an SM; with six, ptxas serialises the wgmma: 13% slower.
 template <bool kWgmma>
-__device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, float* gates_out,
-                                     const act* qkv, const float* g, const float* beta, const Sizes& size,
-                                     float s) {
+__device__ inline void prepare_chunk(unsigned char* shared, const Prepared& to, const PrepareInputs& in,
+                                     const Sizes& size, float s) {
   const int chunk = blockIdx.x, h = blockIdx.y, b = blockIdx.z, hk = size.key_head(h);
   float* gates = reinterpret_cast<float*>(shared);
   const PrepareTiles<kWgmma> tiles(gates + kPrepareFloats, size.dk);
   const int n = size.rows_in(chunk);
   const int64_t row = size.first_row(b, chunk), number = size.chunk_number(b, h, chunk);
   // issue the loads on the critical path first: g, beta -> gates -> L
-  copy_gate_inputs(gates, g + row * size.heads_v + h, beta + row * size.heads_v + h, size.heads_v, n);
-  copy_q_and_k(tiles, qkv + row * size.channels + size.q_column(hk), size.k_column(0) - size.q_column(0),
-               size.channels, size.dk, n);
+  copy_gate_inputs(gates, in.g + row * size.heads_v + h, in.beta + row * size.heads_v + h, size.heads_v, n);
+  copy_q_and_k(tiles, in.q, in.k, hk, row, size.dk, n);
   cp_async_wait_all_but_one();
   chunk_gates(gates, n);
   cp_async_wait_all();
@@ -466,12 +448,13 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < kGates; i += kPrepareThreads)
-    gates_out[number * kGates + i + threadIdx.x] = gates[i + threadIdx.x];
+    to.gates[number * kGates + i + threadIdx.x] = gates[i + threadIdx.x];
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // the same in all lanes, as the compiler now knows
   const float *G = gates + kCumulativeLogDecay * kChunk, *chunk_beta = gates + kBeta * kChunk;
   float* column_decay = gates + kGates + kChunk * warp;
-  __half *n_out = matrices + number * 2 * kMatrixElements, *p_out = n_out + kMatrixElements, *N = tiles.n();
+  __half *n_out = to.matrices + number * 2 * kMatrixElements, *p_out = n_out + kMatrixElements,
+         *N = tiles.n();
   WarpProducts x = {};
   if constexpr (kWgmma) wgmma_products(x, tiles, size.dk, warp);
   LowerRow L;
@@ -513,21 +496,19 @@ __device__ inline void prepare_chunk(unsigned char* shared, __half* matrices, fl
 }
 
 static __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
-                   Sizes size, float s) {
+    prepare_kernel(Prepared to, PrepareInputs in, Sizes size, float s) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(1024) unsigned char tiles[];
-  prepare_chunk<false>(tiles, matrices, gates_out, qkv, g, beta, size, s);
+  prepare_chunk<false>(tiles, to, in, size, s);
 #endif
 }
 
 // q k^T and k k^T on wgmma.
 static __global__ void __launch_bounds__(kPrepareThreads)
-    prepare_sm90_kernel(__half* matrices, float* gates_out, const act* qkv, const float* g, const float* beta,
-                        Sizes size, float s) {
+    prepare_sm90_kernel(Prepared to, PrepareInputs in, Sizes size, float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) unsigned char tiles[];
-  prepare_chunk<true>(tiles, matrices, gates_out, qkv, g, beta, size, s);
+  prepare_chunk<true>(tiles, to, in, size, s);
 #endif
 }
 

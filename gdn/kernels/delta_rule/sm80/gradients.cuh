@@ -13,20 +13,6 @@
 namespace gdn {
 namespace delta_rule {
 
-// Warps: four m-tiles of 16 tokens times gradient_n_splits splits of the columns; as few as registers allow.
-__host__ __device__ constexpr int gradient_n_splits(int PW) { return PW == 128 ? 4 : 2; }
-
-__host__ __device__ constexpr int gradient_threads(int PW) { return 128 * gradient_n_splits(PW); }
-
-// CTAs that fit in an SM.
-__host__ __device__ constexpr int gradient_blocks(int PW) { return PW > 64 ? 1 : 2; }
-
-constexpr int kMaxNSplits = 4;
-
-constexpr int kStep = 32;  // columns of dv a step takes
-
-constexpr int kTokenStride = kStep + 8;  // row strides in shared memory
-
 constexpr int kTokenThreads = kChunk * kStep / 8;
 
 // One stage of the cp.async pipeline: kStep columns of dv.
@@ -35,34 +21,6 @@ struct GradientStage {
   __half *E, *x;              // the same shape; x arrives times 2^b_j
   __half *states, *d_states;  // [kStep, PW + 8]
 };
-
-__host__ __device__ constexpr int gradient_stage_bytes(int PW) {
-  return 2 * (3 * kChunk * kTokenStride + 2 * kStep * (PW + 8));
-}
-
-__host__ __device__ constexpr int key_stride(int dk, int PW) { return (dk + PW - 1) / PW * PW + 8; }
-
-__host__ __device__ constexpr int keys_bytes(int dk, int PW) { return 2 * 2 * kChunk * key_stride(dk, PW); }
-
-// A head tile is one value head's part of a work tile. Its gates [4,64] and exponents a_j, b_j are prefetched
-// up to three head tiles ahead.
-constexpr int kHeadTiles = 4;
-constexpr int kHeadTileBytes = 4 * (kGates + 2 * kMaxColumnGroups);
-
-// Floats of DgSums: rows, columns, reads, writes with 4 x 64 each; per warp <S0,dS> and its largest product.
-constexpr int kDgSums = (3 * kMaxNSplits + 4 + 1) * kChunk;
-
-// Stages of the pipeline; and copies of q and k, 2 if those of the next chunk are prefetched.
-struct GradientBuffers {
-  int stages, keys;
-};
-
-__host__ __device__ constexpr int gradient_shared_bytes(int dk, int PW, bool grouped,
-                                                        GradientBuffers buffers) {
-  return buffers.stages * gradient_stage_bytes(PW) + buffers.keys * keys_bytes(dk, PW) +
-         2 * 2 * kChunk * kMatrixStride + kHeadTiles * kHeadTileBytes + 4 * (kMaxColumnGroups + kDgSums) +
-         (grouped ? 2 * kChunk * PW * 4 : 0);
-}
 
 template <int PW>
 __device__ inline GradientStage gradient_stage(unsigned char* shared, int index) {
@@ -80,9 +38,11 @@ struct HeadTile {
   int *exponents, *d_exponents;  // a_j, b_j
 };
 
-__device__ inline HeadTile head_tile_at(unsigned char* head_tiles, int index) {
+// The `index`-th head tile of the CTA, in a ring of 2 or 4.
+__device__ inline HeadTile head_tile_at(unsigned char* head_tiles, int ring, int index) {
   HeadTile head_tile;
-  head_tile.gates = reinterpret_cast<float*>(head_tiles + index % kHeadTiles * kHeadTileBytes);
+  head_tile.gates =
+      reinterpret_cast<float*>(head_tiles + (ring == 2 ? index % 2 : index % 4) * kHeadTileBytes);
   head_tile.exponents = reinterpret_cast<int*>(head_tile.gates + kGates);
   head_tile.d_exponents = head_tile.exponents + kMaxColumnGroups;
   return head_tile;
@@ -137,10 +97,11 @@ struct GradientCursor {
 // The CTA issues cp.async of q and k, [64, ld] each.
 __device__ inline void copy_keys(act* q, int ld, const GradientInputs& in, const Sizes& size,
                                  const GradientCursor& at) {
-  const act* inputs = in.qkv + at.row(size) * size.channels;
-  const int n = size.rows_in(at.chunk), hk = at.key_head;
-  copy_tile(q, ld, inputs + size.q_column(hk), size.channels, ld, n, size.dk);
-  copy_tile(q + kChunk * ld, ld, inputs + size.k_column(hk), size.channels, ld, n, size.dk);
+  const int64_t row = at.row(size);
+  const int n = size.rows_in(at.chunk), hk = at.key_head, q_stride = in.q.row_stride,
+            k_stride = in.k.row_stride;
+  copy_tile(q, ld, in.q.head(hk) + row * q_stride, q_stride, ld, n, size.dk);
+  copy_tile(q + kChunk * ld, ld, in.k.head(hk) + row * k_stride, k_stride, ld, n, size.dk);
 }
 
 __device__ inline void copy_head_tile(const HeadTile& head_tile, const GradientInputs& in, const Sizes& size,
@@ -174,12 +135,12 @@ __device__ inline void copy_step(const GradientStage& stage, const GradientInput
                                  const GradientCursor& at) {
   const TokenVector vector = token_vector<PW>();
   const bool valid = vector.row < size.rows_in(at.chunk) && at.e + vector.column < size.dv;
-  const int64_t from = valid ? ((at.row(size) + vector.row) * size.heads_v + at.value_head(size)) * size.dv +
-                                   at.e + vector.column
-                             : 0;
-  const int to = vector.row * kTokenStride + vector.column;
+  const int column = at.e + vector.column, to = vector.row * kTokenStride + vector.column;
+  const int64_t row = at.row(size) + vector.row;
+  const int64_t from = valid ? (row * size.heads_v + at.value_head(size)) * size.dv + column : 0;
   if (vector.first) {
-    cp_async_16(stage.d_o + to, in.d_o + from, valid);
+    const act* d_o = in.d_o.head(at.value_head(size)) + row * in.d_o.row_stride + column;
+    cp_async_16(stage.d_o + to, valid ? d_o : in.d_o.at, valid);
     cp_async_16(stage.E + to, in.saved.E + from, valid);
   }
   if (vector.last) cp_async_16(stage.x + to, in.adjoints.x + from, valid);
@@ -231,8 +192,9 @@ struct Sm80GradientSums {
 // blocks are divided among the m-tiles. factors: 2^(c - a_j - b_j) from the step's first column on.
 template <int PW>
 __device__ inline void add_step(Sm80GradientSums<PW>& sums, float& states_dot, const GradientStage& stage,
-                                const float* factors, int m_tile, int n_split) {
+                                const float* factors, const WarpTile& tile) {
   using Sums = Sm80GradientSums<PW>;
+  const int m_tile = tile.m_tile, n_split = tile.n_split;
   constexpr uint32_t kTile = 2 * kChunk * kTokenStride, kState = 2 * kStep * (PW + 8);
   const uint32_t a = lane_address_rows_first(stage.d_o + 16 * m_tile * kTokenStride, kTokenStride);
   const uint32_t b =
@@ -308,14 +270,26 @@ __device__ inline int scale_exponent_of_block(const DgSums& dg_sums) {
   return bits == 0 ? 0 : max(-100, min(100, 3 - ((bits >> 23) - 127)));
 }
 
+// q and k of a chunk in shared memory, fp16, rows ld apart.
+struct ChunkKeys {
+  const act *q, *k;
+  int ld;
+  __device__ ChunkKeys from(int column) const { return {q + column, k + column, ld}; }
+};
+
 // (G2) and the sums of M for (G5): from dO E^T and X E^T, dqk and dkk times scale as fp16 [2][64,
-// kMatrixStride] into score_gradients; row and column sums of M into dg_sums; (G1) dbeta_i = X_i . E_i unless
-// dbeta is null.
+// kMatrixStride] into score_gradients; row and column sums of M into dg_sums; (G1) dbeta_i = X_i . E_i if
+// with_dbeta.
 template <int PW>
-__device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSums& dg_sums, float* dbeta,
-                                             int dbeta_stride, int n, const Sm80GradientSums<PW>& sums,
-                                             const act* q, const act* k, int ld, int dk, const float* gates,
-                                             float s, float scale, float unit, int m_tile, int n_split) {
+__device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSums& dg_sums,
+                                             const HeadChunk& head, bool with_dbeta,
+                                             const Sm80GradientSums<PW>& sums, const ChunkKeys& keys, int dk,
+                                             const WarpTile& tile) {
+  const int m_tile = tile.m_tile, n_split = tile.n_split, ld = keys.ld, n = head.n;
+  const act *q = keys.q, *k = keys.k;
+  const float* gates = head.gates;
+  const float s = head.s, scale = head.scale, unit = head.unit;
+  float* dbeta = with_dbeta ? head.dbeta : nullptr;
   constexpr int kTokens = Sm80GradientSums<PW>::kTokens;
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4);
   const float *beta = gates + kBeta * kChunk, *G = gates + kCumulativeLogDecay * kChunk;
@@ -348,8 +322,8 @@ __device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSu
         const float decay = i >= j ? scale * expf(fminf(G[i] - G[j], 0.f)) : 0.f;
         dqk[e] = i >= j ? s * beta[j] * decay * d_oE[e] : 0.f;
         dkk[e] = i > j ? -beta[i] * beta[j] * decay * XE[e] : 0.f;
-        if (i == j && i < n && dbeta) dbeta[int64_t(i) * dbeta_stride] = unit * XE[e];
-        const float M = dqk[e] * qk[t][e] + dkk[e] * kk[t][e];
+        if (i == j && i < n && dbeta) dbeta[int64_t(i) * head.stride] = unit * XE[e];
+        const float M = i > j ? dqk[e] * qk[t][e] + dkk[e] * kk[t][e] : 0.f;
         row_sum[e / 2] += M;
         column_sum[e % 2] += M;
       }
@@ -372,12 +346,15 @@ __device__ inline void intra_chunk_gradients(__half* score_gradients, const DgSu
 }
 
 // Gradients through S_0 and dS_C, the first terms of (G3) and (G4): scales d_oS to scale*dq and XS to
-// scale*dk in place, and leaves q.dq, k.dk for dg. q, k: fp16, at the slice's first column of dk.
+// scale*dk in place, and leaves q.dq, k.dk for dg. keys: from the slice's first column of dk on.
 template <int PW>
-__device__ inline void inter_chunk_gradients(Sm80GradientSums<PW>& sums, const DgSums& dg_sums, const act* q,
-                                             const act* k, int ld, const float* gates, float s, float scale,
-                                             int m_tile, int n_split) {
-  const int lane = threadIdx.x % 32;
+__device__ inline void inter_chunk_gradients(Sm80GradientSums<PW>& sums, const DgSums& dg_sums,
+                                             const HeadChunk& head, const ChunkKeys& keys,
+                                             const WarpTile& tile) {
+  const int lane = threadIdx.x % 32, m_tile = tile.m_tile, n_split = tile.n_split, ld = keys.ld;
+  const act *q = keys.q, *k = keys.k;
+  const float* gates = head.gates;
+  const float s = head.s, scale = head.scale;
 #pragma unroll
   for (int e = 0; e < 2; e++) {  // row g, row g + 8
     const int i = 16 * m_tile + lane / 4 + 8 * e;
@@ -409,11 +386,12 @@ __device__ inline void inter_chunk_gradients(Sm80GradientSums<PW>& sums, const D
   }
 }
 
-// Intra-chunk terms of (G3) and (G4): dq += dqk K, dk += dqk^T Q + (dkk + dkk^T) K; q, k as above the slice
-// of dk.
+// Intra-chunk terms of (G3) and (G4): dq += dqk K, dk += dqk^T Q + (dkk + dkk^T) K; keys as above.
 template <int PW>
 __device__ inline void add_intra_chunk_products(Sm80GradientSums<PW>& sums, const __half* score_gradients,
-                                                const act* q, const act* k, int ld, int m_tile, int n_split) {
+                                                const ChunkKeys& keys, const WarpTile& tile) {
+  const int m_tile = tile.m_tile, n_split = tile.n_split, ld = keys.ld;
+  const act *q = keys.q, *k = keys.k;
   constexpr uint32_t kMatrixBytes = 2 * kChunk * kMatrixStride;
   constexpr int kColumns = Sm80GradientSums<PW>::kColumns;
   const uint32_t rows = lane_address_rows_first(score_gradients + 16 * m_tile * kMatrixStride, kMatrixStride);
@@ -448,44 +426,28 @@ __device__ inline void add_intra_chunk_products(Sm80GradientSums<PW>& sums, cons
   }
 }
 
-// (G5) by one warp, two tokens a lane: dg_t = sum_{i >= t} dG_i, dG_i = rows_i - columns_i + reads_i -
-// writes_i, plus all writes and e^{G_C} <S0, dS> at the chunk's end. `add`: adds to the result of an earlier
-// slice of dk. All sums but <S0, dS> carry scale; unit removes it.
+// This lane's two tokens' part of a sum for dg that several warps left.
+__device__ inline float2 sum_of_parts(const float* parts, int count) {
+  float2 sum = make_float2(0.f, 0.f);
+  for (int i = 0; i < count; i++) {
+    const float2 x = *reinterpret_cast<const float2*>(parts + i * kChunk + 2 * (threadIdx.x % 32));
+    sum.x += x.x, sum.y += x.y;
+  }
+  return sum;
+}
+
+// (G5) of the sums that the warps left. `more`: those of a later slice of dk, without M.
 template <int PW>
-__device__ inline void finish_dg(float* dg, int stride, int n, const DgSums& dg_sums, float end_decay,
-                                 float scale, float unit, bool add) {
-  const int lane = threadIdx.x % 32;
-  float dG[2], writes = 0.f;
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const int i = 2 * lane + e;
-    float row = 0.f, read = 0.f, write = 0.f;
-    for (int n_split = 0; n_split < gradient_n_splits(PW); n_split++) {
-      row += dg_sums.rows[n_split * kChunk + i];
-      read += dg_sums.reads[n_split * kChunk + i];
-      write += dg_sums.writes[n_split * kChunk + i];
-    }
-    for (int m_tile = 0; m_tile < 4; m_tile++) row -= dg_sums.columns[m_tile * kChunk + i];
-    dG[e] = (add ? 0.f : row) + read - write;
-    writes += write;
+__device__ inline void finish_dg(const HeadChunk& head, const DgSums& dg_sums, bool more) {
+  constexpr int kNSplits = gradient_n_splits(PW);
+  float2 from = sum_of_parts(dg_sums.reads, kNSplits);
+  if (!more) {
+    const float2 rows = sum_of_parts(dg_sums.rows, kNSplits), columns = sum_of_parts(dg_sums.columns, 4);
+    from.x += rows.x - columns.x, from.y += rows.y - columns.y;
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) writes += __shfl_xor_sync(~0u, writes, step);
   float states = 0.f;
-  for (int warp = 0; warp < 4 * gradient_n_splits(PW); warp++) states += dg_sums.states[warp];
-  if (lane == 31) dG[1] += writes + scale * end_decay * states;
-  float sum = dG[0] + dG[1];  // becomes the sum from this lane's tokens to the chunk's end
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float after = __shfl_down_sync(~0u, sum, step);
-    if (lane + step < 32) sum += after;
-  }
-  const float result[2] = {unit * sum, unit * (sum - dG[0])};
-#pragma unroll
-  for (int e = 0; e < 2; e++) {
-    const int i = 2 * lane + e;
-    if (i < n) dg[int64_t(i) * stride] = result[e] + (add ? dg[int64_t(i) * stride] : 0.f);
-  }
+  for (int warp = 0; warp < 4 * kNSplits; warp++) states += dg_sums.states[warp];
+  finish_dg(head, from, sum_of_parts(dg_sums.writes, kNSplits), states, more);
 }
 
 // Adds x to group_sums [tiles][4][threads], the sums over the value heads of a group (or starts them with x),
@@ -499,6 +461,19 @@ __device__ inline void accumulate_over_group(float* group_sums, float (&x)[Tiles
       float* at = group_sums + (4 * t + e) * blockDim.x + threadIdx.x;
       if (!first) x[t][e] += *at;
       *at = x[t][e];
+    }
+}
+
+// The same with the sums in registers.
+template <int Tiles>
+__device__ inline void accumulate_over_group(float (&group_sums)[Tiles][4], float (&x)[Tiles][4],
+                                             bool first) {
+#pragma unroll
+  for (int t = 0; t < Tiles; t++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if (!first) x[t][e] += group_sums[t][e];
+      group_sums[t][e] = x[t][e];
     }
 }
 
@@ -520,21 +495,28 @@ __device__ inline void store_rows(act* to, int64_t stride, int valid_rows, int v
 // (G1)-(G5) for work tiles, a chunk of a key head of a sequence each. Persistent: a CTA takes tiles gridDim.x
 // apart; loads of the next steps cross the boundaries of head tiles and work tiles.
 //
+// kCompact: for GPUs with less shared memory. dqk and dkk lie in the stage whose step was the last, the sums
+// over a group's value heads in registers, and there may be one stage, filled between the steps.
+//
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, E, X 0.40 GB, S0, dS 0.40 GB, writes 0.10
 // GB; 71 GFLOP. H100: 0.509 ms (dev/results/delta_rule_speed): issue slots 43%, a quarter of the instructions
 // after a work tile's last step. On Hopper it runs where gradients_sm90_kernel does not: dv no multiple of
 // 64, or shared key heads with dk > 128.
-template <int PW>
-__global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
-    gradients_kernel(act* dqkv, float* dg, float* dbeta, GradientInputs in, Sizes size, int work_tiles,
+template <int PW, bool kCompact>
+__global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW, kCompact))
+    gradients_kernel(GradientOutputs out, GradientInputs in, Sizes size, int work_tiles,
                      GradientBuffers buffers, float s) {
+  if (kCompact && kHopperCode) return;  // Hopper has room for the other
   extern __shared__ __align__(16) unsigned char shared[];
   const int warp = threadIdx.x / 32, n_split = warp / 4, ld = key_stride(size.dk, PW);
-  const int m_tile = (warp + 3 * n_split) % 4;  // the four schedulers get m_tiles of different lengths
+  const WarpTile tile = {(warp + 3 * n_split) % 4,
+                         n_split};  // the four schedulers get m-tiles of all lengths
   act* keys = reinterpret_cast<act*>(shared + buffers.stages * gradient_stage_bytes(PW));
   __half* score_gradients = reinterpret_cast<__half*>(keys + buffers.keys * 2 * kChunk * ld);
-  unsigned char* head_tiles = reinterpret_cast<unsigned char*>(score_gradients + 2 * kChunk * kMatrixStride);
-  float* factors = reinterpret_cast<float*>(head_tiles + kHeadTiles * kHeadTileBytes);
+  unsigned char* head_tiles =
+      reinterpret_cast<unsigned char*>(score_gradients) + (kCompact ? 0 : kScoreGradientsBytes);
+  const int ring = delta_rule::head_tiles(kCompact, buffers);
+  float* factors = reinterpret_cast<float*>(head_tiles + ring * kHeadTileBytes);
   const DgSums dg_sums = dg_sums_at(factors + kMaxColumnGroups);
   float* group_sums = factors + kMaxColumnGroups + kDgSums;  // dq, then dk
 
@@ -552,19 +534,21 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
       const bool last = next.ends_head_tile(size);
       next.advance<PW>(size);
       if (last && next.work_tile < work_tiles)
-        copy_head_tile(head_tile_at(head_tiles, next.head_tile), in, size, next);
+        copy_head_tile(head_tile_at(head_tiles, ring, next.head_tile), in, size, next);
       if (++next_stage == buffers.stages) next_stage = 0;
     }
     cp_async_commit();
   };
-  copy_head_tile(head_tile_at(head_tiles, 0), in, size, now);
+  copy_head_tile(head_tile_at(head_tiles, ring, 0), in, size, now);
   cp_async_commit();
   cp_async_wait_all();
   __syncthreads();
   for (int i = 1; i < buffers.stages; i++) copy_next();
 
+  using Sums = Sm80GradientSums<PW>;
+  float group_d_oS[kCompact ? Sums::kColumnTiles : 1][4], group_XS[kCompact ? Sums::kColumnTiles : 1][4];
   while (now.work_tile < work_tiles) {
-    const HeadTile head_tile = head_tile_at(head_tiles, now.head_tile);
+    const HeadTile head_tile = head_tile_at(head_tiles, ring, now.head_tile);
     act *q = keys_of(now), *k = q + kChunk * ld;
     if (now.starts_work_tile()) {
       if (buffers.keys == 1) {
@@ -581,9 +565,13 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     const int c = __reduce_min_sync(~0u, both);
     if (warp == 0 && lane < kMaxColumnGroups)
       factors[lane] = lane < groups ? small_power_of_two(c - both) : 0.f;
-    Sm80GradientSums<PW> sums = {};
+    Sums sums = {};
     float states = 0.f;
     for (int e = 0; e < size.dv; e += kStep) {
+      if (kCompact && buffers.stages == 1) {
+        __syncthreads();  // all are done with the stage
+        copy_next();
+      }
       if (buffers.stages == 3)
         cp_async_wait_all_but_one();
       else
@@ -591,8 +579,8 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
       const GradientStage stage = gradient_stage<PW>(shared, now_stage);
       scale_step<PW>(stage, head_tile, size, e, c);
       __syncthreads();
-      copy_next();
-      add_step<PW>(sums, states, stage, factors + e / 16, m_tile, n_split);
+      if (!kCompact || buffers.stages > 1) copy_next();
+      add_step<PW>(sums, states, stage, factors + e / 16, tile);
       if (++now_stage == buffers.stages) now_stage = 0;
     }
 #pragma unroll
@@ -600,35 +588,47 @@ __global__ void __launch_bounds__(gradient_threads(PW), gradient_blocks(PW))
     if (lane == 0) dg_sums.states[warp] = states;
     leave_largest<PW>(dg_sums, sums, s);
     __syncthreads();
+    if (kCompact)  // this tile's last stage: refilled only when all are past the next barrier of the loop
+      score_gradients = reinterpret_cast<__half*>(
+          shared + (now_stage == 0 ? buffers.stages - 1 : now_stage - 1) * gradient_stage_bytes(PW));
     const int hk = now.key_head, n = size.rows_in(now.chunk);
     const int64_t row = now.row(size), head_row = row * size.heads_v + now.value_head(size);
     const int scale_exponent = scale_exponent_of_block(dg_sums);
-    const float scale = power_of_two(scale_exponent);
-    const float unit = power_of_two(-c), result_unit = small_power_of_two(-c - scale_exponent);
-    inter_chunk_gradients<PW>(sums, dg_sums, q + now.column, k + now.column, ld, head_tile.gates, s, scale,
-                              m_tile, n_split);
-    intra_chunk_gradients<PW>(score_gradients, dg_sums, now.column == 0 ? dbeta + head_row : nullptr,
-                              size.heads_v, n, sums, q, k, ld, size.dk, head_tile.gates, s, scale, unit,
-                              m_tile, n_split);
+    const HeadChunk head = {n,
+                            head_tile.gates,
+                            out.dg + head_row,
+                            out.dbeta + head_row,
+                            size.heads_v,
+                            s,
+                            power_of_two(scale_exponent),
+                            power_of_two(-c),
+                            small_power_of_two(-c - scale_exponent)};
+    const ChunkKeys all_keys = {q, k, ld}, slice_keys = all_keys.from(now.column);
+    inter_chunk_gradients<PW>(sums, dg_sums, head, slice_keys, tile);
+    intra_chunk_gradients<PW>(score_gradients, dg_sums, head, now.column == 0, sums, all_keys, size.dk, tile);
     __syncthreads();
-    add_intra_chunk_products<PW>(sums, score_gradients, q + now.column, k + now.column, ld, m_tile, n_split);
-    scale_tiles(sums.d_oS, result_unit);
-    scale_tiles(sums.XS, result_unit);
+    add_intra_chunk_products<PW>(sums, score_gradients, slice_keys, tile);
+    scale_tiles(sums.d_oS, head.result_unit);
+    scale_tiles(sums.XS, head.result_unit);
     const int group = size.value_heads_per_key;
-    if (group > 1) {
+    if constexpr (kCompact) {
+      accumulate_over_group(group_d_oS, sums.d_oS, now.head == 0);
+      accumulate_over_group(group_XS, sums.XS, now.head == 0);
+    } else if (group > 1) {
       accumulate_over_group(group_sums, sums.d_oS, now.head == 0);
       accumulate_over_group(group_sums + kChunk * PW, sums.XS, now.head == 0);
     }
     if (now.head == group - 1) {
-      const int first = now.column + n_split * Sm80GradientSums<PW>::kColumns;
-      act* out = dqkv + (row + 16 * m_tile) * size.channels + first;
-      store_rows(out + size.q_column(hk), size.channels, n - 16 * m_tile, size.dk - first, sums.d_oS);
-      store_rows(out + size.k_column(hk), size.channels, n - 16 * m_tile, size.dk - first, sums.XS);
+      const int first = now.column + tile.n_split * Sums::kColumns;
+      const int rows = n - 16 * tile.m_tile, columns = size.dk - first;
+      const auto store = [&](const HeadRows<act>& to, const float(&x)[Sums::kColumnTiles][4]) {
+        store_rows(to.head(hk) + (row + 16 * tile.m_tile) * to.row_stride + first, to.row_stride, rows,
+                   columns, x);
+      };
+      store(out.dq, sums.d_oS);
+      store(out.dk, sums.XS);
     }
-    if (warp == 0)
-      finish_dg<PW>(dg + head_row, size.heads_v, n, dg_sums,
-                    head_tile.gates[kDecayFromStart * kChunk + kChunk - 1], scale, result_unit,
-                    now.column > 0);
+    if (warp == 0) finish_dg<PW>(head, dg_sums, now.column > 0);
     now.e = (size.dv - 1) / kStep * kStep;
     now.advance<PW>(size);
   }

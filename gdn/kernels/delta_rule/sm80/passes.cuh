@@ -21,12 +21,8 @@ __device__ inline void convert_own_copies_to_fp16(act* tile, int ld, int columns
                             [&](int row, int vector) { to_fp16(tile + row * ld + 8 * vector, 1.f); });
 }
 
-constexpr int kMaxPassWarps = 8;
-
 // N and P packed into one tile of 64 rows of five 16x16 blocks: block N_ij at (i, j), block P_ij at (3 - i, 4
 // - i + j), in the half that N's lower triangle leaves free.
-constexpr int kPackedStride = 5 * 16 + 8, kPackedElements = kChunk * kPackedStride;
-
 __device__ constexpr int block_of_n(int i, int j) { return 16 * (i * kPackedStride + j); }
 
 __device__ constexpr int block_of_p(int i, int j) { return 16 * ((3 - i) * kPackedStride + 4 - i + j); }
@@ -40,10 +36,6 @@ struct Sm80Stage {
   __half* matrices;  // N and P: [64, kPackedStride]
   float* gates;      // [4, 64]
 };
-
-__host__ __device__ constexpr int pass_stage_bytes(int DK, int warps) {
-  return 2 * (2 * kChunk * (DK + 8) + kChunk * (16 * warps + 8) + kPackedElements) + 4 * kGates;
-}
 
 template <int DK>
 __device__ inline Sm80Stage pass_stage(unsigned char* shared, int index, int warps) {
@@ -67,21 +59,20 @@ __device__ inline void copy_lower_blocks(__half* to, const __half* from) {
   }
 }
 
-// The CTA issues cp.async of a chunk's inputs. values: at the head's first column, rows values_stride apart.
+// The CTA issues cp.async of a chunk's inputs.
 template <int DK>
-__device__ inline void copy_chunk(const Sm80Stage& stage, const PassBlock& block, const Sizes& size,
-                                  int chunk, const act* qkv, const act* values, int64_t values_stride,
-                                  const __half* matrices, const float* gates) {
+__device__ inline void copy_chunk(const Sm80Stage& stage, const PassInputs& in, const PassBlock& block,
+                                  const Sizes& size, int chunk) {
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
-  const act* inputs = qkv + row * size.channels;
   const int n = size.rows_in(chunk), columns = 16 * block.warps;
-  copy_tile(stage.q, DK + 8, inputs + size.q_column(block.hk), size.channels, size.dk, n, size.dk);
-  copy_tile(stage.k, DK + 8, inputs + size.k_column(block.hk), size.channels, size.dk, n, size.dk);
-  copy_tile(stage.values, columns + 8, values + row * values_stride + block.first_column, values_stride,
-            columns, n, size.dv - block.first_column);
-  copy_lower_blocks(stage.matrices, matrices + number * 2 * kMatrixElements);
+  const int q_stride = in.q.row_stride, k_stride = in.k.row_stride, values_stride = in.values.row_stride;
+  copy_tile(stage.q, DK + 8, in.q.head(block.hk) + row * q_stride, q_stride, size.dk, n, size.dk);
+  copy_tile(stage.k, DK + 8, in.k.head(block.hk) + row * k_stride, k_stride, size.dk, n, size.dk);
+  copy_tile(stage.values, columns + 8, in.values.head(block.h) + row * values_stride + block.first_column,
+            values_stride, columns, n, size.dv - block.first_column);
+  copy_lower_blocks(stage.matrices, in.matrices + number * 2 * kMatrixElements);
   for (int i = threadIdx.x; i < kGates / 4; i += blockDim.x)
-    cp_async_16(stage.gates + 4 * i, gates + number * kGates + 4 * i, true);
+    cp_async_16(stage.gates + 4 * i, in.gates + number * kGates + 4 * i, true);
   cp_async_commit();
 }
 
@@ -245,41 +236,44 @@ __device__ inline void add_intra_chunk(float (&out)[8][4], const float (&written
   }
 }
 
-// (F1)-(F4) over the chunks of a split. One CTA: a sequence, a value head, a slice of dv; two cp.async
-// stages. Writes o and, unless null, Saved.
+// (F1)-(F4) over the chunks of a split. One CTA: a sequence, a value head, a slice of dv. Two cp.async
+// stages, a chunk's loads overlapping the products of the chunk before; or one stage, filled between the
+// chunks, where shared memory is short (schedule.h). Writes o and, unless null, Saved.
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, v, N, P 0.24 GB, writes o, states, E 0.40 GB;
 // 52 GFLOP. H100: 0.327 ms (dev/results/layer_speed): shared memory is busy half of the cycles with
 // operands that every warp loads for itself.
-template <int DK>
+template <int DK, int kStages>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
-    forward_pass_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
-                        Sizes size, Splits splits, float s) {
+    forward_pass_kernel(PassInputs in, HeadRows<act> o, Saved saved, Sizes size, Splits splits, float s) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
   const PassBlock block = pass_block(size, splits, 0, splits.count, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
-  const act* values = qkv + size.v_column(block.h);
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & 1, block.warps), block, size, block.first_chunk,
-                 qkv, values, size.channels, matrices, gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & (kStages - 1), block.warps), in, block, size,
+                 block.first_chunk);
 
   float state[DK / 8][4] = {};
   if (active && block.split > 0)
     load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
+    if (kStages == 1 && chunk > block.first_chunk) {
+      __syncthreads();  // all are done with the stage
+      copy_chunk<DK>(stage, in, block, size, chunk);
+    }
     wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk + 1 < block.end_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
-                     values, size.channels, matrices, gates);
+    if (kStages == 2 && chunk + 1 < block.end_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & (kStages - 1), block.warps), in, block, size,
+                     chunk + 1);
     if (!active) continue;
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
-    const int64_t stride = int64_t(size.heads_v) * size.dv, out = row * stride + block.h * size.dv + column;
+    const int64_t stride = size.value_stride(), out = row * stride + block.h * size.dv + column;
     const int n = size.rows_in(chunk);
     act* staging = stage.values + 16 * warp;
     const uint32_t v_columns = lane_address_columns_first(staging, ld);
@@ -296,7 +290,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     scale_all_tokens(O, stage.gates + kDecayFromStart * kChunk, s);
     scale_all_tokens(E, stage.gates + kBeta * kChunk, 1.f);
     add_intra_chunk(O, E, stage);
-    store_tokens(o + out, stride, n, staging, ld, O, power_of_two(-exponent));
+    store_tokens(o.head(block.h) + row * o.row_stride + column, o.row_stride, n, staging, ld, O,
+                 power_of_two(-exponent));
 
     scale_state<DK>(state, stage.gates[kDecayFromStart * kChunk + kChunk - 1]);
     const uint32_t k_rows = lane_address_rows_first(stage.k, DK + 8);
@@ -340,39 +335,43 @@ __device__ inline void solve_backward(float (&x)[8][4], const Sm80Stage& stage) 
 }
 
 // (B1)-(B3) over the chunks of a split, last chunk first. One CTA: a sequence, a value head, a slice of dv.
-// Writes dv into dqkv, and X and each chunk's dS before the update into Adjoints. With kStates it writes none
+// Writes dv, and X and each chunk's dS before the update into Adjoints. With kStates it writes none
 // of these, but the dS at the split's start, from 0 at its end, to the boundary state of the split before,
 // for all splits but the first (splits.cuh).
 //
 // Lower bound at B=32, T=1024, H=6, dk=128, dv=256: reads q, k, do, N, P 0.24 GB, writes dv, X, dS 0.40 GB;
 // 52 GFLOP. H100: 0.341 ms (dev/results/layer_speed).
-template <int DK, bool kStates>
+template <int DK, int kStages, bool kStates>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
-    backward_pass_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv, const __half* matrices,
-                         const float* gates, Sizes size, Splits splits, float s) {
+    backward_pass_kernel(PassInputs in, HeadRows<act> dv, Adjoints adjoints, Sizes size, Splits splits,
+                         float s) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
   const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, blockDim.x / 32);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
-  const int64_t stride = int64_t(size.heads_v) * size.dv;
-  const act* values = d_o + block.h * size.dv;
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  const int64_t stride = size.value_stride();
+  clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & 1, block.warps), block, size,
-                 block.end_chunk - 1, qkv, values, stride, matrices, gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, (block.end_chunk - 1) & (kStages - 1), block.warps), in, block, size,
+                 block.end_chunk - 1);
 
   float state[DK / 8][4] = {};  // dS
   if (!kStates && active && block.split < splits.count - 1)
     load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
-    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
+    if constexpr (kStages == 1)
+      if (chunk + 1 < block.end_chunk) {
+        __syncthreads();  // all are done with the stage
+        copy_chunk<DK>(stage, in, block, size, chunk);
+      }
     wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk > block.first_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & 1, block.warps), block, size, chunk - 1, qkv,
-                     values, stride, matrices, gates);
+    if (kStages == 2 && chunk > block.first_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk - 1) & (kStages - 1), block.warps), in, block, size,
+                     chunk - 1);
     if (!active) continue;
     const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
     const int64_t out = row * stride + block.h * size.dv + column;
@@ -404,8 +403,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
     if (!kStates) store_tokens(adjoints.x + out, stride, n, staging, ld, X, 1.f);
     scale_all_tokens(X, stage.gates + kBeta * kChunk, 1.f);
     if (!kStates)
-      store_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
-                   ld, X, power_of_two(-exponent));
+      store_tokens(dv.head(block.h) + row * dv.row_stride + column, dv.row_stride, n, staging, ld, X,
+                   power_of_two(-exponent));
 
     const uint32_t k_rows = lane_address_rows_first(stage.k, DK + 8);
 #pragma unroll
@@ -424,10 +423,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
 // (F1), (F2), (F4) alone: the final states of all splits but the last, from a state of zero, to the boundary
 // state of the next; and M of those that are neither first nor last: CTAs from slices_v on compute rows of
 // M^T.
-template <int DK>
+template <int DK, int kStages>
 __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
-    forward_state_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
-                         Splits splits, int slices_v) {
+    forward_state_kernel(PassInputs in, Sizes size, Splits splits, int slices_v) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
   PassBlock block = pass_block(size, splits, 0, splits.count - 1, blockDim.x / 32);
@@ -437,22 +435,25 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   if (transition && block.split == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const bool active = row < (transition ? size.dk : size.dv);
-  const act* values = qkv + size.v_column(block.h);
-  clear_shared(shared, 2 * pass_stage_bytes(DK, block.warps));
+  clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & 1, block.warps), block, size, block.first_chunk,
-                 qkv, values, size.channels, matrices, gates);
+  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & (kStages - 1), block.warps), in, block, size,
+                 block.first_chunk);
 
   float state[DK / 8][4] = {};
   if (transition) unit_state<DK>(state, row);
   int exponent = 0;
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
-    const Sm80Stage stage = pass_stage<DK>(shared, chunk & 1, block.warps);
+    const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
+    if (kStages == 1 && chunk > block.first_chunk) {
+      __syncthreads();  // all are done with the stage
+      copy_chunk<DK>(stage, in, block, size, chunk);
+    }
     wait_and_convert_chunk<DK>(stage, size);
     __syncthreads();
-    if (chunk + 1 < block.end_chunk)
-      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & 1, block.warps), block, size, chunk + 1, qkv,
-                     values, size.channels, matrices, gates);
+    if (kStages == 2 && chunk + 1 < block.end_chunk)
+      copy_chunk<DK>(pass_stage<DK>(shared, (chunk + 1) & (kStages - 1), block.warps), in, block, size,
+                     chunk + 1);
     if (!active) continue;
     const uint32_t v_columns = lane_address_columns_first(stage.values + 16 * warp, ld);
     exponent = rescale_state<DK>(state, largest_of_values(v_columns, ld), exponent);

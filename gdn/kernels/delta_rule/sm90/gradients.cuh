@@ -45,14 +45,12 @@ __device__ inline void wgmma_columns_shared(float (&d)[kTiles][4], uint64_t a, u
 constexpr int kConsumerThreads = 256, kGradientThreads = kConsumerThreads + 128;
 constexpr int kConsumersBarrier = 1;
 
-constexpr int kGradientConsumerRegisters = 240, kGradientProducerRegisters = 24;
-
 constexpr int kMaxGradientStages = 4;
 
-// TMA descriptors. keys, d_keys: (columns, heads of q then of k, tokens, sequences); d_o, E, x: (columns,
-// value heads, tokens, sequences); states, d_states: (dk, dv, chunk).
+// TMA descriptors. q, k, dq, dk: (columns, key heads, tokens, sequences); d_o, E, x: (columns, value heads,
+// tokens, sequences); states, d_states: (dk, dv, chunk).
 struct GradientTensors {
-  CUtensorMap keys, d_keys, d_o, E, x, states, d_states;
+  CUtensorMap q, k, dq, dk, d_o, E, x, states, d_states;
 };
 
 struct GradientBarriers {
@@ -166,8 +164,8 @@ __device__ inline void gradients_producer_loop(unsigned char* shared, GradientBa
             mbarrier_arrive_expect_tx(&barriers.keys_full, 2 * kTiles * kTileBytes);
 #pragma unroll
             for (int t = 0; t < 2 * kTiles; t++)
-              tma_load_4d(shared + Layout::kKeys + t * kTileBytes, &tensors.keys, t % kTiles * 64,
-                          at.key_head + t / kTiles * size.heads_k, token, at.sequence, &barriers.keys_full);
+              tma_load_4d(shared + Layout::kKeys + t * kTileBytes, t < kTiles ? &tensors.q : &tensors.k,
+                          t % kTiles * 64, at.key_head, token, at.sequence, &barriers.keys_full);
           }
         }
     }
@@ -293,8 +291,11 @@ struct OwnColumns {
 template <int kTiles, int kPassTiles>
 __device__ inline void inter_chunk_gradients(Sm90GradientSums<4 * kPassTiles>& sums, DgSumsSm90& dg_sums,
                                              const OwnColumns<kTiles, kPassTiles>& own,
-                                             const LaneRow& lane_row, const float* gates, float s,
-                                             float scale, int m_tile, int warpgroup, bool more) {
+                                             const LaneRow& lane_row, const HeadChunk& head,
+                                             const WarpTile& tile, bool more) {
+  const float* gates = head.gates;
+  const float s = head.s, scale = head.scale;
+  const int m_tile = tile.m_tile, warpgroup = tile.n_split;
   const int lane = threadIdx.x % 32, row = 16 * m_tile + lane / 4;
   float d_o_factor[2], x_factor[2], e_factor[2], reads[2] = {}, writes[2] = {};
 #pragma unroll
@@ -363,12 +364,14 @@ __device__ inline float2 sums_of_columns(float (&x)[16]) {
 // E^T and k k^T: scale*dkk, dbeta. Stored to score_gradient, blocks on and below the diagonal only. The sums
 // of M leave out i = j, where the row's and the column's share of dG cancel.
 template <int kColumnTiles>
-__device__ inline void intra_chunk_gradients(unsigned char* score_gradient, DgSumsSm90& dg_sums, float* dbeta,
-                                             int dbeta_stride, int n,
+__device__ inline void intra_chunk_gradients(unsigned char* score_gradient, DgSumsSm90& dg_sums,
+                                             const HeadChunk& head,
                                              const Sm90GradientSums<kColumnTiles>& sums,
                                              const float (&products)[8][4], const LaneRow& lane_row,
-                                             const float* gates, float s, float scale, float unit, int m_tile,
-                                             int warpgroup) {
+                                             const WarpTile& tile) {
+  const int m_tile = tile.m_tile, warpgroup = tile.n_split, n = head.n;
+  const float* gates = head.gates;
+  const float s = head.s, scale = head.scale, unit = head.unit;
   const int lane = threadIdx.x % 32, g = lane / 4, c = 2 * (lane % 4), row = 16 * m_tile + g;
   const float *beta = gates + kBeta * kChunk, *G = gates + kCumulativeLogDecay * kChunk;
   const float G_i[2] = {G[row], G[row + 8]};
@@ -390,7 +393,7 @@ __device__ inline void intra_chunk_gradients(unsigned char* score_gradient, DgSu
           const float decay = scale * expf(fminf(G_i[e / 2] - (e % 2 ? G_j.y : G_j.x), 0.f));
           const bool inside = i > j || (i == j && warpgroup == 0);
           x[t][e] = inside ? coefficient[e / 2] * (e % 2 ? beta_j.y : beta_j.x) * decay * value : 0.f;
-          if (i == j && warpgroup == 1 && i < n) dbeta[int64_t(i) * dbeta_stride] = unit * value;
+          if (i == j && warpgroup == 1 && i < n) head.dbeta[int64_t(i) * head.stride] = unit * value;
           const float M = i > j ? x[t][e] * products[2 * pair + t][e] : 0.f;
           row_sum[e / 2] += M;
           column_sum[4 * pair + 2 * t + e % 2] += M;
@@ -430,10 +433,8 @@ __device__ inline void start_intra_chunk_products(Sm90GradientSums<4 * kPassTile
   wgmma_commit_group();
 }
 
-// (G5) by one warp, two tokens a lane: dg_t = e^{G_C} <S0, dS> + sum_{i >= t} (rows_i - columns_i + reads_i)
-// + sum_{j < t} writes_j. All sums but <S0, dS> carry scale; unit removes it.
-__device__ inline void finish_dg(float* dg, int stride, int n, const DgSumsSm90& dg_sums, float end_decay,
-                                 float scale, float unit) {
+// (G5) of the sums that the warps left.
+__device__ inline void finish_dg(const HeadChunk& head, const DgSumsSm90& dg_sums) {
   const int lane = threadIdx.x % 32;
   const auto both = [&](const float* x) { return *reinterpret_cast<const float2*>(x + 2 * lane); };
   float2 from = both(dg_sums.rows[0]), before = both(dg_sums.writes[0]);
@@ -447,20 +448,7 @@ __device__ inline void finish_dg(float* dg, int stride, int n, const DgSumsSm90&
   float states = 0.f;
 #pragma unroll
   for (int i = 0; i < 8; i++) states += dg_sums.states[i];
-  float after = from.x + from.y, writes = before.x + before.y;  // become sums from, and up to, this lane's
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const float next = __shfl_down_sync(~0u, after, step), previous = __shfl_up_sync(~0u, writes, step);
-    if (lane + step < 32) after += next;
-    if (lane >= step) writes += previous;
-  }
-  float later = __shfl_down_sync(~0u, after, 1), earlier = __shfl_up_sync(~0u, writes, 1);
-  if (lane == 31) later = 0.f;
-  if (lane == 0) earlier = 0.f;
-  const float whole = scale * end_decay * states;
-  const int i = 2 * lane;
-  if (i < n) dg[int64_t(i) * stride] = unit * (whole + after + earlier);
-  if (i + 1 < n) dg[int64_t(i + 1) * stride] = unit * (whole + (later + from.y) + (earlier + before.x));
+  finish_dg(head, from, before, states, false);
 }
 
 // x += the group_sums sum, which becomes that, unless this head is the group's last; its last tile is in
@@ -546,6 +534,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
     const int lane = threadIdx.x % 32, groups = size.dv / 16;
     const int group = kGrouped ? size.value_heads_per_key : 1;
     const LaneRow lane_row(m_tile);
+    const WarpTile tile = {m_tile, warpgroup};
     int stage = 0, parity = 0, head_tile_count = 0, keys_parity = 0;
     for (int work_tile = blockIdx.x; work_tile < work_tiles; work_tile += gridDim.x) {
       const WorkTile at(work_tile, size);
@@ -594,6 +583,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             if (lane == 0) dg_sums.states[warp] = sum;
           }
           const SumScales units(dg_sums, c);
+          const HeadChunk value_chunk = {n, head_tile.gates, dg + head_row,    dbeta + head_row, size.heads_v,
+                                         s, units.scale,     power_of_two(-c), units.result};
           if (pass == 0) {
             float products[8][4];  // q k^T or k k^T
             const uint64_t k = make_smem_desc(keys + kTiles * kTileBytes);
@@ -604,25 +595,20 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
             for (int i = 0; i < 4 * kTiles; i++)
               wgmma_64_shared<kMajorK, kMajorK>(products, rows + columns_16(i), k + columns_16(i), i > 0);
             wgmma_commit_group();
-            inter_chunk_gradients(sums, dg_sums, own, lane_row, head_tile.gates, s, units.scale, m_tile,
-                                  warpgroup, false);
+            inter_chunk_gradients(sums, dg_sums, own, lane_row, value_chunk, tile, false);
             wgmma_wait_group<0>();
             wgmma_fence_operand(products);
-            intra_chunk_gradients(score_gradients + warpgroup * kTileBytes, dg_sums, dbeta + head_row,
-                                  size.heads_v, n, sums, products, lane_row, head_tile.gates, s, units.scale,
-                                  power_of_two(-c), m_tile, warpgroup);
+            intra_chunk_gradients(score_gradients + warpgroup * kTileBytes, dg_sums, value_chunk, sums,
+                                  products, lane_row, tile);
             fence_proxy_async();
           } else {
-            inter_chunk_gradients(sums, dg_sums, own, lane_row, head_tile.gates, s, units.scale, m_tile,
-                                  warpgroup, true);
+            inter_chunk_gradients(sums, dg_sums, own, lane_row, value_chunk, tile, true);
           }
           consumers_sync();
 
           start_intra_chunk_products(sums, score_gradients, own);
           if (last_pass) {
-            if (warp == 0)
-              finish_dg(dg + head_row, size.heads_v, n, dg_sums,
-                        head_tile.gates[kDecayFromStart * kChunk + kChunk - 1], units.scale, units.result);
+            if (warp == 0) finish_dg(value_chunk, dg_sums);
             mbarrier_arrive(&barriers.head_tile_empty[head_tile_count % 2]);
           }
           wgmma_wait_group<0>();
@@ -642,7 +628,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1)
           if (threadIdx.x == 0) {
 #pragma unroll
             for (int t = 0; t < 2 * kTiles; t++)
-              tma_store_4d(&tensors.d_keys, t % kTiles * 64, at.key_head + t / kTiles * size.heads_k,
+              tma_store_4d(t < kTiles ? &tensors.dq : &tensors.dk, t % kTiles * 64, at.key_head,
                            at.chunk * kChunk, at.sequence, keys + t * kTileBytes);
             tma_store_wait_read();
             mbarrier_arrive(&barriers.keys_empty);

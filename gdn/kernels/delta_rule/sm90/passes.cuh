@@ -39,6 +39,7 @@ struct Sm90Stage {
   static constexpr int kMatrices = kPairs * kKeyTiles * kTileBytes, kValues = kMatrices + kPairs * kTileBytes;
   static constexpr int kGatesAt = kValues + 2 * kChunk * kValuesStride, kBytes = kGatesAt + 4 * kGates;
   static_assert(kBytes % 1024 == 0, "tiles are aligned to eight rows");
+  static_assert(kBytes == sm90_stage_bytes(DK, kGroups, kWithQ), "as schedule.h counts them");
 
   unsigned char* at;
   int index;
@@ -67,39 +68,47 @@ __device__ inline void for_each_key_tile_of_warp(int thread, const F& f) {
   }
 }
 
-// kLoadWarpgroups warpgroups, this thread's index among them `thread`, issue cp.async of a chunk's inputs;
-// values: at the head's first column, rows values_stride apart.
+// kLoadWarpgroups warpgroups, this thread's index among them `thread`, issue cp.async of a chunk's inputs.
 template <int DK, int kGroups, bool kWithQ, int kLoadWarpgroups>
-__device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
-                                  const Sizes& size, int chunk, const act* qkv, const act* values,
-                                  int64_t values_stride, const __half* matrices, const float* gates,
+__device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassInputs& in,
+                                  const PassBlock& block, const Sizes& size, int chunk,
                                   std::integral_constant<int, kLoadWarpgroups>) {
   using Stage = Sm90Stage<DK, kGroups, kWithQ>;
   const int64_t row = size.first_row(block.b, chunk), number = size.chunk_number(block.b, block.h, chunk);
   const int thread = reload_thread_idx() & (128 * kLoadWarpgroups - 1), lane = thread % 32,
             first = 16 * (thread / 32 % 4), n = size.rows_in(chunk);
-  const act* inputs =
-      qkv + (row + first) * size.channels + (kWithQ ? size.q_column(block.hk) : size.k_column(block.hk));
-  const int q_to_k = size.k_column(0) - size.q_column(0);
-  const int values_step = int(values_stride);
+  // q and k from this warp's first row on: with two load warpgroups one of the two
+  constexpr int kKeys = kWithQ && kLoadWarpgroups == 1 ? 2 : 1;
+  const act* keys[kKeys];
+  int key_steps[kKeys];
+#pragma unroll
+  for (int i = 0; i < kKeys; i++) {
+    const bool of_q = kWithQ && (kLoadWarpgroups == 2 ? thread < 128 : i == 0);
+    key_steps[i] = of_q ? in.q.row_stride : in.k.row_stride;
+    keys[i] = (of_q ? in.q.head(block.hk) : in.k.head(block.hk)) + (row + first) * key_steps[i];
+    keep(keys[i]), keep(key_steps[i]);
+  }
+  int values_step = in.values.row_stride;
+  keep(values_step);
   const auto copy = [&](auto all) {  // 64 rows, or n of them and zeros
     constexpr bool whole = decltype(all)::value;
     for_each_key_tile_of_warp<DK, kLoadWarpgroups, kWithQ>(thread, [&](auto width, int which, int tile) {
       constexpr int kVectors = decltype(width)::value / 8, kRows = 32 / kVectors;
       const int r = lane / kVectors, vector = lane % kVectors, column = 64 * tile + 8 * vector;
-      const act* from = advance_rows(inputs, r, size.channels) + which * q_to_k + column;
+      const int step = key_steps[kKeys == 2 ? which : 0];
+      const act* from = advance_rows(keys[kKeys == 2 ? which : 0], r, step) + column;
       unsigned char* to = stage.keys(which) + tile * kTileBytes + 2 * kTileRow * first;
       const int at = swizzled(r, vector);
       const bool valid = column < size.dk;
 #pragma unroll
       for (int i = 0; i < 16; i += kRows)  // four rows on, the swizzle's third bit is the other
-        cp_async_16(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, advance_rows(from, i, size.channels),
+        cp_async_16(to + (at ^ i % 8 * 16) + 2 * kTileRow * i, advance_rows(from, i, step),
                     valid && (whole || first + r + i < n));
     });
     constexpr int kVectors = 8 * kGroups, kRows = 128 * kLoadWarpgroups / kVectors;
     const int r = thread / kVectors, column = 8 * (thread % kVectors);
     const bool valid = column < size.dv - block.first_column;
-    const act* from = values + (row + r) * values_stride + block.first_column + column;
+    const act* from = in.values.head(block.h) + (row + r) * values_step + block.first_column + column;
     act* to = stage.values() + r * Stage::kValuesStride + column;
 #pragma unroll
     for (int i = 0; i < kChunk; i += kRows)
@@ -112,7 +121,7 @@ __device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, c
     copy(std::false_type());
   {
     const int r = thread / 8, vector = thread % 8;
-    const __half* from = matrices + number * 2 * kMatrixElements + r * kChunk + 8 * vector;
+    const __half* from = in.matrices + number * 2 * kMatrixElements + r * kChunk + 8 * vector;
     unsigned char* to = stage.n() + swizzled(r, vector);
     keep(from), keep(to);
 #pragma unroll
@@ -123,17 +132,24 @@ __device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, c
     }
   }
   if (thread < kGates / 4)
-    cp_async_16(stage.gates() + 4 * thread, gates + number * kGates + 4 * thread, true);
+    cp_async_16(stage.gates() + 4 * thread, in.gates + number * kGates + 4 * thread, true);
   cp_async_commit();
 }
 
 // copy_chunk by all warpgroups of a block without a producer.
 template <int DK, int kGroups, bool kWithQ>
-__device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassBlock& block,
-                                  const Sizes& size, int chunk, const act* qkv, const act* values,
-                                  int64_t values_stride, const __half* matrices, const float* gates) {
-  copy_chunk(stage, block, size, chunk, qkv, values, values_stride, matrices, gates,
-             std::integral_constant<int, kGroups>());
+__device__ inline void copy_chunk(const Sm90Stage<DK, kGroups, kWithQ>& stage, const PassInputs& in,
+                                  const PassBlock& block, const Sizes& size, int chunk) {
+  copy_chunk(stage, in, block, size, chunk, std::integral_constant<int, kGroups>());
+}
+
+// The first row of a chunk of the CTA's value head; computed anew, as above.
+template <class T>
+__device__ inline T* chunk_of_head(const HeadRows<T>& x, const PassBlock& block, const Sizes& size,
+                                   int chunk) {
+  int h = block.h, b = block.b, step = x.row_stride;
+  keep(h), keep(b), keep(step);
+  return x.head(h) + size.first_row(b, chunk) * step;
 }
 
 // Converts 32 contiguous columns (four vectors of eight bf16) to fp16 in permuted order.
@@ -186,30 +202,21 @@ __device__ inline void wait_and_convert_chunk(const Sm90Stage<DK, kGroups, kWith
 
 // ---- warp specialization
 //
-// At dk 96 and 128 a producer warpgroup prefetches inputs up to two chunks ahead into a ring of 3 stages and
-// stores the outputs staged in `values`; the consumer warpgroups do only the chunk's wgmma chain, which is
-// the critical path.
-
-__host__ __device__ constexpr bool has_producer(int DK) { return pass_blocks(DK) == 1 && DK <= 128; }
-
-__host__ __device__ constexpr int pass_threads(int DK, int groups) {
-  return 128 * (groups + has_producer(DK));
-}
-
-__host__ __device__ constexpr int pass_stages(int DK) { return has_producer(DK) ? 3 : 2; }
+// At dk 96 and 128 (schedule.h) a producer warpgroup prefetches inputs up to two chunks ahead into a ring of
+// 3 stages and stores the outputs staged in `values`; the consumer warpgroups do only the chunk's wgmma
+// chain, which is the critical path.
 
 // Named barriers. kStageFull + stage, per consumer warpgroup: inputs have arrived. kStageEmpty + stage: the
 // stage may be refilled. kRescaleVote + warpgroup: does any warp have to rescale its state?
 enum NamedBarrier { kStageFull = 1, kStageEmpty = 7, kRescaleVote = 10 };
-
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
 // The producer warpgroup. copy(i, stage) issues the loads of the i-th chunk of the pass, write(i, stage)
 // stores its results.
 template <int DK, int kGroups, class Copy, class Write>
 __device__ inline void producer_loop(unsigned char* tiles, int chunks, const Copy& copy, const Write& write) {
   using Stage = Sm90Stage<DK, kGroups>;
-  constexpr int kStages = pass_stages(DK), kThreads = pass_threads(DK, kGroups);
+  constexpr PassSchedule kSchedule = pass_schedule(DK, kGroups);
+  constexpr int kStages = kSchedule.stages, kThreads = kSchedule.threads();
   constexpr auto kLoadWarpgroups = std::integral_constant<int, 1>();
   int now = 0, before = kStages - 1;  // stages
   for (int i = 0; i < chunks + kStages; i++) {
@@ -235,10 +242,11 @@ __device__ inline void producer_loop(unsigned char* tiles, int chunks, const Cop
 // Second consumer warpgroup when dv/64 is odd: it has no columns and only arrives at the barriers.
 template <int DK, int kGroups>
 __device__ inline void idle_consumer(int chunks) {
-  constexpr int kStages = pass_stages(DK);
+  constexpr PassSchedule kSchedule = pass_schedule(DK, kGroups);
+  constexpr int kStages = kSchedule.stages;
   for (int i = 0, now = 0; i < chunks; i++) {
     named_barrier_sync(kStageFull + kStages * (int(threadIdx.x) / 128) + now, 256);
-    named_barrier_arrive(kStageEmpty + now, pass_threads(DK, kGroups));
+    named_barrier_arrive(kStageEmpty + now, kSchedule.threads());
     now = now + 1 < kStages ? now + 1 : 0;
   }
 }
@@ -287,7 +295,7 @@ __device__ inline void store_state_fragments(__half* to, int dk, const uint32_t 
 
 // The state's A fragments all fit in registers beside the state. Then the largest magnitude is taken from the
 // packed fragments, at half the instructions.
-__device__ constexpr bool all_fragments_fit(int DK) { return DK <= 128; }
+__device__ constexpr bool all_fragments_fit(int DK) { return pass_schedule(DK, 1).fragments_fit; }
 
 template <int DK>
 __device__ inline void pack_state_fragments(uint32_t (&fragments)[DK / 16][4],
@@ -296,12 +304,12 @@ __device__ inline void pack_state_fragments(uint32_t (&fragments)[DK / 16][4],
   for (int i = 0; i < DK / 16; i++) pack_a_fragment(fragments[i], state[2 * i], state[2 * i + 1]);
 }
 
-// Largest magnitude among the state's A fragments; infinity where one overflowed fp16.
+// Largest magnitude among the state's A fragments `first` to `end`; infinity where one overflowed fp16.
 template <int DK>
-__device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16][4]) {
+__device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16][4], int first, int end) {
   __half2 high = __float2half2_rn(0.f), low = high;
 #pragma unroll
-  for (int i = 0; i < DK / 16; i++)
+  for (int i = first; i < end; i++)
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const __half2 x = *reinterpret_cast<const __half2*>(&fragments[i][e]);
@@ -311,11 +319,9 @@ __device__ inline float largest_of_fragments(const uint32_t (&fragments)[DK / 16
   return fmaxf(largest.x, largest.y);
 }
 
-// The warp's scale factor may stay as it is, judged by the packed fragments. False if they are all 0.
-template <int DK>
-__device__ inline bool scale_holds(const uint32_t (&fragments)[DK / 16][4], float largest_value,
-                                   int exponent) {
-  const float largest = largest_of_fragments<DK>(fragments);
+// The warp's scale factor may stay as it is, judged by the packed fragments' largest magnitude. False if they
+// are all 0.
+__device__ inline bool scale_holds(float largest, float largest_value, int exponent) {
   const int e = scale_exponent(fmaxf(power_of_two(exponent) * largest_value, largest), exponent);
   return e == exponent && __any_sync(~0u, largest > 0);
 }
@@ -325,7 +331,8 @@ template <int DK>
 __device__ inline int rescale_and_pack_state(uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
                                              float largest_value, int exponent) {
   pack_state_fragments<DK>(fragments, state);
-  if (scale_holds<DK>(fragments, largest_value, exponent)) return exponent;
+  const float largest = largest_of_fragments<DK>(fragments, 0, DK / 16);
+  if (scale_holds(largest, largest_value, exponent)) return exponent;
   exponent = rescale_state<DK>(state, largest_value, exponent);
   pack_state_fragments<DK>(fragments, state);
   return exponent;
@@ -376,22 +383,26 @@ __device__ inline int rescale_and_pack(uint32_t (&fragments)[DK / 16][4], float 
 
 // Rescales the state and issues its reads, storing nothing. The wgmma start before the scale factor is known,
 // and are issued once more if a warp of the warpgroup votes to rescale, which is rare after a sequence's
-// first chunks.
-template <int DK, bool kWithQ>
+// first chunks. The last kBefore fragments are read for the vote before the wgmma start, the others after.
+template <int DK, bool kWithQ, int kBefore = 0>
 __device__ inline int start_read_state_rescaled(float (&from_k)[8][4], float (&from_q)[8][4],
                                                 uint32_t (&fragments)[DK / 16][4], float (&state)[DK / 8][4],
                                                 uint64_t k, uint64_t q, float largest_value, int exponent) {
-  const auto start = [&] {
+  float largest = 0.f;
+  const auto start = [&](bool first) {
     pack_state_fragments<DK>(fragments, state);
+    if (first && kBefore > 0) largest = largest_of_fragments<DK>(fragments, DK / 16 - kBefore, DK / 16);
     start_read_state<DK, kWithQ>(from_k, from_q, fragments, state, k, q, nullptr, 0);
   };
-  start();
-  const bool stays = scale_holds<DK>(fragments, largest_value, exponent);
+  start(true);
+  const float others = largest_of_fragments<DK>(fragments, 0, DK / 16 - kBefore);
+  largest = kBefore > 0 ? fmaxf(largest, others) : others;
+  const bool stays = scale_holds(largest, largest_value, exponent);
   if (named_barrier_any(kRescaleVote + int(threadIdx.x) / 128, 128, !stays)) {
     wgmma_wait_group<0>();
     wgmma_fence_operand(from_k), wgmma_fence_operand(from_q), wgmma_fence_operand(fragments);
     if (!stays) exponent = rescale_state<DK>(state, largest_value, exponent);
-    start();
+    start(false);
   }
   return exponent;
 }
@@ -487,55 +498,48 @@ __device__ inline void clear_matrices(unsigned char* shared) {
   __syncthreads();
 }
 
-// Registers hold Q S beside K S from the chunk's start on; otherwise Q S is computed after E.
-__device__ constexpr bool q_with_k(int DK, int groups) { return groups * pass_blocks(DK) < 4; }
-
-// Enough registers to overlap the state's stores and rescaling with wgmma. The state is then stored in two
-// parts, each during a wgmma: stores of all warps at once would fill the memory pipe for longer than one
-// wgmma takes.
-__device__ constexpr bool roomy(int DK, int groups) { return all_fragments_fit(DK) && q_with_k(DK, groups); }
-
-// Number of A fragments in the first of the two parts, even.
+// With kSchedule.overlap the state is stored in two parts, each during a wgmma: stores of all warps at once
+// would fill the memory pipe for longer than one wgmma takes. Number of A fragments in the first of them,
+// even.
 __device__ constexpr int first_half_of_fragments(int DK) { return (DK / 16 + 3) / 4 * 2; }
 
 template <int DK, int kGroups>
-__global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
-    forward_pass_sm90_kernel(act* o, Saved saved, const act* qkv, const __half* matrices, const float* gates,
-                             Sizes size, Splits splits, float s) {
+__global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_schedule(DK, kGroups).ctas)
+    forward_pass_sm90_kernel(PassInputs in, HeadRows<act> o, Saved saved, Sizes size, Splits splits,
+                             float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = Sm90Stage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
-  constexpr int ld = Stage::kValuesStride, kStages = pass_stages(DK);
-  constexpr bool kQWithK = q_with_k(DK, kGroups), kRoomy = roomy(DK, kGroups),
-                 kHasProducer = has_producer(DK);
+  constexpr PassSchedule kSchedule = pass_schedule(DK, kGroups);
+  constexpr int ld = Stage::kValuesStride, kStages = kSchedule.stages;
+  constexpr bool kQWithK = kSchedule.q_with_k, kOverlap = kSchedule.overlap,
+                 kHasProducer = kSchedule.producer;
   const PassBlock block = pass_block(size, splits, 0, splits.count, 4 * kGroups);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
-  const act* values = qkv + size.v_column(block.h);
-  const int64_t stride = int64_t(size.heads_v) * size.dv;
+  const int64_t stride = size.value_stride();
   clear_matrices<Stage, kStages>(tiles);
   if (kHasProducer && warp >= 4 * kGroups) {
-    if (kGroups == 2) warpgroup_reg_dealloc<kProducerRegisters>();
+    if (kGroups == 2) warpgroup_reg_dealloc<kSchedule.producer_registers>();
     producer_loop<DK, kGroups>(
         tiles, block.end_chunk - block.first_chunk,
         [&](int i, const Stage& stage) {
-          copy_chunk(stage, block, size, block.first_chunk + i, qkv, values, size.channels, matrices, gates,
-                     std::integral_constant<int, 1>());
+          copy_chunk(stage, in, block, size, block.first_chunk + i, std::integral_constant<int, 1>());
         },
         [&](int i, const Stage& stage) {
           const int chunk = block.first_chunk + i;
-          write_results(o + size.first_row(block.b, chunk) * stride + block.h * size.dv + block.first_column,
-                        stride, size.rows_in(chunk), size.dv - block.first_column, stage);
+          write_results(o.head(block.h) + size.first_row(block.b, chunk) * o.row_stride + block.first_column,
+                        o.row_stride, size.rows_in(chunk), size.dv - block.first_column, stage);
         });
     return;
   }
   if (kHasProducer && kGroups == 2) {
     if (block.first_column + 64 * (warp / 4) >= size.dv)
       return idle_consumer<DK, kGroups>(block.end_chunk - block.first_chunk);
-    warpgroup_reg_alloc<kConsumerRegisters>();
+    warpgroup_reg_alloc<kSchedule.consumer_registers>();
   }
   if (!kHasProducer) {
-    copy_chunk(Stage(tiles, 0), block, size, block.first_chunk, qkv, values, size.channels, matrices, gates);
+    copy_chunk(Stage(tiles, 0), in, block, size, block.first_chunk);
     wait_and_convert_chunk(Stage(tiles, 0));
   }
 
@@ -547,8 +551,8 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
   for (int chunk = block.first_chunk, now = 0; chunk < block.end_chunk; chunk++) {
     const Stage stage(tiles, now);
     now = now + 1 < kStages ? now + 1 : 0;  // the next's
-    const int64_t number = size.chunk_number(block.b, block.h, chunk);
-    const int64_t out = size.first_row(block.b, chunk) * stride + block.h * size.dv + column;
+    const int64_t number = size.chunk_number(block.b, block.h, chunk), row = size.first_row(block.b, chunk);
+    const int64_t out = row * stride + block.h * size.dv + column;
     const int n = active ? size.rows_in(chunk) : 0;
     act* staging = stage.values() + 16 * warp;
     const uint32_t v_columns = lane_address_columns_first(staging, ld);
@@ -561,19 +565,23 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     float E[8][4] = {}, O[8][4] = {};
     const bool saving = active && saved.states;
     __half* state_to = saving ? saved.states + (number * size.dv + column) * size.dk : nullptr;
-    constexpr int kHalf = kRoomy ? first_half_of_fragments(DK) : 0;
+    constexpr int kHalf = kOverlap ? first_half_of_fragments(DK) : 0;
     const float largest_value = largest_of_values(v_columns, ld);
     const uint64_t k_tiles = make_smem_desc(stage.k()), q_tiles = make_smem_desc(stage.q());
-    if constexpr (kRoomy) {
-      exponent =
-          start_read_state_rescaled<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, largest_value, exponent);
+    if constexpr (kOverlap) {
+      // Where the vote reads all fragments while wgmma read them, too, ptxas 13 copies two of the eight in
+      // this case and issues their wgmma of Q S as a group of their own (C7519): waiting for K S is then
+      // waiting for most of Q S.
+      constexpr int kBefore = DK == 128 && kGroups == 1 ? 4 : 0;
+      exponent = start_read_state_rescaled<DK, kQWithK, kBefore>(E, O, S, state, k_tiles, q_tiles,
+                                                                 largest_value, exponent);
     } else {
       exponent = rescale_and_pack<DK>(S, state, largest_value, exponent);
       start_read_state<DK, kQWithK>(E, O, S, state, k_tiles, q_tiles, state_to, size.dk);
     }
     if (kHalf && saving) store_state_fragments<DK>(state_to, size.dk, S, 0, kHalf);
     if (!kHasProducer && chunk + 1 < block.end_chunk)
-      copy_chunk(Stage(tiles, now), block, size, chunk + 1, qkv, values, size.channels, matrices, gates);
+      copy_chunk(Stage(tiles, now), in, block, size, chunk + 1);
     uint32_t a[4][4], update[4][4];
     wgmma_wait_group<kQWithK ? 1 : 0>();
     wgmma_fence_operand(E), wgmma_fence_operand(state);
@@ -585,7 +593,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     wgmma_commit_group();
     if (kHalf && saving) store_state_fragments<DK>(state_to, size.dk, S, kHalf, DK / 16);
     scale_state<DK>(state, stage.gates()[kDecayFromStart * kChunk + kChunk - 1]);
-    if (kRoomy) {  // now, and not when the products are done
+    if (kOverlap) {  // now, and not when the products are done
       wgmma_fence_operand(state);
       wgmma_wait_group<1>();
       wgmma_fence_operand(O);
@@ -594,7 +602,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     }
     wgmma_wait_group<0>();
     wgmma_fence_operand(E);
-    if (kQWithK && !kRoomy) wgmma_fence_operand(O), wgmma_fence_operand(state);
+    if (kQWithK && !kOverlap) wgmma_fence_operand(O), wgmma_fence_operand(state);
     if (saving) {
       stage_tokens<__half>(staging, ld, E, 1.f);
       if (threadIdx.x % 32 == 0) saved.exponents[(number * size.dv + column) / 16] = exponent;
@@ -617,7 +625,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
       wgmma_wait_group<0>();
       wgmma_fence_operand(O);
     }
-    if (!kRoomy) scale_all_tokens(O, stage.gates() + kDecayFromStart * kChunk, s);
+    if (!kOverlap) scale_all_tokens(O, stage.gates() + kDecayFromStart * kChunk, s);
     wgmma_fence_operand(O), wgmma_fence_operand(a);
     if (kQWithK) wgmma_fence_operand(state), wgmma_fence_operand(update);
     wgmma_fence();
@@ -632,10 +640,11 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     wgmma_wait_group<kQWithK ? 1 : 0>();
     wgmma_fence_operand(O);
     stage_tokens<act>(staging, ld, O, power_of_two(-exponent));
-    if (!kHasProducer) write_tokens(o + out, stride, n, staging, ld);
+    if (!kHasProducer)
+      write_tokens(chunk_of_head(o, block, size, chunk) + column, o.row_stride, n, staging, ld);
     wgmma_wait_group<0>();
     wgmma_fence_operand(state);
-    if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, pass_threads(DK, kGroups));
+    if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, kSchedule.threads());
   }
 #endif
 }
@@ -658,45 +667,43 @@ __device__ inline void output_gradients(uint32_t (&a)[4][4], uint32_t do_columns
 // (B1)-(B3). Grid, outputs and kStates as in the mma.sync backward_pass_kernel; a CTA has 64 or 128 columns
 // of dv.
 template <int DK, int kGroups, bool kStates>
-__global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
-    backward_pass_sm90_kernel(act* dqkv, Adjoints adjoints, const act* d_o, const act* qkv,
-                              const __half* matrices, const float* gates, Sizes size, Splits splits,
+__global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_schedule(DK, kGroups).ctas)
+    backward_pass_sm90_kernel(PassInputs in, HeadRows<act> dv, Adjoints adjoints, Sizes size, Splits splits,
                               float s) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = Sm90Stage<DK, kGroups>;
   extern __shared__ __align__(1024) unsigned char tiles[];
-  constexpr int ld = Stage::kValuesStride, kStages = pass_stages(DK);
-  constexpr bool kRoomy = roomy(DK, kGroups), kHasProducer = has_producer(DK);
+  constexpr PassSchedule kSchedule = pass_schedule(DK, kGroups);
+  constexpr int ld = Stage::kValuesStride, kStages = kSchedule.stages;
+  constexpr bool kOverlap = kSchedule.overlap, kHasProducer = kSchedule.producer;
   const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, 4 * kGroups);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
-  const int64_t stride = int64_t(size.heads_v) * size.dv;
-  const act* values = d_o + block.h * size.dv;
+  const int64_t stride = size.value_stride();
   clear_matrices<Stage, kStages>(tiles);
   const int last = block.end_chunk - 1;
   if (kHasProducer && warp >= 4 * kGroups) {
-    if (kGroups == 2) warpgroup_reg_dealloc<kProducerRegisters>();
+    if (kGroups == 2) warpgroup_reg_dealloc<kSchedule.producer_registers>();
     producer_loop<DK, kGroups>(
         tiles, block.end_chunk - block.first_chunk,
         [&](int i, const Stage& stage) {
-          copy_chunk(stage, block, size, last - i, qkv, values, stride, matrices, gates,
-                     std::integral_constant<int, 1>());
+          copy_chunk(stage, in, block, size, last - i, std::integral_constant<int, 1>());
         },
         [&](int i, const Stage& stage) {
           if (kStates) return;
           const int chunk = last - i;
-          write_results(dqkv + size.first_row(block.b, chunk) * size.channels + size.v_column(block.h) +
-                            block.first_column,
-                        size.channels, size.rows_in(chunk), size.dv - block.first_column, stage);
+          write_results(
+              dv.head(block.h) + size.first_row(block.b, chunk) * dv.row_stride + block.first_column,
+              dv.row_stride, size.rows_in(chunk), size.dv - block.first_column, stage);
         });
     return;
   }
   if (kHasProducer && kGroups == 2) {
     if (block.first_column + 64 * (warp / 4) >= size.dv)
       return idle_consumer<DK, kGroups>(block.end_chunk - block.first_chunk);
-    warpgroup_reg_alloc<kConsumerRegisters>();
+    warpgroup_reg_alloc<kSchedule.consumer_registers>();
   }
-  if (!kHasProducer) copy_chunk(Stage(tiles, 0), block, size, last, qkv, values, stride, matrices, gates);
+  if (!kHasProducer) copy_chunk(Stage(tiles, 0), in, block, size, last);
 
   float state[DK / 8][4] = {};  // dS
   if (!kStates && active && block.split < splits.count - 1)
@@ -723,10 +730,10 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     float X[8][4] = {};
     __half* state_to =
         active && !kStates ? adjoints.d_states + (number * size.dv + column) * size.dk : nullptr;
-    constexpr int kHalf = kRoomy ? first_half_of_fragments(DK) : 0;
+    constexpr int kHalf = kOverlap ? first_half_of_fragments(DK) : 0;
     const float largest_value = largest_of_values(do_columns, ld);
     const uint64_t k_tiles = make_smem_desc(stage.k());
-    if constexpr (kRoomy) {
+    if constexpr (kOverlap) {
       exponent = start_read_state_rescaled<DK, false>(X, X, dS, state, k_tiles, 0, largest_value, exponent);
     } else {
       exponent = rescale_and_pack<DK>(dS, state, largest_value, exponent);
@@ -735,8 +742,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     if (kHalf && state_to) store_state_fragments<DK>(state_to, size.dk, dS, 0, kHalf);
     if (active && !kStates && threadIdx.x % 32 == 0)
       adjoints.exponents[(number * size.dv + column) / 16] = exponent;
-    if (!kHasProducer && chunk > block.first_chunk)
-      copy_chunk(Stage(tiles, now), block, size, chunk - 1, qkv, values, stride, matrices, gates);
+    if (!kHasProducer && chunk > block.first_chunk) copy_chunk(Stage(tiles, now), in, block, size, chunk - 1);
     uint32_t a[4][4], update[4][4];
     output_gradients<false>(a, do_columns, ld, power_of_two(exponent), nullptr);
     wgmma_wait_group<0>();
@@ -748,7 +754,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
     wgmma_commit_group();
     scale_state<DK>(state, from_start[kChunk - 1]);
     output_gradients<true>(update, do_columns, ld, s * power_of_two(exponent), from_start);
-    if (kRoomy)
+    if (kOverlap)
       wgmma_fence_operand(state), wgmma_fence_operand(update);  // now, and not when the products are done
     wgmma_wait_group<0>();
     wgmma_fence_operand(X);
@@ -774,12 +780,11 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
       write_tokens(adjoints.x + out, stride, n, staging, ld);
       stage_tokens<act>(staging, ld, X, power_of_two(-exponent));
       if (!kHasProducer)
-        write_tokens(dqkv + row * size.channels + size.v_column(block.h) + column, size.channels, n, staging,
-                     ld);
+        write_tokens(chunk_of_head(dv, block, size, chunk) + column, dv.row_stride, n, staging, ld);
     }
     wgmma_wait_group<0>();
     wgmma_fence_operand(state);
-    if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, pass_threads(DK, kGroups));
+    if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, kSchedule.threads());
   }
   if (kStates && active)
     store_permuted_state<DK>(splits.boundary(block.b, block.h, block.split - 1, size) + column * size.dk,
@@ -791,8 +796,7 @@ __global__ void __launch_bounds__(pass_threads(DK, kGroups), pass_blocks(DK))
 // at dk = 128 two CTAs fit in an SM.
 template <int DK>
 __global__ void __launch_bounds__(128, pass_blocks(DK))
-    forward_state_sm90_kernel(const act* qkv, const __half* matrices, const float* gates, Sizes size,
-                              Splits splits, int slices_v) {
+    forward_state_sm90_kernel(PassInputs in, Sizes size, Splits splits, int slices_v) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Stage = Sm90Stage<DK, 1, false>;
   extern __shared__ __align__(1024) unsigned char tiles[];
@@ -803,10 +807,8 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
   if (transition && block.split == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
-  const act* values = qkv + size.v_column(block.h);
   clear_matrices<Stage>(tiles);
-  copy_chunk(Stage(tiles, block.first_chunk & 1), block, size, block.first_chunk, qkv, values, size.channels,
-             matrices, gates);
+  copy_chunk(Stage(tiles, block.first_chunk & 1), in, block, size, block.first_chunk);
   wait_and_convert_chunk(Stage(tiles, block.first_chunk & 1));
 
   float state[DK / 8][4] = {};
@@ -826,9 +828,7 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
     float E[8][4] = {};
     // tile by tile: where two CTAs share an SM, one's wgmma overlap the other's packing
     start_read_state<DK, false, false>(E, E, S, state, make_smem_desc(stage.k()), 0, nullptr, size.dk);
-    if (chunk + 1 < block.end_chunk)
-      copy_chunk(Stage(tiles, (chunk + 1) & 1), block, size, chunk + 1, qkv, values, size.channels, matrices,
-                 gates);
+    if (chunk + 1 < block.end_chunk) copy_chunk(Stage(tiles, (chunk + 1) & 1), in, block, size, chunk + 1);
     uint32_t a[4][4];
     wgmma_wait_group<0>();
     wgmma_fence_operand(E), wgmma_fence_operand(state);

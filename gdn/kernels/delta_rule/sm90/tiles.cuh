@@ -11,10 +11,6 @@
 namespace gdn {
 namespace delta_rule {
 
-constexpr int kTileRow = 64;  // columns of a tile
-
-constexpr int kTileBytes = kChunk * 2 * kTileRow;
-
 // Byte offset of a 16-byte vector in a swizzled tile.
 __device__ inline int swizzled(int row, int vector) { return 2 * kTileRow * row + 16 * (vector ^ (row & 7)); }
 

@@ -1,0 +1,58 @@
+// Where a run goes on, and what it must not write over.
+#pragma once
+
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "checkpoint.h"
+#include "model_checkpoint.h"
+#include "options.h"
+#include "run_folder.h"
+#include "terminal_text.h"
+
+namespace gdn {
+
+// Where -resume goes on, its checkpoint open; nothing where -resume auto has nothing to go on from. Never
+// starts anew by itself: throws one line where there is nothing whole.
+inline std::unique_ptr<Checkpoint> open_resumed(Options& o, FolderLock& lock) {
+  const bool automatic = o.resume == Resume::automatic;
+  if (o.output.empty()) o.output = last_run_folder();
+  if (o.output.empty() && !automatic)
+    throw std::runtime_error("-resume: there is no run_001 here; name the run's folder with -o");
+  if (o.output.empty() || !path_exists(o.output)) {
+    if (automatic) return nullptr;
+    throw std::runtime_error("-resume -o " + o.output + ": no such folder, expected a run to go on from");
+  }
+  lock = FolderLock(o.output);
+  std::string wrong;
+  const std::string newest = find_newest_checkpoint(o.output, [&](const std::string& line) {
+    if (!wrong.empty()) warn(wrong);
+    wrong = line;
+  });
+  if (!newest.empty() || automatic) {
+    if (!wrong.empty()) warn(wrong);
+    if (newest.empty()) return nullptr;
+    std::printf("resuming %s\n", newest.c_str());
+    return std::make_unique<Checkpoint>(open_checkpoint(newest));
+  }
+  throw std::runtime_error("-resume -o " + o.output + ": no whole checkpoint there" +
+                           (wrong.empty() ? "" : " (" + wrong + ")") +
+                           ", expected one to go on from; -resume auto starts where there is none");
+}
+
+// Throws one line where a new run would write over what is there.
+inline void require_free(const std::string& folder, bool automatic) {
+  if (automatic) return;
+  for (const checkpoints::Folder& found : checkpoints::list_folders(folder))
+    if (found.kind != checkpoints::Kind::temporary)
+      throw std::runtime_error("-o " + folder + ": already holds " + found.path +
+                               "; add -resume to go on from it, or choose another folder");
+  if (path_exists(folder + "/log.csv"))
+    throw std::runtime_error("-o " + folder +
+                             ": already holds log.csv; choose another folder, or move it away");
+}
+
+}  // namespace gdn
