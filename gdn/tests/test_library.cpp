@@ -109,8 +109,9 @@ struct DeltaRule {
     x.dv = dense(at["d_v"], size.values());
     x.dg = dense(at["d_g"], size.gates()), x.dbeta = dense(at["d_beta"], size.gates());
     x.d_initial_state = dense(at["d_initial_state"], size.states());
-    size_t bytes = 0;
-    REQUIRE(gdn_delta_rule_saved_bytes(&x, &bytes) == 0);
+    size_t bytes = 0, scratch = 1;
+    REQUIRE(gdn_delta_rule_bytes(&x, &bytes, &scratch) == 0);
+    CHECK(scratch == 0);
     saved.resize(bytes);
     x.saved = saved.data();
     return x;
@@ -418,7 +419,7 @@ TEST_CASE("library: errors are one line with the value and what was expected") {
   CHECK(error([](auto& c) { c.type = GDN_BFLOAT16; }) ==
         f + "type bfloat16 on the CPU, expected float32 or float64");
   CHECK(error([](auto& c) { c.type = 9; }) == f + "type 9, expected 0 to 3 (gdn_type)");
-  CHECK(error([](auto& c) { c.device = 5; }) == f + "device 5, expected 0 (CPU) or 1 (CUDA)");
+  CHECK(error([](auto& c) { c.device = 5; }) == f + "device 5, expected 0 (CPU) or 1 (GPU)");
   CHECK(error([](auto& c) { c.q = {}; }) == f + "q is null");
   CHECK(error([](auto& c) { c.tokens = 9; }) ==
         f + "cu_seqlens ends with 8, expected the number of tokens, 9");
