@@ -34,7 +34,6 @@
 #include "gdn/cpu_layers.h"
 #ifdef GDN_CUDA
 #include "gdn_kernels.cuh"
-#include "gdn/communicator_cuda.h"
 #endif
 #include "gdn/communicator.h"
 #include "gdn/coord_check_command.h"

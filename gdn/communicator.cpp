@@ -371,6 +371,8 @@ void Communicator::abort_after_another() {
 
 void Communicator::abort_silently() {
   std::fflush(nullptr);
+  signal(SIGALRM, SIG_DFL);
+  alarm(3);  // where MPI waits for a host that is gone
   if (ranks_ > 1) MPI_Abort(MPI_COMM_WORLD, 1);
   _exit(1);
 }

@@ -7,27 +7,16 @@
 //   S_t  = S~_t + k_t u_t^T
 //   o_t  = s S_t^T q_t                                          arXiv 2412.06464, eq. 10, transposed
 //
-// In chunks of C tokens. G_i = g_1 + ... + g_i inside the chunk, D_ij = exp(G_i - G_j) for i >= j, else 0:
-// the difference is taken before the exponential, so no exponent is positive and nothing overflows. Unrolling
-// the recurrence inside a chunk, the rows u_t are the solution Vn of a unit lower triangular system:
-//   R  = diag(beta) (V - diag(e^G) K S_0)
-//   (I + A) Vn = R,            A_ij = beta_i D_ij (k_i . k_j), i > j
-//   O  = s (diag(e^G) Q S_0 + P Vn),   P_ij = D_ij (q_i . k_j), i >= j
-//   S_C = e^{G_C} S_0 + Kd^T Vn,       Kd_i = e^{G_C - G_i} k_i
-// Only S_0 -> S_C is sequential. (The literature's W and U, with Vn = U - W S_0, are (I+A)^-1 applied to the
-// two parts of R; keeping R whole costs fewer products and does not subtract two rounded numbers.) Backward,
-// given dO and dS_C (the code follows this order):
-//   dVn = s P^T dO + Kd dS_C     dP = s dO Vn^T     dKd = Vn dS_C^T     dQe = s dO S_0^T  (Qe = diag(e^G) Q)
-//   X  = (I+A)^-T dVn = dR       dA = -X Vn^T, strictly lower
-//   dV = diag(beta) X            Y = d(K S_0) = -diag(beta e^G) X
-//   dS_0 = e^{G_C} dS_C + s Qe^T dO + K^T Y
-// and from dP, dA, dKd, dQe, Y S_0^T by the product rule to q, k and beta. g_t is in every decay that spans
-// token t, from S_0 or a write before t to a read at t or later, or to S_C:
-//   dg_t = e^{G_C} <S_0, dS_C> + sum_{i >= t} reads_i + sum_{j < t} kept_j + sum_{i >= t > j} M_ij
-//   reads_i = q_i . dq_i + Y_i . (K S_0)_i, through S_0     kept_j = k_j . dKd_j e^{G_C - G_j}
-//   M_ij = D_ij (dP_ij q_i . k_j + beta_i dA_ij k_i . k_j)
-// Summed like this (and not as sum_{i >= t} dG_i, where what begins and ends after t is added and taken off)
-// nothing cancels that is not there, which under strong decay is most of it.
+// In chunks: the equations, shapes and letters of dev/doc/delta_rule.md, whose numbers stand beside the code.
+// Two things are done in another order than there. s multiplies dO and o instead of P: DQK = D . Q K^T = P /
+// s. And the triangular systems are solved row by row, without N: with bL = diag(beta) L and bE = beta * E
+// (fla's v_new)
+//   (F1), (F2)  (I + bL) bE = beta * R        (B2)  (I + bL)^T X = Y
+// the second since X = Y - N^T (beta * Y). Differences of G are taken before the exponential: no exponent is
+// positive, nothing overflows.
+//
+// (G5)'s sums are formed as written there (and not as sum_{i >= t} dG_i, where what begins and ends after t
+// is added and taken off): nothing cancels that is not there, which under strong decay is most of it.
 #pragma once
 
 #include <algorithm>
@@ -451,8 +440,8 @@ struct DeltaRuleChunk {
   std::vector<Real> q_factor, k_factor;  // what normalize() returned, where lengths are divided by
   std::vector<double> G;                 // running sum of g, in double: differences of large sums are taken
   std::vector<Real> eG, D;               // e^G_i, and D_ij = e^(G_i - G_j) for i >= j, else 0
-  std::vector<Real> kk, qk, A, P;        // as in the file's comment; kk, qk the bare products k.k, q.k
-  std::vector<Real> KS, Vn, Kd;          // KS = K S_0
+  std::vector<Real> kk, qk, bL, DQK;     // as in the file's comment; kk, qk the bare products k.k, q.k
+  std::vector<Real> KS, bE, K_to_end;    // KS = K S_0
 
   DeltaRuleChunk(int head_dim_k, int head_dim_v)
       : n(0),
@@ -469,11 +458,11 @@ struct DeltaRuleChunk {
         D(kChunk * kChunk),
         kk(kChunk * kChunk),
         qk(kChunk * kChunk),
-        A(kChunk * kChunk),
-        P(kChunk * kChunk),
+        bL(kChunk * kChunk),
+        DQK(kChunk * kChunk),
         KS(kChunk * dv),
-        Vn(kChunk * dv),
-        Kd(kChunk * dk) {}
+        bE(kChunk * dv),
+        K_to_end(kChunk * dk) {}
 };
 
 // Reads chunk `index` of a sequence, value head h.
@@ -496,12 +485,13 @@ void load_chunk(DeltaRuleChunk<Real>& c, const DeltaRuleCall<Real>& call, const 
   }
 }
 
-// A, P, KS, Vn, Kd from the inputs and the state S0 [dk,dv] at the chunk's start.
+// bL, DQK, KS, bE, K_to_end from the inputs and the state S0 [dk,dv] at the chunk's start.
 template <class Real>
 void prepare_chunk(DeltaRuleChunk<Real>& c, const Real* S0) {
   const int n = c.n, dk = c.dk, dv = c.dv;
   std::fill_n(c.kk.begin(), n * n, Real(0));
   std::fill_n(c.qk.begin(), n * n, Real(0));
+  // (1), (3)
   small::add_abt(c.kk.data(), c.k.data(), c.k.data(), n, dk, n);
   small::add_abt(c.qk.data(), c.q.data(), c.k.data(), n, dk, n);
   for (int i = 0; i < n; i++) {
@@ -511,24 +501,25 @@ void prepare_chunk(DeltaRuleChunk<Real>& c, const Real* S0) {
       const Real decay =
           std::exp(std::min(Real(c.G[i] - c.G[j]), Real(0)));  // no overflow above the diagonal either
       c.D[i * n + j] = i >= j ? decay : Real(0);
-      c.A[i * n + j] = i > j ? c.beta[i] * decay * c.kk[i * n + j] : Real(0);
-      c.P[i * n + j] = c.D[i * n + j] * c.qk[i * n + j];
+      c.bL[i * n + j] = i > j ? c.beta[i] * decay * c.kk[i * n + j] : Real(0);
+      c.DQK[i * n + j] = c.D[i * n + j] * c.qk[i * n + j];
     }
   }
+  // (F1), (F2)
   std::fill_n(c.KS.begin(), n * dv, Real(0));
   small::add_ab(c.KS.data(), c.k.data(), S0, n, dk, dv);
   for (int i = 0; i < n; i++)
     for (int e = 0; e < dv; e++)
-      c.Vn[i * dv + e] = c.beta[i] * (c.v[i * dv + e] - c.eG[i] * c.KS[i * dv + e]);
+      c.bE[i * dv + e] = c.beta[i] * (c.v[i * dv + e] - c.eG[i] * c.KS[i * dv + e]);
   for (int first = 0; first < n; first += kSolved) {  // forward substitution, some rows at a time
     const int rows = std::min(kSolved, n - first);
-    Real* X = &c.Vn[first * dv];
-    small::add_ab(X, &c.A[first * n], n, c.Vn.data(), rows, first, dv, Real(-1));
+    Real* X = &c.bE[first * dv];
+    small::add_ab(X, &c.bL[first * n], n, c.bE.data(), rows, first, dv, Real(-1));
     for (int i = 1; i < rows; i++)
-      small::add_ab(X + i * dv, &c.A[(first + i) * n + first], n, X, 1, i, dv, Real(-1));
+      small::add_ab(X + i * dv, &c.bL[(first + i) * n + first], n, X, 1, i, dv, Real(-1));
   }
   for (int i = 0; i < n; i++)
-    for (int e = 0; e < dk; e++) c.Kd[i * dk + e] = c.D[(n - 1) * n + i] * c.k[i * dk + e];
+    for (int e = 0; e < dk; e++) c.K_to_end[i * dk + e] = c.D[(n - 1) * n + i] * c.k[i * dk + e];
 }
 
 // o [B,T,Hv,dv] in chunks; final_state may be missing. saved [saved_size()]: for the backward (nullptr: none
@@ -550,12 +541,12 @@ void delta_rule_forward(const DeltaRuleCall<Real>& call, const Strided<Real>& o,
       prepare_chunk(c, S0);
       const int n = c.n;
       std::fill(out.begin(), out.end(), Real(0));
-      small::add_ab(out.data(), c.q.data(), S0, n, dk, dv, s);
+      small::add_ab(out.data(), c.q.data(), S0, n, dk, dv, s);  // (F3)
       for (int i = 0; i < n; i++)
         for (int e = 0; e < dv; e++) out[i * dv + e] *= c.eG[i];
-      small::add_ab(out.data(), c.P.data(), c.Vn.data(), n, n, dv, s);
-      for (Real& x : S) x *= c.eG[n - 1];
-      small::add_atb(S.data(), c.Kd.data(), c.Vn.data(), dk, n, dv);
+      small::add_ab(out.data(), c.DQK.data(), c.bE.data(), n, n, dv, s);
+      for (Real& x : S) x *= c.eG[n - 1];  // (F4)
+      small::add_atb(S.data(), c.K_to_end.data(), c.bE.data(), dk, n, dv);
       for (int i = 0; i < n; i++)
         scatter(o.at(seq.row, seq.first + index * kChunk + i, h), o.element, &out[i * dv], dv);
     }
@@ -573,10 +564,10 @@ void delta_rule_backward(const DeltaRuleCall<Real>& call, const DeltaRuleGradien
   for_each_head(int(call.sequences.size()), call.heads_k, call.products(), [&](int sequence, int hk) {
     const DeltaRuleSequence& seq = call.sequences[sequence];
     DeltaRuleChunk<Real> c(dk, dv);
-    std::vector<Real> dO(kChunk * dv), dVn(kChunk * dv), dP(kChunk * kChunk), dA(kChunk * kChunk);
-    std::vector<Real> dQ(kChunk * dk), dK(kChunk * dk), dKd(kChunk * dk), spans(kChunk), reads(kChunk),
-        kept(kChunk), dS(dk * dv);
-    std::vector<Real> Y(kChunk * dv);
+    std::vector<Real> s_dO(kChunk * dv), Y(kChunk * dv), dqk(kChunk * kChunk), dkk(kChunk * kChunk);
+    std::vector<Real> dQ(kChunk * dk), dK(kChunk * dk), dK_to_end(kChunk * dk), spans(kChunk), reads(kChunk),
+        writes(kChunk), dS(dk * dv);
+    std::vector<Real> dKS(kChunk * dv);
     for (int h = hk * group; h < (hk + 1) * group; h++) {
       load_state(dS.data(), d_final_state, sequence, h, dk, dv);
       for (int index = seq.chunks() - 1; index >= 0; index--) {
@@ -586,22 +577,23 @@ void delta_rule_backward(const DeltaRuleCall<Real>& call, const DeltaRuleGradien
         const int n = c.n, last = n - 1;
         const int64_t first = seq.first + int64_t(index) * kChunk;
         for (int i = 0; i < n; i++) {
-          gather(&dO[i * dv], d_o.at(seq.row, first + i, h), d_o.element, dv);
-          for (int e = 0; e < dv; e++) dO[i * dv + e] *= s;
+          gather(&s_dO[i * dv], d_o.at(seq.row, first + i, h), d_o.element, dv);
+          for (int e = 0; e < dv; e++) s_dO[i * dv + e] *= s;
         }
         const auto clear = [](std::vector<Real>& x) { std::fill(x.begin(), x.end(), Real(0)); };
-        for (auto* x : {&dVn, &dP, &dA, &dQ, &dK, &dKd, &spans}) clear(*x);
+        for (auto* x : {&Y, &dqk, &dkk, &dQ, &dK, &dK_to_end, &spans}) clear(*x);
 
-        small::add_atb(dVn.data(), c.P.data(), dO.data(), n, n, dv);
-        small::add_ab(dVn.data(), c.Kd.data(), dS.data(), n, dk, dv);
-        small::add_abt(dP.data(), dO.data(), c.Vn.data(), n, dv, n);
-        small::add_abt(dKd.data(), c.Vn.data(), dS.data(), n, dv, dk);
-        small::add_abt(dQ.data(), dO.data(), S0, n, dv, dk);  // dQe
+        // (B1), and the products with dO, E, S and dS of (G2) to (G4)
+        small::add_atb(Y.data(), c.DQK.data(), s_dO.data(), n, n, dv);
+        small::add_ab(Y.data(), c.K_to_end.data(), dS.data(), n, dk, dv);
+        small::add_abt(dqk.data(), s_dO.data(), c.bE.data(), n, dv, n);
+        small::add_abt(dK_to_end.data(), c.bE.data(), dS.data(), n, dv, dk);
+        small::add_abt(dQ.data(), s_dO.data(), S0, n, dv, dk);
 
-        std::vector<Real>& X = dVn;  // in place: backward substitution with (I+A)^T
+        std::vector<Real>& X = Y;  // (B2) in place: backward substitution with (I + bL)^T
         const auto subtract = [&](int row, int rows, int from,
-                                  int to) {  // A[from:to,row:row+rows]^T X[from:to]
-          small::add_atb(X.data() + row * dv, c.A.data() + from * n + row, n, X.data() + from * dv, rows,
+                                  int to) {  // bL[from:to,row:row+rows]^T X[from:to]
+          small::add_atb(X.data() + row * dv, c.bL.data() + from * n + row, n, X.data() + from * dv, rows,
                          to - from, dv, Real(-1));
         };
         for (int begin = last / kSolved * kSolved; begin >= 0; begin -= kSolved) {
@@ -609,56 +601,57 @@ void delta_rule_backward(const DeltaRuleCall<Real>& call, const DeltaRuleGradien
           subtract(begin, end - begin, end, n);
           for (int i = end - 2; i >= begin; i--) subtract(i, 1, i + 1, end);
         }
-        small::add_abt(dA.data(), X.data(), c.Vn.data(), n, dv, n, Real(-1));
+        small::add_abt(dkk.data(), X.data(), c.bE.data(), n, dv, n, Real(-1));
         for (int i = 0; i < n; i++)
-          for (int e = 0; e < dv; e++) Y[i * dv + e] = -c.beta[i] * c.eG[i] * X[i * dv + e];
-        small::add_abt(dK.data(), Y.data(), S0, n, dv, dk);
+          for (int e = 0; e < dv; e++) dKS[i * dv + e] = -c.beta[i] * c.eG[i] * X[i * dv + e];
+        small::add_abt(dK.data(), dKS.data(), S0, n, dv, dk);
 
         const Real through_states = c.eG[last] * dot(S0, dS.data(), dk * dv);
-        for (Real& x : dS) x *= c.eG[last];
+        for (Real& x : dS) x *= c.eG[last];  // (B3)
         for (int i = 0; i < n; i++)
-          for (int e = 0; e < dv; e++) dO[i * dv + e] *= c.eG[i];
-        small::add_atb(dS.data(), c.q.data(), dO.data(), dk, n, dv);
-        small::add_atb(dS.data(), c.k.data(), Y.data(), dk, n, dv);
+          for (int e = 0; e < dv; e++) s_dO[i * dv + e] *= c.eG[i];
+        small::add_atb(dS.data(), c.q.data(), s_dO.data(), dk, n, dv);
+        small::add_atb(dS.data(), c.k.data(), dKS.data(), dk, n, dv);
 
         for (int i = 0; i < n; i++) {
           const Real eG = c.eG[i], to_end = c.D[last * n + i], b_i = c.beta[i];
           const Real vX = dot(&c.v[i * dv], &X[i * dv], dv), ksX = eG * dot(&c.KS[i * dv], &X[i * dv], dv);
-          Real db = vX - ksX, before = 0;  // before: sum_{j < t} M_ij
+          Real d_beta = vX - ksX, before = 0;  // (G1), E_i written out; before: sum_{j < t} M_ij
           reads[i] = eG * dot(&c.q[i * dk], &dQ[i * dk], dk) - b_i * ksX;
-          kept[i] = to_end * dot(&c.k[i * dk], &dKd[i * dk], dk);
+          writes[i] = to_end * dot(&c.k[i * dk], &dK_to_end[i * dk], dk);
           for (int e = 0; e < dk; e++) {
             dQ[i * dk + e] *= eG;
-            dK[i * dk + e] += to_end * dKd[i * dk + e];
+            dK[i * dk + e] += to_end * dK_to_end[i * dk + e];
           }
           for (int j = 0; j <= i; j++) {
-            // dP and dA become the gradients of q_i.k_j and k_i.k_j
-            const Real D = c.D[i * n + j], through_A = dA[i * n + j] * D * c.kk[i * n + j];
-            dP[i * n + j] *= D;
+            // (G2): dqk and dkk become the gradients of q_i.k_j and k_i.k_j
+            const Real D = c.D[i * n + j], through_L = dkk[i * n + j] * D * c.kk[i * n + j];
+            dqk[i * n + j] *= D;
             if (j < i) {
-              before += dP[i * n + j] * c.qk[i * n + j] + b_i * through_A;
+              before += dqk[i * n + j] * c.qk[i * n + j] + b_i * through_L;
               spans[j + 1] += before;
-              db += through_A;
+              d_beta += through_L;
             }
-            dA[i * n + j] *= b_i * D;
+            dkk[i * n + j] *= b_i * D;
           }
-          for (int j = i; j < n; j++) dA[i * n + j] = 0;
-          for (int j = i + 1; j < n; j++) dP[i * n + j] = 0;
-          *to.dbeta.at(seq.row, first + i, h) = db;
+          for (int j = i; j < n; j++) dkk[i * n + j] = 0;
+          for (int j = i + 1; j < n; j++) dqk[i * n + j] = 0;
+          *to.dbeta.at(seq.row, first + i, h) = d_beta;
         }
-        small::add_ab(dQ.data(), dP.data(), c.k.data(), n, n, dk);
-        small::add_atb(dK.data(), dP.data(), c.q.data(), n, n, dk);
-        small::add_ab(dK.data(), dA.data(), c.k.data(), n, n, dk);
-        small::add_atb(dK.data(), dA.data(), c.k.data(), n, n, dk);
-        Real kept_before = 0, reads_after = 0;
+        // (G3), (G4)
+        small::add_ab(dQ.data(), dqk.data(), c.k.data(), n, n, dk);
+        small::add_atb(dK.data(), dqk.data(), c.q.data(), n, n, dk);
+        small::add_ab(dK.data(), dkk.data(), c.k.data(), n, n, dk);
+        small::add_atb(dK.data(), dkk.data(), c.k.data(), n, n, dk);
+        Real writes_before = 0, reads_after = 0;  // (G5)
         for (int t = 0; t < n; t++) {
-          spans[t] += through_states + kept_before;
-          kept_before += kept[t];
+          spans[t] += through_states + writes_before;
+          writes_before += writes[t];
         }
         for (int i = last; i >= 0; i--) {
           reads_after += reads[i];
           *to.dg.at(seq.row, first + i, h) = spans[i] + reads_after;
-          Real *dq_i = &dQ[i * dk], *dk_i = &dK[i * dk], *dv_i = &Y[i * dv];
+          Real *dq_i = &dQ[i * dk], *dk_i = &dK[i * dk], *dv_i = &dKS[i * dv];
           if (call.normalized) {
             normalize_backward(dq_i, &c.q[i * dk], c.q_factor[i], dk);
             normalize_backward(dk_i, &c.k[i * dk], c.k_factor[i], dk);

@@ -62,8 +62,8 @@ template <class Work>
 void with_type(int32_t device, int32_t type, const Work& work) {
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   if (type < 0 || type > GDN_FLOAT16) refuse("type " + text(type) + ", expected 0 to 3 (gdn_type)");
-  if (device == GDN_ON_GPU) refuse("device 1 (GPU): this layer computes on the CPU alone");
-  if (device != GDN_ON_CPU) refuse("device " + text(device) + ", expected 0 (CPU) or 1 (GPU)");
+  if (device == GDN_ON_CUDA) refuse("device CUDA: this layer computes on the CPU alone");
+  if (device != GDN_ON_CPU) refuse("device " + text(device) + ", expected 0 (CPU) or 1 (CUDA)");
   if (type == GDN_FLOAT32) return work(float());
   if (type == GDN_FLOAT64) return work(double());
   refuse(std::string("type ") + names[type] + " on the CPU, expected float32 or float64");
@@ -332,7 +332,7 @@ void cuda_delta_rule(const gdn_delta_rule& x, Pass pass) {
 
 #else
 
-[[noreturn]] void no_gpu() { refuse("device 1 (GPU): this library was built without nvcc"); }
+[[noreturn]] void no_gpu() { refuse("device CUDA: this library was built without nvcc"); }
 void cuda_bytes(const gdn_delta_rule&, size_t*, size_t*) { no_gpu(); }
 void cuda_delta_rule(const gdn_delta_rule&, Pass) { no_gpu(); }
 
@@ -677,7 +677,7 @@ GDN_API int gdn_delta_rule_bytes(const gdn_delta_rule* x, size_t* saved, size_t*
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
     gdn::present("saved", saved), gdn::present("scratch", scratch);
-    if (x->device == GDN_ON_GPU) return gdn::cuda_bytes(*x, saved, scratch);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_bytes(*x, saved, scratch);
     gdn::with_type(x->device, x->type, [&](auto real) {
       *saved = sizeof real * gdn::sized_call<decltype(real)>(*x).saved_size();
       *scratch = 0;
@@ -688,7 +688,7 @@ GDN_API int gdn_delta_rule_bytes(const gdn_delta_rule* x, size_t* saved, size_t*
 GDN_API int gdn_delta_rule_forward(const gdn_delta_rule* x) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
-    if (x->device == GDN_ON_GPU) return gdn::cuda_delta_rule(*x, gdn::Pass::forward);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_delta_rule(*x, gdn::Pass::forward);
     gdn::with_type(x->device, x->type, [&](auto real) {
       using Real = decltype(real);
       const auto call = gdn::delta_rule_of<Real>(*x);
@@ -702,7 +702,7 @@ GDN_API int gdn_delta_rule_forward(const gdn_delta_rule* x) {
 GDN_API int gdn_delta_rule_backward(const gdn_delta_rule* x) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
-    if (x->device == GDN_ON_GPU) return gdn::cuda_delta_rule(*x, gdn::Pass::backward);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_delta_rule(*x, gdn::Pass::backward);
     gdn::with_type(x->device, x->type, [&](auto real) {
       using Real = decltype(real);
       const auto call = gdn::delta_rule_of<Real>(*x);
@@ -725,7 +725,7 @@ GDN_API int gdn_delta_rule_backward(const gdn_delta_rule* x) {
 GDN_API int gdn_delta_rule_recurrent(const gdn_delta_rule* x) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
-    if (x->device == GDN_ON_GPU) return gdn::cuda_delta_rule(*x, gdn::Pass::recurrent);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_delta_rule(*x, gdn::Pass::recurrent);
     gdn::with_type(x->device, x->type, [&](auto real) {
       using Real = decltype(real);
       const auto call = gdn::delta_rule_of<Real>(*x);

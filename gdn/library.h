@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-typedef enum { GDN_ON_CPU = 0, GDN_ON_GPU = 1 } gdn_device;
+typedef enum { GDN_ON_CPU = 0, GDN_ON_CUDA = 1 } gdn_device;
 typedef enum { GDN_FLOAT32 = 0, GDN_FLOAT64 = 1, GDN_BFLOAT16 = 2, GDN_FLOAT16 = 3 } gdn_type;
 
 typedef struct {

@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "communicator.h"
+#ifdef GDN_CUDA
+#include "communicator_cuda.h"
+#endif
 #include "parameters.h"
 
 namespace gdn {

@@ -25,6 +25,7 @@ namespace {
 using namespace gdn;
 using namespace gdn::delta_rule;
 using Doubles = std::vector<double>;
+auto& wgmma_tiles = gdn::delta_rule::tiles;  // gdn::tiles is a namespace of the CPU's matrix products
 
 struct Inputs {
   std::vector<act> qkv, d_o;
@@ -107,10 +108,35 @@ Results outputs(const MixerShape& shape, const Doubles& o, const Doubles& dqkv, 
            columns_of(dqkv, C, 2 * keys, C), dg, dbeta, final_state, d_initial_state}};
 }
 
+// [B,T,heads,columns] in memory of its own, with gaps behind each head and each row.
+struct Separate {
+  int heads, columns, head_stride, row_stride;
+  std::vector<act> data;
+  Separate(const MixerShape& shape, int heads, int columns, int head_gap, int row_gap)
+      : heads(heads),
+        columns(columns),
+        head_stride(columns + head_gap),
+        row_stride(heads * head_stride + row_gap),
+        data(size_t(shape.rows()) * row_stride, __float2bfloat16_rn(1e30f)) {}
+  HeadRows<act> at() { return {data.data(), row_stride, head_stride}; }
+};
+
+// Copies [B,T,heads,columns]; to and from as HeadRows.
+template <class From>
+void copy_heads(const HeadRows<act>& to, const HeadRows<From>& from, int rows, int heads, int columns) {
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int i = 0; i < columns; i++)
+        to.at[m * to.row_stride + h * to.head_stride + i] =
+            from.at[m * from.row_stride + h * from.head_stride + i];
+}
+
 // groups: a block's warpgroups in the passes, 0: the kernels on mma.sync, as on a GPU where a block may have
-// shared_bytes bytes of shared memory
+// shared_bytes bytes of shared memory. separate: q, k, v, o and their gradients are tensors with strides of
+// their own; else q, k, v are parts of one.
 template <int DK>
-Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int groups, int shared_bytes) {
+Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int groups, int shared_bytes,
+            bool separate = false) {
   const bool warpgroups = groups > 0;
   const int dk = shape.head_dim_k, dv = shape.head_dim_v, H = shape.heads_v, chunks = shape.chunks();
   const Sizes size = {shape.tokens, shape.heads_k, H, dk, dv, chunks, H / shape.heads_k};
@@ -129,10 +155,25 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   std::vector<act> o(in.d_o.size()), dqkv(in.qkv.size());
   const Saved saved = {states.data(), errors.data(), exponents.data()};
   const Adjoints adjoints = {d_states.data(), x.data(), d_exponents.data()};
-  const Qkv<const act> qkv = unpacked(in.qkv.data(), shape);
-  const Qkv<act> d_qkv = unpacked(dqkv.data(), shape);
-  const HeadRows<const act> d_o = dense_values(in.d_o.data(), shape);
-  const HeadRows<act> out = dense_values(o.data(), shape);
+  Qkv<const act> qkv = unpacked(in.qkv.data(), shape);
+  Qkv<act> d_qkv = unpacked(dqkv.data(), shape);
+  HeadRows<const act> d_o = dense_values(in.d_o.data(), shape);
+  HeadRows<act> out = dense_values(o.data(), shape);
+  const int Hk = shape.heads_k, rows = shape.rows();
+  Separate q_own(shape, Hk, dk, 0, 8), k_own(shape, Hk, dk, 16, 0), v_own(shape, H, dv, 8, 24),
+      d_o_own(shape, H, dv, 0, 40), o_own(shape, H, dv, 24, 0), dq_own(shape, Hk, dk, 8, 8),
+      dk_own(shape, Hk, dk, 0, 16), dv_own(shape, H, dv, 40, 8);
+  if (separate) {
+    const auto own = [&](Separate& to, const HeadRows<const act>& from) {
+      copy_heads(to.at(), from, rows, to.heads, to.columns);
+      const HeadRows<act> at = to.at();
+      return HeadRows<const act>{at.at, at.row_stride, at.head_stride};
+    };
+    qkv = {own(q_own, qkv.q), own(k_own, qkv.k), own(v_own, qkv.v)};
+    d_o = own(d_o_own, d_o);
+    d_qkv = {dq_own.at(), dk_own.at(), dv_own.at()};
+    out = o_own.at();
+  }
   const Prepared prepared = {matrices.data(), gates.data()};
   const PrepareInputs prepare_inputs = {qkv.q, qkv.k, in.g.data(), in.beta.data()};
   std::vector<float> final_state(size_t(shape.batch) * H * dv * dk, unset), d_initial_state(final_state);
@@ -143,16 +184,16 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
       qkv.q, qkv.k, d_o, matrices.data(), gates.data(), {begin(in.d_final_state), d_initial_state.data()}};
 
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
-  std::memset(tiles, 0x7f, sizeof tiles);
+  std::memset(wgmma_tiles, 0x7f, sizeof wgmma_tiles);
   const unsigned h = unsigned(H), b = unsigned(shape.batch), n = unsigned(splits.count);
-  emulator::shared_memory = tiles;  // of prepare_kernel
+  emulator::shared_memory = wgmma_tiles;  // of prepare_kernel
   emulator::launch({unsigned(chunks), h, b}, kPrepareThreads, [&] {
     if (warpgroups)
       prepare_sm90_kernel(prepared, prepare_inputs, size, s);
     else
       prepare_kernel(prepared, prepare_inputs, size, s);
   });
-  emulator::shared_memory = warpgroups ? tiles : shared;
+  emulator::shared_memory = warpgroups ? wgmma_tiles : shared;
   const PassPlan plan = pass_plan(shape, 1, 1, shared_bytes);
   if (!warpgroups && plan.bytes > shared_bytes) throw std::logic_error("a plan that does not fit");
   // f with a constant: the plan's stages
@@ -271,8 +312,8 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
                                      state_tensor(states.data()),
                                      state_tensor(d_states.data())};
     const GateInputs gate_inputs = {gates.data(), exponents.data(), d_exponents.data()};
-    if (GradientLayout<kTiles, kGrouped>::kBytes > int(sizeof tiles)) std::abort();
-    emulator::shared_memory = tiles;
+    if (GradientLayout<kTiles, kGrouped>::kBytes > int(sizeof wgmma_tiles)) std::abort();
+    emulator::shared_memory = wgmma_tiles;
     emulator::launch({unsigned(std::min(work_tiles, 2)), 1, 1}, kGradientThreads, [&] {
       gradients_sm90_kernel<kTiles, kGrouped>(tensors, dg.data(), dbeta.data(), gate_inputs, size, work_tiles,
                                               s);
@@ -306,6 +347,13 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
       throw std::logic_error("a plan of another width");
   }
 
+  if (separate) {
+    const Qkv<act> packed = unpacked(dqkv.data(), shape);
+    copy_heads(packed.q, d_qkv.q, rows, Hk, dk);
+    copy_heads(packed.k, d_qkv.k, rows, Hk, dk);
+    copy_heads(packed.v, d_qkv.v, rows, H, dv);
+    copy_heads(dense_values(o.data(), shape), out, rows, H, dv);
+  }
   Results results = outputs(shape, to_double(o), to_double(dqkv), to_double(dg), to_double(dbeta),
                             to_double(final_state), to_double(d_initial_state));
   results.of[kStates] = state(states, exponents), results.of[kErrors] = value(errors, exponents);
@@ -415,6 +463,14 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
     for (int i = 0; i < kResults; i++) {
       const double error = relative_error(cut.of[i], whole.of[i]), bound = i < kOutputs ? 1.4e-3 : 7e-4;
       expect(error <= bound, "cut against not cut", kNames[i], error, bound);
+    }
+    if (!less) {
+      const Results apart = run<DK>(shape, in, split_chunks, groups, shared_bytes, true);
+      for (int i = 0; i < kResults; i++) {
+        const bool same = std::memcmp(apart.of[i].data(), cut.of[i].data(), 8 * cut.of[i].size()) == 0;
+        expect(same, "separate tensors against packed rows", kNames[i],
+               same ? 0 : relative_error(apart.of[i], cut.of[i]), 0);
+      }
     }
     // Sums have the same order, however much shared memory there is, but those of dg. In dq and dk numbers
     // below fp16's normal range depend on the scale factor of dqk and dkk, whose bound covers other blocks.

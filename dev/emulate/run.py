@@ -5,8 +5,8 @@
 
 It compiles gdn/kernels/delta_rule/ with g++ -DGDN_EMULATED, which makes gdn/kernels/ptx.cuh take its functions from
 ptx_emulated.h. Covered: the float kernels of dev/readable; prepare_kernel, the passes and the gradients on mma.sync and on
-wgmma (passes with one and with two consumer warpgroups), and sequence splits. So a wrong index or equation is found on a machine without a GPU; and most missing
-waits and barriers, for there are two runs whose bits must be the same: in one, asynchronous work (cp.async, TMA, wgmma) is
+wgmma (passes with one and with two consumer warpgroups), and sequence splits. So a wrong index or equation is found on a
+machine without a GPU; and most missing waits and barriers, for there are two runs whose bits must be the same: in one, asynchronous work (cp.async, TMA, wgmma) is
 done at once and one warp runs ahead of all others as far as barriers let it; in the other it is done as late as a wait
 allows, and chance picks which warp moves. The mma.sync kernels also run with the plans for GPUs with 163 and 99 KiB of
 shared memory a block, and must give the same o, dv, dbeta, states, E, dS and X to the bit. No multiply-add is fused, so that

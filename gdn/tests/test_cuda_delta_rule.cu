@@ -373,6 +373,99 @@ TEST_CASE("cuda delta rule: one sequence, cut, in memory for a batch that is not
   CHECK(std::memcmp(a.dqkv.data(), b.dqkv.data(), a.dqkv.size() * sizeof(act)) == 0);
 }
 
+// [B,T,heads,columns] of 16-bit values with gaps behind each head and each row.
+struct Gapped {
+  int heads, columns, head_stride, row_stride;
+  Gapped(int heads, int columns, int head_gap, int row_gap)
+      : heads(heads),
+        columns(columns),
+        head_stride(columns + head_gap),
+        row_stride(heads * head_stride + row_gap) {}
+
+  // from columns [first, first + heads columns) of rows of C
+  std::vector<act> spread(const std::vector<act>& packed, int C, int first) const {
+    const size_t rows = packed.size() / C;
+    std::vector<act> out(rows * row_stride, __float2bfloat16_rn(std::numeric_limits<float>::quiet_NaN()));
+    for (size_t m = 0; m < rows; m++)
+      for (int h = 0; h < heads; h++)
+        std::copy_n(&packed[m * C + first + h * columns], columns, &out[m * row_stride + h * head_stride]);
+    return out;
+  }
+  std::vector<act> packed(const std::vector<act>& apart) const {
+    std::vector<act> out;
+    for (size_t at = 0; at + row_stride <= apart.size(); at += row_stride)
+      for (int h = 0; h < heads; h++)
+        out.insert(out.end(), &apart[at + h * head_stride], &apart[at + h * head_stride] + columns);
+    return out;
+  }
+  template <class T>
+  gdn::delta_rule::HeadRows<T> rows(T* at) const {
+    return {at, row_stride, head_stride};
+  }
+};
+
+// q, k, v, o and their gradients as tensors of their own, as from another library.
+TEST_CASE("cuda delta rule: separate strided tensors give the bits of packed rows" * needs_gpu()) {
+  using namespace gdn::delta_rule;
+  Cuda device;
+  device.sm_count = 132;
+  for (const MixerShape& shape : {make_shape(2, 130, 2, 4, 64, 128), make_shape(1, 200, 2, 2, 256, 64),
+                                  make_shape(1, 100, 1, 2, 48, 80), make_shape(1, 1000, 1, 2, 128, 64)}) {
+    INFO(describe(shape));
+    const Inputs in = make_inputs(shape, kInitial, 700);
+    const GpuResults expected = run_on_gpu(device, shape, in);
+    const int Hk = shape.heads_k, Hv = shape.heads_v, dk = shape.head_dim_k, dv = shape.head_dim_v;
+    const int C = shape.conv_channels(), keys = shape.key_dim(), values = shape.value_dim();
+    const Gapped q_at(Hk, dk, 0, 8), k_at(Hk, dk, 16, 0), v_at(Hv, dv, 8, 24), d_o_at(Hv, dv, 0, 40),
+        o_at(Hv, dv, 24, 0), dq_at(Hk, dk, 8, 8), dk_at(Hk, dk, 0, 16), dv_at(Hv, dv, 40, 8);
+    const auto qkv = to_act(in.qkv), d_o = to_act(in.d_o);
+    const auto q = upload(device, q_at.spread(qkv, C, 0)), k = upload(device, k_at.spread(qkv, C, keys)),
+               v = upload(device, v_at.spread(qkv, C, 2 * keys)),
+               d_out = upload(device, d_o_at.spread(d_o, values, 0));
+    const auto memory = [&](const Gapped& x) {
+      return poisoned<act>(device, size_t(shape.rows()) * x.row_stride);
+    };
+    const auto o = memory(o_at), dq = memory(dq_at), d_k = memory(dk_at), d_v = memory(dv_at);
+    const auto g = upload(device, to_float(in.g)), beta = upload(device, to_float(in.beta));
+    const auto dg = poisoned<float>(device, in.g.size()), dbeta = poisoned<float>(device, in.g.size());
+    const auto saved = poisoned<uint8_t>(device, gated_delta_rule_saved_bytes(device, shape));
+    const auto scratch = poisoned<uint8_t>(device, gated_delta_rule_scratch_bytes(device, shape));
+    const Saved forward = saved_at(saved.get(), shape);
+    const Adjoints adjoints = adjoints_at(scratch.get(), shape);
+    const DeltaRulePlan plan = make_plan(device, shape, in.s, prepared_at(saved.get(), nullptr, shape),
+                                         splits_at(device, scratch.get(), shape));
+    const Qkv<const act> tensors = {q_at.rows<const act>(q.get()), k_at.rows<const act>(k.get()),
+                                    v_at.rows<const act>(v.get())};
+    const HeadRows<const act> output_gradient = d_o_at.rows<const act>(d_out.get());
+    prepare(device, plan, {tensors.q, tensors.k, g.get(), beta.get()});
+    if (plan.splits.count > 1) {
+      forward_states(device, plan, tensors, true);
+      merge_splits(device, plan, false);
+    }
+    forward_pass(device, plan, o_at.rows(o.get()), forward, tensors);
+    if (plan.splits.count > 1) {
+      forward_states(device, plan, tensors, false);
+      backward_states(device, plan, tensors, output_gradient);
+      merge_splits(device, plan, true);
+    }
+    backward_pass(device, plan, dv_at.rows(d_v.get()), adjoints, tensors, output_gradient);
+    gradients(device, plan, {dq_at.rows(dq.get()), dk_at.rows(d_k.get()), dg.get(), dbeta.get()},
+              {tensors.q, tensors.k, output_gradient, forward, adjoints, plan.prepared.gates});
+    device.synchronize();
+    const auto same = [&](const Gapped& x, const Buffer<Cuda, act>& ours, const std::vector<act>& packed,
+                          int C, int first) {
+      const std::vector<act> a = x.packed(download(device, ours)), b = x.packed(x.spread(packed, C, first));
+      return std::memcmp(a.data(), b.data(), a.size() * sizeof(act)) == 0;
+    };
+    CHECK(same(o_at, o, expected.o, values, 0));
+    CHECK(same(dq_at, dq, expected.dqkv, C, 0));
+    CHECK(same(dk_at, d_k, expected.dqkv, C, keys));
+    CHECK(same(dv_at, d_v, expected.dqkv, C, 2 * keys));
+    CHECK(download(device, dg) == expected.dg);
+    CHECK(download(device, dbeta) == expected.dbeta);
+  }
+}
+
 TEST_CASE("cuda delta rule: which sequences are cut") {
   using gdn::delta_rule::choose_splits;
   CHECK(choose_splits(512, 24, 132).count == 5);

@@ -419,7 +419,7 @@ TEST_CASE("library: errors are one line with the value and what was expected") {
   CHECK(error([](auto& c) { c.type = GDN_BFLOAT16; }) ==
         f + "type bfloat16 on the CPU, expected float32 or float64");
   CHECK(error([](auto& c) { c.type = 9; }) == f + "type 9, expected 0 to 3 (gdn_type)");
-  CHECK(error([](auto& c) { c.device = 5; }) == f + "device 5, expected 0 (CPU) or 1 (GPU)");
+  CHECK(error([](auto& c) { c.device = 5; }) == f + "device 5, expected 0 (CPU) or 1 (CUDA)");
   CHECK(error([](auto& c) { c.q = {}; }) == f + "q is null");
   CHECK(error([](auto& c) { c.tokens = 9; }) ==
         f + "cu_seqlens ends with 8, expected the number of tokens, 9");
