@@ -60,7 +60,7 @@ DEFINES += -DGDN_CUDA $(CUDA_INCLUDES)
 COMPRESS := $(if $(shell $(NVCC) --version | grep -E 'release (1[3-9]|[2-9][0-9])'),--compress-mode=size)
 # 1675: nvcc does not know a pragma that it passes on to the host's compiler
 COMPILE_NVCC = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler -diag-suppress 1675 -lineinfo $(COMPRESS) $(GENCODE) \
-  $(CXXFLAGS) -I. -I$(dir $(NVCC))../extras/CUPTI/include $(DEFINES) $(DEPENDENCIES) $(EXTRA) -c
+  $(CXXFLAGS) -fPIC -fvisibility=hidden -I. -I$(dir $(NVCC))../extras/CUPTI/include $(DEFINES) $(DEPENDENCIES) $(EXTRA) -c
 LINK = $(NVCC) -ccbin $(CXX) -forward-unknown-to-host-compiler $(GENCODE) $(CXXFLAGS) $(EXTRA)
 LIBS += -lcublasLt
 NCCL ?= $(shell printf '$(HASH)include <nccl.h>\nint main() { int v; return ncclGetVersion(&v); }\n' | \
@@ -98,7 +98,7 @@ $(PROGRAMS)/test_gdn: $(TESTS) $(BUILD)/gdn/library.o $(RANKS) $(LAYERS)
 	$(LINK) $^ -o $@ $(LIBS)
 
 # the layers for other programs: only the functions of gdn/library.h are visible
-$(PROGRAMS)/libgdn.so: $(BUILD)/gdn/library.o
+$(PROGRAMS)/libgdn.so: $(BUILD)/gdn/library.o $(LAYERS)
 	$(LINK) -shared $^ -o $@ $(LIBS)
 
 # The compilers' commands as files: newer than the objects where a setting has changed.

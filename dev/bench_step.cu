@@ -30,7 +30,6 @@
 
 #include "gdn_kernels.cuh"
 
-#include "gdn/communicator_cuda.h"
 #include "gdn/model.h"
 #include "gdn/optimizer.h"
 #include "gdn/speed_of_light.h"

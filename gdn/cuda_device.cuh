@@ -65,6 +65,7 @@ struct Cuda {
   static constexpr size_t kWorkspaceBytes = size_t(32) << 20;
 
   cudaStream_t stream = nullptr;
+  bool owns_stream = true;
   cublasLtHandle_t cublaslt = nullptr;
   void* workspace = nullptr;  // [kWorkspaceBytes], of the matrix products
   std::string name, uuid;
@@ -102,6 +103,14 @@ struct Cuda {
       destroy();
       throw;
     }
+  }
+  // Work on somebody else's stream of GPU `number`, which is the current one, in layers without matrix products of
+  // cuBLASLt (gdn/library.cpp). Allocates nothing.
+  Cuda(int number, cudaStream_t others) : stream(others), owns_stream(false) {
+    int most = 0;
+    cuda_check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, number));
+    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
+    shared_bytes = lowered_shared_bytes(most);
   }
   ~Cuda() { destroy(); }
   Cuda(const Cuda&) = delete;
@@ -282,7 +291,7 @@ struct Cuda {
     }
     if (workspace) release(workspace);
     if (cublaslt) cublasLtDestroy(cublaslt);
-    if (stream) cudaStreamDestroy(stream);
+    if (stream && owns_stream) cudaStreamDestroy(stream);
   }
 };
 

@@ -11,6 +11,9 @@
 #include <vector>
 
 #include "cpu_layers.h"
+#ifdef GDN_CUDA
+#include "library_cuda.h"
+#endif
 
 namespace gdn {
 namespace {
@@ -59,7 +62,7 @@ template <class Work>
 void with_type(int32_t device, int32_t type, const Work& work) {
   const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
   if (type < 0 || type > GDN_FLOAT16) refuse("type " + text(type) + ", expected 0 to 3 (gdn_type)");
-  if (device == GDN_ON_CUDA) refuse("device CUDA: this library computes on the CPU alone");
+  if (device == GDN_ON_CUDA) refuse("device CUDA: this layer computes on the CPU alone");
   if (device != GDN_ON_CPU) refuse("device " + text(device) + ", expected 0 (CPU) or 1 (CUDA)");
   if (type == GDN_FLOAT32) return work(float());
   if (type == GDN_FLOAT64) return work(double());
@@ -149,6 +152,191 @@ DeltaRuleCall<Real> delta_rule_of(const gdn_delta_rule& x) {
   call.initial_state = strided_state<const Real>(x.initial_state);
   return call;
 }
+
+// ---- gated delta rule on the GPU
+
+enum class Pass { forward, backward, recurrent };
+
+#ifdef GDN_CUDA
+
+// Makes a GPU the current one for as long as it lives.
+class CurrentGpu {
+ public:
+  explicit CurrentGpu(int number) {
+    cuda_check(cudaGetDevice(&before_));
+    if (number != before_) cuda_check(cudaSetDevice(number));
+    changed_ = number != before_;
+  }
+  ~CurrentGpu() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  CurrentGpu(const CurrentGpu&) = delete;
+  CurrentGpu& operator=(const CurrentGpu&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+std::string strides_text(const gdn_tensor& x) {
+  return "strides " + text(x.stride[0]) + ", " + text(x.stride[1]) + ", " + text(x.stride[2]) + ", " +
+         text(x.stride[3]);
+}
+
+// [B,T,heads,columns] bf16
+CudaRows cuda_rows(const char* name, const gdn_tensor& x, const gdn_delta_rule& call) {
+  present(name, x);
+  const auto fits = [](int64_t stride) {
+    return stride % 8 == 0 && stride >= 0 && stride <= std::numeric_limits<int>::max();
+  };
+  if (x.stride[3] != 1 || !fits(x.stride[1]) || !fits(x.stride[2]) ||
+      (call.batch > 1 && x.stride[0] != call.tokens * x.stride[1]) ||
+      reinterpret_cast<uintptr_t>(x.data) % 16 != 0)
+    refuse(std::string(name) + " has " + strides_text(x) +
+           " or does not begin on 16 bytes; the GPU reads T s, s, h, 1, s and h multiples of 8");
+  return {x.data, int(x.stride[1]), int(x.stride[2])};
+}
+
+void require_dense(const char* name, const gdn_tensor& x, const int64_t (&shape)[4], int dimensions) {
+  int64_t step = 1;
+  for (int i = dimensions; i-- > 0; step *= shape[i])
+    if (shape[i] > 1 && x.stride[i] != step)
+      refuse(std::string(name) + " has " + strides_text(x) + ", expected a dense tensor");
+}
+
+float* cuda_gate(const char* name, const gdn_tensor& x, const gdn_delta_rule& call) {
+  present(name, x);
+  require_dense(name, x, {call.batch, call.tokens, call.heads_v, 1}, 3);
+  return static_cast<float*>(x.data);
+}
+
+// A state, or null: dense as [N,Hv,dv,dk], or with `keys_first` as [N,Hv,dk,dv].
+float* cuda_state(const char* name, const gdn_tensor& x, const gdn_delta_rule& call, bool keys_first) {
+  if (!x.data) return nullptr;
+  gdn_tensor order = x;
+  if (!keys_first) std::swap(order.stride[2], order.stride[3]);
+  const int64_t dk = call.head_dim_k, dv = call.head_dim_v;
+  require_dense(name, order, {call.sequences, call.heads_v, keys_first ? dk : dv, keys_first ? dv : dk}, 4);
+  return static_cast<float*>(x.data);
+}
+
+void check_cuda(const gdn_delta_rule& x) {
+  check_sequences(x);
+  check_heads(x);
+  if (x.type != GDN_BFLOAT16) refuse("type " + text(x.type) + " on the GPU, expected 2 (bfloat16)");
+  if (x.normalized) refuse("normalized on the GPU, expected 0");
+}
+
+MixerShape cuda_shape(const gdn_delta_rule& x, int64_t batch, int64_t tokens) {
+  MixerShape shape;
+  shape.batch = int(batch), shape.tokens = int(tokens);
+  shape.heads_k = x.heads_k, shape.heads_v = x.heads_v;
+  shape.head_dim_k = x.head_dim_k, shape.head_dim_v = x.head_dim_v;
+  return shape;
+}
+
+// Calls work(shape, first token, sequence, offset in saved) for each document, or once for all rows together.
+template <class Work>
+void for_each_call(Cuda& device, const gdn_delta_rule& x, const Work& work) {
+  if (!x.cu_seqlens) return work(cuda_shape(x, x.batch, x.tokens), 0, 0, 0);
+  size_t offset = 0;
+  for (int64_t n = 0; n < x.sequences; n++) {
+    const MixerShape shape = cuda_shape(x, 1, x.cu_seqlens[n + 1] - x.cu_seqlens[n]);
+    work(shape, x.cu_seqlens[n], n, offset);
+    offset += shape.tokens ? gated_delta_rule_saved_bytes(device, shape) : 0;
+  }
+}
+
+void cuda_bytes(const gdn_delta_rule& x, size_t* saved, size_t* scratch) {
+  check_cuda(x);
+  const CurrentGpu current(x.device_number);
+  Cuda device(x.device_number, static_cast<cudaStream_t>(x.stream));
+  *saved = *scratch = 0;
+  for_each_call(device, x, [&](const MixerShape& shape, int64_t, int64_t, size_t offset) {
+    if (shape.rows() == 0) return;
+    *saved = offset + gated_delta_rule_saved_bytes(device, shape);
+    *scratch = std::max(*scratch, gated_delta_rule_scratch_bytes(device, shape));
+  });
+}
+
+void cuda_delta_rule(const gdn_delta_rule& x, Pass pass) {
+  check_cuda(x);
+  if (x.cu_seqlens == nullptr && x.batch * x.tokens == 0)
+    refuse("no tokens, expected at least one on the GPU");
+  const CurrentGpu current(x.device_number);
+  Cuda device(x.device_number, static_cast<cudaStream_t>(x.stream));
+  const bool backward = pass == Pass::backward, recurrent = pass == Pass::recurrent;
+  const int64_t state_size = int64_t(x.heads_v) * x.head_dim_k * x.head_dim_v;
+  CudaDeltaRule whole;
+  whole.s = float(x.scale);
+  whole.q = cuda_rows("q", x.q, x), whole.k = cuda_rows("k", x.k, x), whole.v = cuda_rows("v", x.v, x);
+  whole.g = cuda_gate("g", x.g, x), whole.beta = cuda_gate("beta", x.beta, x);
+  whole.o = backward ? cuda_rows("d_o", x.d_o, x) : cuda_rows("o", x.o, x);
+  whole.initial_state = cuda_state("initial_state", x.initial_state, x, recurrent);
+  whole.final_state = cuda_state("final_state", x.final_state, x, recurrent);
+  if (backward) {
+    whole.dq = cuda_rows("dq", x.dq, x), whole.dk = cuda_rows("dk", x.dk, x),
+    whole.dv = cuda_rows("dv", x.dv, x);
+    whole.dg = cuda_gate("dg", x.dg, x), whole.dbeta = cuda_gate("dbeta", x.dbeta, x);
+    whole.d_final_state = cuda_state("d_final_state", x.d_final_state, x, false);
+    whole.d_initial_state = cuda_state("d_initial_state", x.d_initial_state, x, false);
+    present("saved", x.saved);
+  }
+  if (recurrent) {
+    present("final_state", x.final_state);
+    require_dense("o", x.o, {x.batch, x.tokens, x.heads_v, x.head_dim_v}, 4);
+  } else {
+    present("scratch", x.scratch);
+  }
+  const auto advance = [](CudaRows& rows, int64_t tokens) {
+    if (rows.data) rows.data = static_cast<act*>(rows.data) + tokens * rows.row;
+  };
+  const auto copy_state = [&](float* to, const float* from, int64_t count) {
+    const size_t bytes = size_t(count * state_size) * sizeof(float);
+    if (!to || to == from) return;
+    if (from)
+      device.copy(to, from, bytes);
+    else
+      device.zero(to, bytes);
+  };
+  for_each_call(device, x, [&](const MixerShape& shape, int64_t first, int64_t n, size_t offset) {
+    CudaDeltaRule call = whole;
+    call.shape = shape;
+    for (CudaRows* rows : {&call.q, &call.k, &call.v, &call.o, &call.dq, &call.dk, &call.dv})
+      advance(*rows, first);
+    const auto at = [&](auto*& p, int64_t step) {
+      if (p) p += step;
+    };
+    const int64_t gate = first * x.heads_v, state = n * state_size;
+    at(call.g, gate), at(call.beta, gate), at(call.dg, gate), at(call.dbeta, gate);
+    at(call.initial_state, state), at(call.final_state, state);
+    at(call.d_final_state, state), at(call.d_initial_state, state);
+    call.saved = x.saved ? static_cast<char*>(x.saved) + offset : nullptr;
+    call.scratch = x.scratch;
+    const int64_t count = x.cu_seqlens ? 1 : x.batch;
+    if (shape.rows() == 0) {  // a document of no tokens hands its state on
+      if (backward)
+        copy_state(call.d_initial_state, call.d_final_state, count);
+      else
+        copy_state(call.final_state, call.initial_state, count);
+    } else if (recurrent) {
+      copy_state(call.final_state, call.initial_state, count);
+      delta_rule_recurrent(device, call, call.final_state);
+    } else if (backward) {
+      delta_rule_backward(device, call);
+    } else {
+      delta_rule_forward(device, call);
+    }
+  });
+}
+
+#else
+
+[[noreturn]] void no_gpu() { refuse("device CUDA: this library was built without nvcc"); }
+void cuda_bytes(const gdn_delta_rule&, size_t*, size_t*) { no_gpu(); }
+void cuda_delta_rule(const gdn_delta_rule&, Pass) { no_gpu(); }
+
+#endif
 
 // ---- short convolution
 
@@ -404,7 +592,7 @@ struct Mixer {
     const int M = shape.rows(), d = call.width;
     linear_forward(dev, proj.data(), read("h", call.h), in_proj.data(), M, shape.columns(), d);
     short_conv_forward(dev, qkv.data(), rnorm.data(), proj.data(), read("taps", call.taps),
-                            static_cast<Real*>(nullptr), shape, position.data());
+                       static_cast<Real*>(nullptr), shape, position.data());
     gates_forward(dev, g.data(), beta.data(), proj.data(), read("A_log", call.A_log),
                   read("dt_bias", call.dt_bias), shape, Real(call.beta_max));
     delta_rule = delta_rule_call<Real>(qkv.data(), g.data(), beta.data(), shape, Real(call.scale));
@@ -446,7 +634,7 @@ struct Mixer {
     std::vector<Real> dtaps(size_t(shape.conv_channels()) * kConvTaps), dA_log(size_t(shape.heads_v)),
         ddt_bias(size_t(shape.heads_v));
     short_conv_backward(dev, dproj.data(), dtaps.data(), dqkv.data(), rnorm.data(), proj.data(),
-                             read("taps", call.taps), shape, nullptr, position.data());
+                        read("taps", call.taps), shape, nullptr, position.data());
     gates_backward(dev, dproj.data(), dA_log.data(), ddt_bias.data(), dg.data(), dbeta.data(), g.data(),
                    beta.data(), proj.data(), read("A_log", call.A_log), read("dt_bias", call.dt_bias), shape,
                    Real(call.beta_max), nullptr);
@@ -485,12 +673,14 @@ GDN_API int gdn_has_cuda(void) {
 #endif
 }
 
-GDN_API int gdn_delta_rule_saved_bytes(const gdn_delta_rule* x, size_t* bytes) {
+GDN_API int gdn_delta_rule_bytes(const gdn_delta_rule* x, size_t* saved, size_t* scratch) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
-    gdn::present("bytes", bytes);
+    gdn::present("saved", saved), gdn::present("scratch", scratch);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_bytes(*x, saved, scratch);
     gdn::with_type(x->device, x->type, [&](auto real) {
-      *bytes = sizeof real * gdn::sized_call<decltype(real)>(*x).saved_size();
+      *saved = sizeof real * gdn::sized_call<decltype(real)>(*x).saved_size();
+      *scratch = 0;
     });
   });
 }
@@ -498,6 +688,7 @@ GDN_API int gdn_delta_rule_saved_bytes(const gdn_delta_rule* x, size_t* bytes) {
 GDN_API int gdn_delta_rule_forward(const gdn_delta_rule* x) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_delta_rule(*x, gdn::Pass::forward);
     gdn::with_type(x->device, x->type, [&](auto real) {
       using Real = decltype(real);
       const auto call = gdn::delta_rule_of<Real>(*x);
@@ -511,6 +702,7 @@ GDN_API int gdn_delta_rule_forward(const gdn_delta_rule* x) {
 GDN_API int gdn_delta_rule_backward(const gdn_delta_rule* x) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_delta_rule(*x, gdn::Pass::backward);
     gdn::with_type(x->device, x->type, [&](auto real) {
       using Real = decltype(real);
       const auto call = gdn::delta_rule_of<Real>(*x);
@@ -533,6 +725,7 @@ GDN_API int gdn_delta_rule_backward(const gdn_delta_rule* x) {
 GDN_API int gdn_delta_rule_recurrent(const gdn_delta_rule* x) {
   return gdn::guarded(__func__, [&] {
     gdn::check_struct(x);
+    if (x->device == GDN_ON_CUDA) return gdn::cuda_delta_rule(*x, gdn::Pass::recurrent);
     gdn::with_type(x->device, x->type, [&](auto real) {
       using Real = decltype(real);
       const auto call = gdn::delta_rule_of<Real>(*x);

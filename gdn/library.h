@@ -7,7 +7,13 @@
  * wanted.
  *
  * Tensors are read and written where they lie: `data` with the strides of its dimensions in elements. All tensors of a
- * call are of the call's type. The CPU computes float32 and float64.
+ * call are of the call's type. The CPU computes float32 and float64, with any strides.
+ *
+ * Built with nvcc, the GPU computes the delta rule, in bfloat16: q, k, v, o and their gradients are bfloat16, g, beta,
+ * states and their gradients float32. There head_dim_k and head_dim_v are multiples of 16, to 256 and to 512; the strides of
+ * q, k, v, o, their gradients and d_o over tokens and heads, and their beginnings, multiples of 8 elements; that over the
+ * batch T times that over tokens; g, beta and their gradients dense; states as the comments below say. `normalized` must be
+ * 0. Calls are queued on `stream` and return at once; of several documents each runs as a call of its own, in order.
  */
 #ifndef GDN_LIBRARY_H
 #define GDN_LIBRARY_H
@@ -36,22 +42,25 @@ typedef struct {
 typedef struct {
   size_t size; /* sizeof(gdn_delta_rule) */
   int32_t device, type;
-  void* stream; /* cudaStream_t */
+  int32_t device_number; /* of the GPU */
+  void* stream;          /* cudaStream_t; null: the default stream */
   int64_t batch, tokens;
   int32_t heads_k, heads_v, head_dim_k, head_dim_v;
   int64_t sequences;         /* N */
   const int64_t* cu_seqlens; /* [N+1] on the host, from 0 to T, ascending; null: none */
   double scale;
   int32_t normalized; /* q and k are divided by sqrt(|.|^2 + 1e-6) first */
-  gdn_tensor q, k, v, g, beta, initial_state;
+  gdn_tensor q, k, v, g, beta, initial_state; /* states on the GPU: dense as [N,Hv,dv,dk], the strides telling so; in
+                                                 gdn_delta_rule_recurrent dense as [N,Hv,dk,dv] */
   gdn_tensor o, final_state;                 /* written by the forward; final_state may be null */
   gdn_tensor d_o, d_final_state;             /* read by the backward; d_final_state may be null */
   gdn_tensor dq, dk, dv, dg, dbeta, d_initial_state; /* written by the backward; d_initial_state may be null */
-  void* saved; /* gdn_delta_rule_saved_bytes: from forward to backward; null in a forward that no backward follows */
+  void* saved;   /* from forward to backward; null in a forward that no backward follows */
+  void* scratch; /* work space of a call on the GPU */
 } gdn_delta_rule;
 
-/* Bytes of `saved`, from the sizes alone. */
-int gdn_delta_rule_saved_bytes(const gdn_delta_rule*, size_t* bytes);
+/* Bytes of `saved` and `scratch`, from the sizes alone. */
+int gdn_delta_rule_bytes(const gdn_delta_rule*, size_t* saved, size_t* scratch);
 /* In chunks of 64 tokens. */
 int gdn_delta_rule_forward(const gdn_delta_rule*);
 int gdn_delta_rule_backward(const gdn_delta_rule*);

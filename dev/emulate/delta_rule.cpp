@@ -30,11 +30,28 @@ auto& wgmma_tiles = gdn::delta_rule::tiles;  // gdn::tiles is a namespace of the
 struct Inputs {
   std::vector<act> qkv, d_o;
   std::vector<float> g, beta;
+  std::vector<float> initial_state, d_final_state;  // [B,Hv,dv,dk]; empty: none
 };
 
-// What the kernels write, as numbers. The first six come out of the layer.
-enum { kO, kDq, kDk, kDv, kDg, kDbeta, kOutputs, kStates = kOutputs, kErrors, kDStates, kX, kResults };
-const char* const kNames[kResults] = {"o", "dq", "dk", "dv", "dg", "dbeta", "states", "E", "dS", "X"};
+// What the kernels write, as numbers. Those before kOutputs come out of the layer.
+enum {
+  kO,
+  kDq,
+  kDk,
+  kDv,
+  kDg,
+  kDbeta,
+  kFinal,
+  kDInitial,
+  kOutputs,
+  kStates = kOutputs,
+  kErrors,
+  kDStates,
+  kX,
+  kResults
+};
+const char* const kNames[kResults] = {
+    "o", "dq", "dk", "dv", "dg", "dbeta", "final_state", "d_initial_state", "states", "E", "dS", "X"};
 struct Results {
   Doubles of[kResults];
 };
@@ -85,10 +102,10 @@ Doubles columns_of(const Doubles& x, int columns, int first, int end) {
 }
 
 Results outputs(const MixerShape& shape, const Doubles& o, const Doubles& dqkv, const Doubles& dg,
-                const Doubles& dbeta) {
+                const Doubles& dbeta, const Doubles& final_state, const Doubles& d_initial_state) {
   const int C = shape.conv_channels(), keys = shape.key_dim();
   return {{o, columns_of(dqkv, C, 0, keys), columns_of(dqkv, C, keys, 2 * keys),
-           columns_of(dqkv, C, 2 * keys, C), dg, dbeta}};
+           columns_of(dqkv, C, 2 * keys, C), dg, dbeta, final_state, d_initial_state}};
 }
 
 // [B,T,heads,columns] in memory of its own, with gaps behind each head and each row.
@@ -159,8 +176,12 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
   }
   const Prepared prepared = {matrices.data(), gates.data()};
   const PrepareInputs prepare_inputs = {qkv.q, qkv.k, in.g.data(), in.beta.data()};
-  const PassInputs forward = {qkv.q, qkv.k, qkv.v, matrices.data(), gates.data()};
-  const PassInputs backward = {qkv.q, qkv.k, d_o, matrices.data(), gates.data()};
+  std::vector<float> final_state(size_t(shape.batch) * H * dv * dk, unset), d_initial_state(final_state);
+  const auto begin = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+  const PassInputs forward = {qkv.q,           qkv.k,        qkv.v,
+                              matrices.data(), gates.data(), {begin(in.initial_state), final_state.data()}};
+  const PassInputs backward = {
+      qkv.q, qkv.k, d_o, matrices.data(), gates.data(), {begin(in.d_final_state), d_initial_state.data()}};
 
   std::memset(shared, 0x7f, sizeof shared);  // large numbers, if anybody read them
   std::memset(wgmma_tiles, 0x7f, sizeof wgmma_tiles);
@@ -333,7 +354,8 @@ Results run(const MixerShape& shape, const Inputs& in, int split_chunks, int gro
     copy_heads(packed.v, d_qkv.v, rows, H, dv);
     copy_heads(dense_values(o.data(), shape), out, rows, H, dv);
   }
-  Results results = outputs(shape, to_double(o), to_double(dqkv), to_double(dg), to_double(dbeta));
+  Results results = outputs(shape, to_double(o), to_double(dqkv), to_double(dg), to_double(dbeta),
+                            to_double(final_state), to_double(d_initial_state));
   results.of[kStates] = state(states, exponents), results.of[kErrors] = value(errors, exponents);
   results.of[kDStates] = state(d_states, d_exponents), results.of[kX] = value(x, d_exponents);
   return results;
@@ -347,11 +369,19 @@ void expect(bool good, const char* what, const char* name, double error, double 
 }
 
 template <int DK>
-void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int split_chunks, float decay) {
+void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int split_chunks, float decay,
+           bool states = false) {
   MixerShape shape;
   shape.batch = batch, shape.tokens = tokens, shape.heads_k = heads_k, shape.heads_v = heads_v;
   shape.head_dim_k = dk, shape.head_dim_v = dv;
-  const Inputs in = random_inputs(shape, decay);
+  Inputs in = random_inputs(shape, decay);
+  const size_t state_size = size_t(batch) * size_t(heads_v) * size_t(dv) * size_t(dk);
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  for (size_t i = 0; states && i < state_size; i++) {  // a pass that begins with a state is not split
+    in.initial_state.push_back(normal(random));
+    in.d_final_state.push_back(normal(random));
+  }
 
   Cpu<double> cpu;
   const Doubles qkv = to_double(in.qkv), g = to_double(in.g), beta = to_double(in.beta),
@@ -359,10 +389,20 @@ void check(int batch, int tokens, int heads_k, int heads_v, int dk, int dv, int 
   Doubles o(d_o.size()), dqkv(qkv.size()), dg(g.size()), dbeta(g.size());
   Doubles kept(gated_delta_rule_saved_bytes(cpu, shape) / sizeof(double));
   const double s = 1 / std::sqrt(float(dk));
-  gated_delta_rule_forward(cpu, o.data(), kept.data(), qkv.data(), g.data(), beta.data(), shape, s, nullptr);
-  gated_delta_rule_backward(cpu, dqkv.data(), dg.data(), dbeta.data(), d_o.data(), kept.data(), qkv.data(),
-                            g.data(), beta.data(), shape, s, nullptr);
-  const Results reference = outputs(shape, o, dqkv, dg, dbeta);
+  const Doubles initial = to_double(in.initial_state), d_final = to_double(in.d_final_state);
+  Doubles final_state(state_size), d_initial(state_size);
+  const auto state_tensor = [&](auto* at) {  // [B,Hv,dv,dk]
+    return StridedState<std::remove_pointer_t<decltype(at)>>{at, int64_t(heads_v) * dk * dv, int64_t(dk) * dv,
+                                                             1, dk};
+  };
+  DeltaRuleCall<double> call = delta_rule_call(qkv.data(), g.data(), beta.data(), shape, s);
+  if (states) call.initial_state = state_tensor(initial.data());
+  DeltaRuleGradients<double> to = delta_rule_gradients(dqkv.data(), dg.data(), dbeta.data(), shape);
+  to.d_initial_state = state_tensor(d_initial.data());
+  delta_rule_forward(call, values_tensor(o.data(), shape), state_tensor(final_state.data()), kept.data());
+  delta_rule_backward(call, to, values_tensor(d_o.data(), shape),
+                      states ? state_tensor(d_final.data()) : StridedState<const double>(), kept.data());
+  const Results reference = outputs(shape, o, dqkv, dg, dbeta, final_state, d_initial);
 
   PassPlan pass = {};
   GradientPlan gradients = {};
@@ -471,6 +511,9 @@ int main() {
              8.f);  // the state fades within a chunk; warps and warpgroups without columns
   check<192>(1, 270, 1, 1, 176, 64, 1, 0.01f);
   check<256>(1, 270, 1, 1, 256, 32, 2, 0.01f);
+  check<64>(2, 100, 1, 2, 48, 80, 2, 0.02f, true);  // from and to states
+  check<128>(1, 150, 1, 1, 128, 144, 3, 0.01f, true);
+  check<256>(1, 70, 1, 1, 256, 32, 2, 0.01f, true);
   check<128>(1, 130, 1, 2, 128, 64, 1, 0.01f);  // with 99 KiB: one stage, and the compact gradients kernel
   check<192>(1, 130, 1, 2, 192, 80, 1, 0.01f);
   check<256>(1, 130, 1, 2, 256, 64, 1, 0.01f);

@@ -109,8 +109,9 @@ struct DeltaRule {
     x.dv = dense(at["d_v"], size.values());
     x.dg = dense(at["d_g"], size.gates()), x.dbeta = dense(at["d_beta"], size.gates());
     x.d_initial_state = dense(at["d_initial_state"], size.states());
-    size_t bytes = 0;
-    REQUIRE(gdn_delta_rule_saved_bytes(&x, &bytes) == 0);
+    size_t bytes = 0, scratch = 1;
+    REQUIRE(gdn_delta_rule_bytes(&x, &bytes, &scratch) == 0);
+    CHECK(scratch == 0);
     saved.resize(bytes);
     x.saved = saved.data();
     return x;

@@ -1,5 +1,6 @@
 // The gated delta rule of gdn_kernels.cuh.
 #include "../../../gdn_kernels.cuh"
+#include "../../library_cuda.h"
 
 #include <algorithm>
 #include <type_traits>
@@ -205,61 +206,114 @@ size_t gated_delta_rule_scratch_bytes(Cuda& device, const MixerShape& shape) {
          delta_rule::boundary_states_bytes(device, shape);
 }
 
-// o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
-void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const act* packed, const float* g,
-                              const float* beta, const MixerShape& shape, float s, void* scratch) {
+namespace delta_rule {
+namespace {
+
+template <class T>
+HeadRows<T> head_rows(const CudaRows& x) {
+  return {static_cast<T*>(x.data), x.row, x.head};
+}
+
+Qkv<const act> inputs_of(const CudaDeltaRule& x) {
+  return {head_rows<const act>(x.q), head_rows<const act>(x.k), head_rows<const act>(x.v)};
+}
+
+// A pass that begins with a given state is not split: the splits' states are merged from zero.
+Splits splits_of(const Cuda& device, const CudaDeltaRule& x, const float* begin) {
+  return begin ? Splits{1, x.shape.chunks(), nullptr, nullptr} : splits_at(device, x.scratch, x.shape);
+}
+
+CudaDeltaRule of_packed_rows(const act* qkv, act* dqkv, const act* o, const float* g, const float* beta,
+                             const MixerShape& shape, float s, void* saved, void* scratch) {
+  const int C = shape.conv_channels(), dk = shape.head_dim_k, dv = shape.head_dim_v, keys = shape.key_dim();
+  const auto rows = [&](const act* at, int offset, int head) {
+    return CudaRows{at ? const_cast<act*>(at) + offset : nullptr, C, head};
+  };
+  CudaDeltaRule x;
+  x.shape = shape, x.s = s;
+  x.q = rows(qkv, 0, dk), x.k = rows(qkv, keys, dk), x.v = rows(qkv, 2 * keys, dv);
+  x.dq = rows(dqkv, 0, dk), x.dk = rows(dqkv, keys, dk), x.dv = rows(dqkv, 2 * keys, dv);
+  x.o = {const_cast<act*>(o), shape.value_dim(), dv};
+  x.g = g, x.beta = beta;
+  x.saved = saved, x.scratch = scratch;
+  return x;
+}
+
+}  // namespace
+}  // namespace delta_rule
+
+void delta_rule_forward(Cuda& device, const CudaDeltaRule& x) {
   using namespace delta_rule;
-  Range<Cuda> range(device, __func__);
-  sizes(shape);
-  if (shape.rows() == 0) return;
-  const DeltaRulePlan plan =
-      make_plan(device, shape, s, prepared_at(saved, scratch, shape), splits_at(device, scratch, shape));
-  const Qkv<const act> qkv = unpacked(packed, shape);
-  prepare(device, plan, {qkv.q, qkv.k, g, beta});
+  sizes(x.shape);
+  if (x.shape.rows() == 0) return;
+  const DeltaRulePlan plan = make_plan(device, x.shape, x.s, prepared_at(x.saved, x.scratch, x.shape),
+                                       splits_of(device, x, x.initial_state));
+  const Qkv<const act> qkv = inputs_of(x);
+  prepare(device, plan, {qkv.q, qkv.k, x.g, x.beta});
   if (plan.splits.count > 1) {
     forward_states(device, plan, qkv, true);
     merge_splits(device, plan, false);
   }
-  forward_pass(device, plan, dense_values(o, shape), saved_at(saved, shape), qkv);
+  forward_pass(device, plan, head_rows<act>(x.o), saved_at(x.saved, x.shape), qkv,
+               {x.initial_state, x.final_state});
 }
 
-// dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
-void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
-                               const void* saved, const act* packed, const float* /*g*/,
-                               const float* /*beta*/, const MixerShape& shape, float s, void* scratch) {
+void delta_rule_backward(Cuda& device, const CudaDeltaRule& x) {
   using namespace delta_rule;
-  Range<Cuda> range(device, __func__);
-  sizes(shape);
-  if (shape.rows() == 0) return;
-  void* forward = const_cast<void*>(saved);
-  const DeltaRulePlan plan =
-      make_plan(device, shape, s, prepared_at(forward, nullptr, shape), splits_at(device, scratch, shape));
-  const Qkv<const act> qkv = unpacked(packed, shape);
-  const Qkv<act> gradients_of = unpacked(dqkv, shape);
-  const HeadRows<const act> output_gradient = dense_values(d_o, shape);
-  const Adjoints adjoints = adjoints_at(scratch, shape);
+  sizes(x.shape);
+  if (x.shape.rows() == 0) return;
+  const DeltaRulePlan plan = make_plan(device, x.shape, x.s, prepared_at(x.saved, nullptr, x.shape),
+                                       splits_of(device, x, x.d_final_state));
+  const Qkv<const act> qkv = inputs_of(x);
+  const HeadRows<const act> output_gradient = head_rows<const act>(x.o);
+  const Adjoints adjoints = adjoints_at(x.scratch, x.shape);
   if (plan.splits.count >
       1) {  // transitions again: kept, they would take memory in every layer of every model
     forward_states(device, plan, qkv, false);
     backward_states(device, plan, qkv, output_gradient);
     merge_splits(device, plan, true);
   }
-  backward_pass(device, plan, gradients_of.v, adjoints, qkv, output_gradient);
-  gradients(device, plan, {gradients_of.q, gradients_of.k, dg, dbeta},
-            {qkv.q, qkv.k, output_gradient, saved_at(forward, shape), adjoints, plan.prepared.gates});
+  backward_pass(device, plan, head_rows<act>(x.dv), adjoints, qkv, output_gradient,
+                {x.d_final_state, x.d_initial_state});
+  gradients(device, plan, {head_rows<act>(x.dq), head_rows<act>(x.dk), x.dg, x.dbeta},
+            {qkv.q, qkv.k, output_gradient, saved_at(x.saved, x.shape), adjoints, plan.prepared.gates});
+}
+
+void delta_rule_recurrent(Cuda& device, const CudaDeltaRule& x, float* state) {
+  using namespace delta_rule;
+  const Sizes size = sizes(x.shape);
+  if (x.shape.rows() == 0) return;
+  const dim3 grid(divide_up(size.dv, kRecurrentColumns), size.heads_v, x.shape.batch);
+  recurrent_kernel<<<grid, kRecurrentThreads, 0, device.stream>>>(static_cast<act*>(x.o.data), state, inputs_of(x),
+                                                                  x.g, x.beta, size, x.s);
+  launched("recurrent_kernel");
+}
+
+// o [B,T,Hv,dv] from S_0 = 0. saved may be null when no backward follows.
+void gated_delta_rule_forward(Cuda& device, act* o, void* saved, const act* packed, const float* g,
+                              const float* beta, const MixerShape& shape, float s, void* scratch) {
+  Range<Cuda> range(device, __func__);
+  delta_rule_forward(device,
+                     delta_rule::of_packed_rows(packed, nullptr, o, g, beta, shape, s, saved, scratch));
+}
+
+// dqkv [B,T,C], dg, dbeta [B,T,Hv] from d_o [B,T,Hv,dv] and what the forward saved.
+void gated_delta_rule_backward(Cuda& device, act* dqkv, float* dg, float* dbeta, const act* d_o,
+                               const void* saved, const act* packed, const float* g, const float* beta,
+                               const MixerShape& shape, float s, void* scratch) {
+  Range<Cuda> range(device, __func__);
+  CudaDeltaRule x =
+      delta_rule::of_packed_rows(packed, dqkv, d_o, g, beta, shape, s, const_cast<void*>(saved), scratch);
+  x.dg = dg, x.dbeta = dbeta;
+  delta_rule_backward(device, x);
 }
 
 // Token by token from and into state [B,Hv,dk,dv] fp32.
 void gated_delta_rule_recurrent(Cuda& device, act* o, float* state, const act* packed, const float* g,
                                 const float* beta, const MixerShape& shape, float s) {
-  using namespace delta_rule;
   Range<Cuda> range(device, __func__);
-  const Sizes size = sizes(shape);
-  if (shape.rows() == 0) return;
-  const dim3 grid(divide_up(shape.head_dim_v, kRecurrentColumns), shape.heads_v, shape.batch);
-  recurrent_kernel<<<grid, kRecurrentThreads, 0, device.stream>>>(o, state, unpacked(packed, shape), g, beta,
-                                                                  size, s);
-  launched("recurrent_kernel");
+  delta_rule_recurrent(
+      device, delta_rule::of_packed_rows(packed, nullptr, o, g, beta, shape, s, nullptr, nullptr), state);
 }
 
 }  // namespace gdn

@@ -230,9 +230,9 @@ struct Passes {
   static void backward_states(Cuda&, const DeltaRulePlan&, const Qkv<const act>&,
                               const HeadRows<const act>& d_o);
   static void forward_pass(Cuda&, const DeltaRulePlan&, const HeadRows<act>& o, const Saved&,
-                           const Qkv<const act>&);
+                           const Qkv<const act>&, const CallStates&);
   static void backward_pass(Cuda&, const DeltaRulePlan&, const HeadRows<act>& dv, const Adjoints&,
-                            const Qkv<const act>&, const HeadRows<const act>& d_o);
+                            const Qkv<const act>&, const HeadRows<const act>& d_o, const CallStates&);
 };
 extern template struct Passes<32>;
 extern template struct Passes<64>;
@@ -269,17 +269,17 @@ inline void backward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<c
 }
 
 inline void forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& o, const Saved& saved,
-                         const Qkv<const act>& qkv) {
+                         const Qkv<const act>& qkv, const CallStates& states) {
   with_head_dim_k(plan.size.dk, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::forward_pass(device, plan, o, saved, qkv);
+    Passes<decltype(head_dim)::value>::forward_pass(device, plan, o, saved, qkv, states);
   });
 }
 
 inline void backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
                           const Adjoints& adjoints, const Qkv<const act>& qkv,
-                          const HeadRows<const act>& d_o) {
+                          const HeadRows<const act>& d_o, const CallStates& states) {
   with_head_dim_k(plan.size.dk, [&](auto head_dim) {
-    Passes<decltype(head_dim)::value>::backward_pass(device, plan, dv, adjoints, qkv, d_o);
+    Passes<decltype(head_dim)::value>::backward_pass(device, plan, dv, adjoints, qkv, d_o, states);
   });
 }
 

@@ -39,7 +39,7 @@ inline dim3 pass_grid(const DeltaRulePlan& plan, int splits) {
 
 inline PassInputs pass_inputs(const DeltaRulePlan& plan, const Qkv<const act>& qkv,
                               const HeadRows<const act>& values) {
-  return {qkv.q, qkv.k, values, plan.prepared.matrices, plan.prepared.gates};
+  return {qkv.q, qkv.k, values, plan.prepared.matrices, plan.prepared.gates, {}};
 }
 
 template <int DK>
@@ -100,8 +100,9 @@ void Passes<DK>::backward_states(Cuda& device, const DeltaRulePlan& plan, const 
 
 template <int DK>
 void Passes<DK>::forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& o,
-                              const Saved& saved, const Qkv<const act>& qkv) {
-  const PassInputs in = pass_inputs(plan, qkv, qkv.v);
+                              const Saved& saved, const Qkv<const act>& qkv, const CallStates& states) {
+  PassInputs in = pass_inputs(plan, qkv, qkv.v);
+  in.states = states;
   const auto run = [&](auto kernel, dim3 grid, int threads, int bytes) {
     launch(device, "forward_pass_kernel", kernel, grid, threads, bytes, in, o, saved, plan.size, plan.splits,
            plan.s);
@@ -121,8 +122,9 @@ void Passes<DK>::forward_pass(Cuda& device, const DeltaRulePlan& plan, const Hea
 template <int DK>
 void Passes<DK>::backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
                                const Adjoints& adjoints, const Qkv<const act>& qkv,
-                               const HeadRows<const act>& d_o) {
-  const PassInputs in = pass_inputs(plan, qkv, d_o);
+                               const HeadRows<const act>& d_o, const CallStates& states) {
+  PassInputs in = pass_inputs(plan, qkv, d_o);
+  in.states = states;
   const auto run = [&](auto kernel, dim3 grid, int threads, int bytes) {
     launch(device, "backward_pass_kernel", kernel, grid, threads, bytes, in, dv, adjoints, plan.size,
            plan.splits, plan.s);

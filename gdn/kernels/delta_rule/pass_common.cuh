@@ -23,12 +23,20 @@ struct Adjoints {
   int* exponents;
 };
 
+// States of a call [B,Hv,dv,dk] fp32, in a pass's own direction: that it begins with (the initial state, or the
+// gradient of the final one), and where it leaves that it ends with. Null: zeros; not wanted.
+struct CallStates {
+  const float* begin;
+  float* end;
+};
+
 // Inputs of a pass. values: V in the forward, dO in the backward; matrices: N and P, and gates, of
 // prepare_kernel.
 struct PassInputs {
   HeadRows<const act> q, k, values;
   const __half* matrices;
   const float* gates;
+  CallStates states = {};
 };
 
 // What a CTA of a pass works on: one sequence and value head, `warps` x 16 columns of dv, the chunks of one
@@ -51,6 +59,22 @@ __device__ inline PassBlock pass_block(const Sizes& size, const Splits& splits, 
   block.first_chunk = block.split * splits.chunks;
   block.end_chunk = min(block.first_chunk + splits.chunks, size.chunks);
   return block;
+}
+
+// Where the state of a block's rows of [dv,dk], from `column` on, comes from at its first chunk: the split before
+// (inner: there is one) or the call. Null: zeros.
+__device__ inline const float* state_before(const PassInputs& in, const PassBlock& block, const Sizes& size,
+                                            const Splits& splits, bool inner, int column) {
+  const int64_t rows = (int64_t(block.b) * size.heads_v + block.h) * size.dv + column;
+  if (inner) return splits.boundary(block.b, block.h, block.split, size) + column * size.dk;
+  return in.states.begin ? in.states.begin + rows * size.dk : nullptr;
+}
+
+// Where it goes after its last chunk, where that is the call's last. Null: nowhere.
+__device__ inline float* state_after(const PassInputs& in, const PassBlock& block, const Sizes& size, bool inner,
+                                     int column) {
+  const int64_t rows = (int64_t(block.b) * size.heads_v + block.h) * size.dv + column;
+  return !inner && in.states.end ? in.states.end + rows * size.dk : nullptr;
 }
 
 template <int DK>

@@ -257,8 +257,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  block.first_chunk);
 
   float state[DK / 8][4] = {};
-  if (active && block.split > 0)
-    load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
+  if (active)
+    if (const float* from = state_before(in, block, size, splits, block.split > 0, column))
+      load_state<DK>(state, from, size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
@@ -302,6 +303,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
       add_16_rows<DK>(state, a, k_rows + 2 * 16 * p * (DK + 8));
     }
   }
+  if (active)
+    if (float* to = state_after(in, block, size, block.split < splits.count - 1, column))
+      store_state<DK>(to, state, power_of_two(-exponent), size.dk);
 #endif
 }
 
@@ -357,8 +361,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                  block.end_chunk - 1);
 
   float state[DK / 8][4] = {};  // dS
-  if (!kStates && active && block.split < splits.count - 1)
-    load_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk, size.dk);
+  if (!kStates && active)
+    if (const float* from = state_before(in, block, size, splits, block.split < splits.count - 1, column))
+      load_state<DK>(state, from, size.dk);
   int exponent = 0;
   for (int chunk = block.end_chunk - 1; chunk >= block.first_chunk; chunk--) {
     const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);
@@ -417,6 +422,9 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   if (kStates && active)
     store_state<DK>(splits.boundary(block.b, block.h, block.split - 1, size) + column * size.dk, state,
                     power_of_two(-exponent), size.dk);
+  if (!kStates && active)
+    if (float* to = state_after(in, block, size, block.split > 0, column))
+      store_state<DK>(to, state, power_of_two(-exponent), size.dk);
 #endif
 }
 

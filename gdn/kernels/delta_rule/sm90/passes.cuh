@@ -544,9 +544,9 @@ __global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_sch
   }
 
   float state[DK / 8][4] = {};
-  if (active && block.split > 0)
-    load_permuted_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk,
-                            size.dk);
+  if (active)
+    if (const float* from = state_before(in, block, size, splits, block.split > 0, column))
+      load_permuted_state<DK>(state, from, size.dk);
   int exponent = 0;  // of the state's unit, 2^exponent
   for (int chunk = block.first_chunk, now = 0; chunk < block.end_chunk; chunk++) {
     const Stage stage(tiles, now);
@@ -646,6 +646,9 @@ __global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_sch
     wgmma_fence_operand(state);
     if (kHasProducer) named_barrier_arrive(kStageEmpty + stage.index, kSchedule.threads());
   }
+  if (active)
+    if (float* to = state_after(in, block, size, block.split < splits.count - 1, column))
+      store_permuted_state<DK>(to, state, power_of_two(-exponent), size.dk);
 #endif
 }
 
@@ -706,9 +709,9 @@ __global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_sch
   if (!kHasProducer) copy_chunk(Stage(tiles, 0), in, block, size, last);
 
   float state[DK / 8][4] = {};  // dS
-  if (!kStates && active && block.split < splits.count - 1)
-    load_permuted_state<DK>(state, splits.boundary(block.b, block.h, block.split, size) + column * size.dk,
-                            size.dk);
+  if (!kStates && active)
+    if (const float* from = state_before(in, block, size, splits, block.split < splits.count - 1, column))
+      load_permuted_state<DK>(state, from, size.dk);
   int exponent = 0;
   for (int chunk = last, now = 0; chunk >= block.first_chunk; chunk--) {
     const Stage stage(tiles, now);
@@ -789,6 +792,9 @@ __global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_sch
   if (kStates && active)
     store_permuted_state<DK>(splits.boundary(block.b, block.h, block.split - 1, size) + column * size.dk,
                              state, power_of_two(-exponent), size.dk);
+  if (!kStates && active)
+    if (float* to = state_after(in, block, size, block.split > 0, column))
+      store_permuted_state<DK>(to, state, power_of_two(-exponent), size.dk);
 #endif
 }
 
