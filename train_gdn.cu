@@ -98,7 +98,7 @@ class Run {
     for (const DataLoader* loader : {&loader_, validation_.get()}) {
       if (!loader) continue;
       if (o_.mask_docs) loader->source().require_separator(separator(o_));
-      if (const std::string line = loader->source().dropped(o_.seq_len); !line.empty()) warn(line);
+      if (const std::string line = loader->source().dropped(o_.seq_len); !line.empty()) warn_once(line);
     }
     parameters_.allocate_gradients();
     // NCCL can be had with one rank, too, to see what its calls cost in the graph
@@ -134,7 +134,7 @@ class Run {
     loader_.seek(position_);
     newest_checkpoint_ = good_checkpoint_ = checkpoint.path;
     if (const Json* data = checkpoint.counters.find("data"))
-      for (const std::string& line : changes_of_data(*data, record_[0].second)) warn(line);
+      for (const std::string& line : changes_of_data(*data, record_[0].second)) warn_once(line);
   }
 
   // Trains to the last step, or to a signal, in a folder that this run holds the lock of. While the GPU does
@@ -190,6 +190,11 @@ class Run {
   // On standard error, of this rank.
   void warn(const std::string& line) const {
     gdn::warn((ranks_.first() ? "" : "rank " + std::to_string(ranks_.rank()) + ": ") + line);
+  }
+
+  // What all ranks find is said by rank 0.
+  void warn_once(const std::string& line) const {
+    if (ranks_.first()) warn(line);
   }
 
   // Where the device has no room for the tree's spare gradients and nobody asked for the tree, the sum is the
@@ -451,7 +456,7 @@ class Run {
                                or_none(newest_checkpoint_));
     const std::string name = shell_word(folder_);
     if (stop()) {
-      signals::received = int(agreed_signal_);
+      if (ranks_.ranks() > 1) signals::received = int(agreed_signal_);
       say(signals::text() + ": stopped after step " + std::to_string(step_) +
                   "; to go on: ./train_gdn -resume -o " + name);
     } else {

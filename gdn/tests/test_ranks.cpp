@@ -144,6 +144,13 @@ TEST_CASE("ranks: 4 begin a run, 1 goes on, 2 end it: the bits of one that was n
   CAPTURE(o.err);
   REQUIRE(o.code == 0);
   CHECK(result(folder.path / "whole", "step_00000006") == result(folder.path / "parts", "step_00000006"));
+  // what all ranks find is said once
+  const Outcome changed = shell(folder, "exec $mpirun -n 2 $train_gdn -d cpu -resume -o parts -seed 43 -n 7");
+  CAPTURE(changed.err);
+  CHECK(changed.code == 0);
+  const auto lines = lines_of_ours(changed.err);
+  REQUIRE(lines.size() == 1);
+  CHECK(lines[0].find("-seed was 42, is 43") != std::string::npos);
 }
 
 TEST_CASE("ranks: what they do not agree on is one line that names a rank, before the first step") {
