@@ -52,7 +52,7 @@ say "== bits: d = 512, 8 micro-batches a step, 12 steps"
 small="-w 512 -L 4 -T 256 -B 16 -b 2 -n 12 -v 6 -vn 20 -s 0 -save 0"
 for opt in "adamw" "sgd -lr 0.3"; do
   run one ./train_gdn $small -opt $opt
-  run nccl1 $mpirun -n 1 ./train_gdn $small -opt $opt -comm nccl
+  run nccl1 ./train_gdn $small -opt $opt -comm nccl
   say "-opt $opt: NCCL with one rank, same bits: $(same one nccl1)"
   for n in 2 4; do
     run host$n $mpirun -n $n ./train_gdn $small -opt $opt -comm host

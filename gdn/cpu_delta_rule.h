@@ -172,7 +172,7 @@ void normalize_backward(Real* dx, const Real* x, Real r, int n) {
 // of multiplications in all. What a thread throws (no memory) is thrown on from here, which OpenMP alone cannot do.
 template <class Work>
 void for_each_head(int count, int heads, int64_t products, const Work& work) {
-  constexpr int64_t kWorthThreads = 1 << 16;
+  [[maybe_unused]] constexpr int64_t kWorthThreads = 1 << 16;  // nvcc does not see the pragma use it
   std::exception_ptr failure;
 #pragma omp parallel for collapse(2) schedule(static) if (products >= kWorthThreads)
   for (int n = 0; n < count; n++)

@@ -20,7 +20,7 @@ each=$((seconds / ${#targets[@]}))
 for target in "${targets[@]}"; do
   if [ ! -x "$work/$target" ] || [ -n "$(find "$target.cpp" fuzz.h ../../*.h ../../gdn/*.h -newer "$work/$target")" ]; then
     clang++ -std=c++17 -O1 -g -Wall -Wextra -Wno-unknown-pragmas -fsanitize=fuzzer,address,undefined \
-      -fno-sanitize-recover=undefined "$target.cpp" -o "$work/$target"
+      -fno-sanitize-recover=undefined "$target.cpp" ../../gdn/communicator.cpp -o "$work/$target"
   fi
   mkdir -p "$work/corpus_$target"
   # -max_len: a small model's checkpoint; -malloc_limit_mb: what a small file may make the program ask for

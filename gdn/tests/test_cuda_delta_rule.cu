@@ -442,13 +442,13 @@ TEST_CASE("cuda delta rule: separate strided tensors give the bits of packed row
       forward_states(device, plan, tensors, true);
       merge_splits(device, plan, false);
     }
-    forward_pass(device, plan, o_at.rows(o.get()), forward, tensors);
+    forward_pass(device, plan, o_at.rows(o.get()), forward, tensors, {});
     if (plan.splits.count > 1) {
       forward_states(device, plan, tensors, false);
       backward_states(device, plan, tensors, output_gradient);
       merge_splits(device, plan, true);
     }
-    backward_pass(device, plan, dv_at.rows(d_v.get()), adjoints, tensors, output_gradient);
+    backward_pass(device, plan, dv_at.rows(d_v.get()), adjoints, tensors, output_gradient, {});
     gradients(device, plan, {dq_at.rows(dq.get()), dk_at.rows(d_k.get()), dg.get(), dbeta.get()},
               {tensors.q, tensors.k, output_gradient, forward, adjoints, plan.prepared.gates});
     device.synchronize();

@@ -777,7 +777,7 @@ TEST_CASE("program: a kill at any of 200 moments loses nothing that was saved, a
   for (std::string row; std::getline(log, row);) {
     if (row[0] == '#' || row[0] == 's') continue;
     CAPTURE(row);
-    CHECK(std::count(row.begin(), row.end(), ',') == 9);
+    CHECK(std::count(row.begin(), row.end(), ',') == 10);
     if (row.find(",train,") == std::string::npos) continue;
     CHECK(std::atoll(row.c_str()) == last + 1);
     last++;
