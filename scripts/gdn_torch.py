@@ -21,6 +21,7 @@ import importlib
 import os
 import sys
 import threading
+import warnings
 
 import torch
 
@@ -404,6 +405,7 @@ def _state_layout(kwargs, state_v_first):
     if "transpose_state_layout" not in kwargs:
         return bool(state_v_first)
     _require(not state_v_first, "both state_v_first and its older name transpose_state_layout, expected one")
+    warnings.warn("`transpose_state_layout` is deprecated and renamed to `state_v_first`.", DeprecationWarning, stacklevel=3)
     return bool(kwargs["transpose_state_layout"])
 
 

@@ -132,7 +132,8 @@ class AgainstTheDefinition(unittest.TestCase):
                                    output_final_state=True, state_v_first=True)
                 self.assertTrue(torch.equal(plain[0], flipped[0]))
                 self.assertTrue(torch.equal(plain[1], flipped[1].transpose(-1, -2)))
-                older = function(q, k, v, g=g, beta=beta, initial_state=state.transpose(-1, -2), transpose_state_layout=True)
+                with self.assertWarns(DeprecationWarning):
+                    older = function(q, k, v, g=g, beta=beta, initial_state=state.transpose(-1, -2), transpose_state_layout=True)
                 self.assertTrue(torch.equal(plain[0], older[0]))
                 self.assertIsNone(older[1])
                 A_log, dt_bias = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
