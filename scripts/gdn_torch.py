@@ -157,7 +157,6 @@ def _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep):
     return v.new_empty((batch, tokens, heads, dv)), g.new_empty(state if output_final_state else (0,)), saved
 
 
-@torch.library.impl("gdn::delta_rule", "CPU")
 def _delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent, keep):
     o, final_state, saved = _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
     documents = _host(cu_seqlens)
@@ -211,7 +210,6 @@ def _with_scratch(name, call, q, saved):
     _run(name, call)
 
 
-@torch.library.impl("gdn::delta_rule", "CUDA")
 def _delta_rule_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent,
                      keep):
     o, final_state, saved = _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
@@ -240,7 +238,6 @@ def _delta_rule_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, normali
     return o, final_state, saved
 
 
-@torch.library.impl("gdn::delta_rule_backward", "CUDA")
 def _delta_rule_backward_cuda(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized,
                               v_first):
     gradients = _gradients(q, k, v, g, beta, initial_state)
@@ -269,7 +266,6 @@ def _gradients(q, k, v, g, beta, initial_state):
     return (*map(empty, (q, k, v, g, beta)), q.new_empty(0) if initial_state is None else empty(initial_state))
 
 
-@torch.library.impl("gdn::delta_rule_backward", "CPU")
 def _delta_rule_backward(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
     gradients = _gradients(q, k, v, g, beta, initial_state)
     documents = _host(cu_seqlens)
@@ -286,6 +282,12 @@ def _delta_rule_backward(d_o, d_final_state, q, k, v, g, beta, initial_state, cu
 @torch.library.register_fake("gdn::delta_rule_backward")
 def _(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
     return _gradients(q, k, v, g, beta, initial_state)
+
+
+torch.library.impl("gdn::delta_rule", "CPU", _delta_rule)
+torch.library.impl("gdn::delta_rule", "CUDA", _delta_rule_cuda)
+torch.library.impl("gdn::delta_rule_backward", "CPU", _delta_rule_backward)
+torch.library.impl("gdn::delta_rule_backward", "CUDA", _delta_rule_backward_cuda)
 
 
 def _setup_context(ctx, inputs, output):

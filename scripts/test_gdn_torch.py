@@ -319,6 +319,44 @@ print("equal")
                 self.assertEqual((rank.returncode, out.strip()), (0, "equal"), error)
 
 
+class LayoutsOfTheGpu(unittest.TestCase):
+    """What the GPU's operators hand to the library, read by the CPU's, which takes any strides."""
+
+    def setUp(self):
+        def run(name, call, _, saved):
+            if saved is not None:
+                call.saved = saved.data_ptr()
+            gdn_torch._run(name, call)
+        for name, replacement in (("_on_gpu", lambda call, q: None), ("_with_scratch", run)):
+            patch = mock.patch.object(gdn_torch, name, replacement)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_states_strides_documents(self):
+        for tokens, packed in ((70, None), (70, torch.tensor([0, 3, 3, 70])), (0, None)):
+            for v_first in (False, True):
+                for given in (False, True):
+                    x = [t.detach() for t in inputs(batch=1 if packed is not None else 2, tokens=tokens, dk=16, dv=32,
+                                                    count=3 if packed is not None else 2, dtype=torch.float32)]
+                    if v_first:
+                        x[5] = x[5].transpose(-1, -2).contiguous()
+                    x[0] = x[0].transpose(1, 2).contiguous().transpose(1, 2)
+                    state, d_state = (x[5] if given else None), torch.randn(x[5].shape)
+                    call = (*x[:5], state, packed, 0.3, False, v_first, True)
+                    for recurrent in (False, True):
+                        theirs = gdn_torch._delta_rule(*call, recurrent, False)
+                        ours = gdn_torch._delta_rule_cuda(*call, recurrent, False)
+                        for a, b in zip(theirs, ours):
+                            self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
+                            self.assertTrue(torch.equal(a, b), (tokens, v_first, given, recurrent))
+                    o, _, saved = gdn_torch._delta_rule_cuda(*call, False, True)
+                    for d_final in (None, d_state):
+                        backward = (torch.randn(o.shape), d_final, *call[:7], saved, 0.3, False, v_first)
+                        for a, b in zip(gdn_torch._delta_rule_backward(*backward), gdn_torch._delta_rule_backward_cuda(*backward)):
+                            self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
+                            self.assertTrue(torch.equal(a, b), (tokens, v_first, given, d_final is None))
+
+
 class Refusals(unittest.TestCase):
     def test_with_the_value_and_what_is_supported(self):
         q, k, v, g, beta, state = [t.detach() for t in inputs()]
