@@ -8,8 +8,9 @@
 chunk_gated_delta_rule and fused_recurrent_gated_delta_rule take what flash-linear-attention 0.6.0's take and return what
 they return: q, k [B,T,H,K], v [B,T,HV,V], g and beta [B,T,HV], states [N,HV,K,V], documents packed by cu_seqlens. They
 are the operators gdn::delta_rule and gdn::delta_rule_backward, so that torch.compile, autocast, activation checkpointing
-and DDP go through. On the CPU float32 and float64 are computed as they are, bfloat16 and float16 in float32. What is not
-supported raises with the value and what is.
+and DDP go through. On the CPU float32 and float64 are computed as they are, bfloat16 and float16 in float32; a GPU computes
+bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512. What is not supported raises with the value
+and what is.
 
 delta_rule_float64 and mixer_float64 give the results and gradients that another implementation can be held against
 (scripts/check_layer.py). The library is GDN_LIBRARY, or libgdn.so in the repository's root.
@@ -20,6 +21,7 @@ import importlib
 import os
 import sys
 import threading
+import warnings
 
 import torch
 
@@ -33,7 +35,8 @@ class _Tensor(ctypes.Structure):
 
 
 class _DeltaRule(ctypes.Structure):
-    _fields_ = [("size", ctypes.c_size_t), ("device", ctypes.c_int32), ("type", ctypes.c_int32), ("stream", ctypes.c_void_p),
+    _fields_ = [("size", ctypes.c_size_t), ("device", ctypes.c_int32), ("type", ctypes.c_int32),
+                ("device_number", ctypes.c_int32), ("stream", ctypes.c_void_p),
                 ("batch", ctypes.c_int64), ("tokens", ctypes.c_int64),
                 ("heads_k", ctypes.c_int32), ("heads_v", ctypes.c_int32),
                 ("head_dim_k", ctypes.c_int32), ("head_dim_v", ctypes.c_int32),
@@ -41,7 +44,7 @@ class _DeltaRule(ctypes.Structure):
                 ("scale", ctypes.c_double), ("normalized", ctypes.c_int32),
                 *((name, _Tensor) for name in ("q", "k", "v", "g", "beta", "initial_state", "o", "final_state", "d_o",
                                                "d_final_state", "dq", "dk", "dv", "dg", "dbeta", "d_initial_state")),
-                ("saved", ctypes.c_void_p)]
+                ("saved", ctypes.c_void_p), ("scratch", ctypes.c_void_p)]
 
 
 _MIXER_INPUTS = ("h", "w_q", "w_k", "w_v", "w_z", "w_a", "w_b", "taps", "A_log", "dt_bias", "w_norm", "w_o")
@@ -57,7 +60,7 @@ class _Mixer(ctypes.Structure):
                 *((name, ctypes.c_void_p) for name in (*_MIXER_INPUTS, "y", "dy", *_MIXER_GRADIENTS))]
 
 
-_TYPES = {torch.float32: 0, torch.float64: 1}
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _library, _library_lock = None, threading.Lock()
 
 
@@ -79,6 +82,7 @@ def library():
             for name, argument in (("delta_rule_forward", _DeltaRule), ("delta_rule_backward", _DeltaRule),
                                    ("delta_rule_recurrent", _DeltaRule), ("mixer_forward", _Mixer), ("mixer_backward", _Mixer)):
                 getattr(loaded, "gdn_" + name).argtypes = [ctypes.POINTER(argument)]
+            loaded.gdn_delta_rule_bytes.argtypes = [ctypes.POINTER(_DeltaRule), *[ctypes.POINTER(ctypes.c_size_t)] * 2]
             _library = loaded
     return _library
 
@@ -137,7 +141,7 @@ def _sequences(q, cu_seqlens):
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _outputs(q, v, cu_seqlens, v_first, output_final_state, keep):
+def _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep):
     """o, final_state and what the backward needs, not yet computed; empty where not wanted. Documents have no more
     chunks together than their tokens' and one more each."""
     batch, tokens, _, dk = q.shape
@@ -145,13 +149,16 @@ def _outputs(q, v, cu_seqlens, v_first, output_final_state, keep):
     count = _sequences(q, cu_seqlens)
     chunks = batch * ((tokens + CHUNK - 1) // CHUNK) if cu_seqlens is None else tokens // CHUNK + count
     state = (count, heads, dv, dk) if v_first else (count, heads, dk, dv)
-    return (v.new_empty((batch, tokens, heads, dv)), v.new_empty(state if output_final_state else (0,)),
-            v.new_empty((chunks * heads * dk * dv if keep else 0,)))
+    if v.device.type == "cuda":  # states, E, exponents, N and P, gates, each on 256 bytes (gdn/kernels/delta_rule)
+        size = chunks * heads * (2 * dk * dv + dv // 4 + 17408) + 2 * batch * tokens * heads * dv + 1280 * count
+        saved = v.new_empty((size if keep else 0,), dtype=torch.uint8)
+    else:
+        saved = v.new_empty((chunks * heads * dk * dv if keep else 0,))
+    return v.new_empty((batch, tokens, heads, dv)), g.new_empty(state if output_final_state else (0,)), saved
 
 
-@torch.library.impl("gdn::delta_rule", "CPU")
 def _delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent, keep):
-    o, final_state, saved = _outputs(q, v, cu_seqlens, v_first, output_final_state, keep)
+    o, final_state, saved = _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
     documents = _host(cu_seqlens)
     call = _call(q, k, v, g, beta, initial_state, documents, scale, normalized, v_first)
     call.o = _place(o)
@@ -165,7 +172,92 @@ def _delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, 
 
 @torch.library.register_fake("gdn::delta_rule")
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent, keep):
-    return _outputs(q, v, cu_seqlens, v_first, output_final_state, keep)
+    return _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
+
+
+# The GPU reads and writes states as [N,HV,V,K] float32, and token by token as [N,HV,K,V]; heads of q, k, v and o whose
+# columns lie side by side on 16 bytes. Other layouts are copied, as fla copies all that is not contiguous.
+
+def _rows(x):
+    batch, token, head, column = x.stride()
+    if (column == 1 and token % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0
+            and (x.shape[0] == 1 or batch == x.shape[1] * token)):
+        return x
+    return x.contiguous()
+
+
+def _flipped(state, flip):
+    """A state with its last two dimensions in the other order, where `flip`; dense."""
+    return None if state is None else (state.transpose(-1, -2) if flip else state).contiguous()
+
+
+def _on_gpu(call, q):
+    call.device, call.device_number = 1, q.device.index
+    call.stream = torch._C._cuda_getCurrentRawStream(q.device.index)
+
+
+def _with_scratch(name, call, q, saved):
+    """Runs a call with the work space it wants."""
+    wanted, scratch_bytes = ctypes.c_size_t(), ctypes.c_size_t()
+    if library().gdn_delta_rule_bytes(ctypes.byref(call), ctypes.byref(wanted), ctypes.byref(scratch_bytes)) != 0:
+        raise RuntimeError(library().gdn_last_error().decode())
+    if saved is not None:
+        if wanted.value > saved.numel():
+            raise RuntimeError(f"gated delta rule: {wanted.value} bytes wanted for the backward, {saved.numel()} there")
+        call.saved = saved.data_ptr()
+    scratch = q.new_empty((scratch_bytes.value,), dtype=torch.uint8)
+    call.scratch = scratch.data_ptr()
+    _run(name, call)
+
+
+def _delta_rule_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent,
+                     keep):
+    o, final_state, saved = _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
+    if q.shape[0] * q.shape[1] == 0:
+        if output_final_state:
+            final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+        return o, final_state, saved
+    documents, by_token = _host(cu_seqlens), recurrent and not keep
+    q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
+    flip = v_first if by_token else not v_first
+    begin = _flipped(initial_state, flip)
+    end = None
+    if output_final_state or by_token:
+        heads, dk, dv = v.shape[2], q.shape[3], v.shape[3]
+        end = g.new_empty((_sequences(q, cu_seqlens), heads, dk, dv) if by_token else (_sequences(q, cu_seqlens), heads, dv, dk))
+    call = _call(q, k, v, g, beta, None, documents, scale, normalized, False)
+    _on_gpu(call, q)
+    call.o = _place(o)
+    call.initial_state, call.final_state = _state(begin, not by_token), _state(end, not by_token)
+    if by_token:
+        _run("gdn_delta_rule_recurrent", call)
+    else:
+        _with_scratch("gdn_delta_rule_forward", call, q, saved if keep else None)
+    if output_final_state:
+        final_state = _flipped(end, flip)
+    return o, final_state, saved
+
+
+def _delta_rule_backward_cuda(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized,
+                              v_first):
+    gradients = _gradients(q, k, v, g, beta, initial_state)
+    if q.shape[0] * q.shape[1] == 0:
+        if initial_state is not None:
+            gradients[5].zero_() if d_final_state is None else gradients[5].copy_(d_final_state)
+        return gradients
+    documents = _host(cu_seqlens)
+    q, k, v, g, beta, d_o = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous(), _rows(d_o)
+    begin = _flipped(d_final_state, not v_first)
+    call = _call(q, k, v, g, beta, None, documents, scale, normalized, False)
+    _on_gpu(call, q)
+    call.d_o, call.d_final_state = _place(d_o), _state(begin, True)
+    call.dq, call.dk, call.dv, call.dg, call.dbeta = map(_place, gradients[:5])
+    end = None
+    if initial_state is not None:
+        end = g.new_empty((_sequences(q, cu_seqlens), v.shape[2], v.shape[3], q.shape[3]))
+        call.d_initial_state = _state(end, True)
+    _with_scratch("gdn_delta_rule_backward", call, q, saved)
+    return gradients if end is None else (*gradients[:5], _flipped(end, not v_first))
 
 
 def _gradients(q, k, v, g, beta, initial_state):
@@ -174,7 +266,6 @@ def _gradients(q, k, v, g, beta, initial_state):
     return (*map(empty, (q, k, v, g, beta)), q.new_empty(0) if initial_state is None else empty(initial_state))
 
 
-@torch.library.impl("gdn::delta_rule_backward", "CPU")
 def _delta_rule_backward(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
     gradients = _gradients(q, k, v, g, beta, initial_state)
     documents = _host(cu_seqlens)
@@ -191,6 +282,12 @@ def _delta_rule_backward(d_o, d_final_state, q, k, v, g, beta, initial_state, cu
 @torch.library.register_fake("gdn::delta_rule_backward")
 def _(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
     return _gradients(q, k, v, g, beta, initial_state)
+
+
+torch.library.impl("gdn::delta_rule", "CPU", _delta_rule)
+torch.library.impl("gdn::delta_rule", "CUDA", _delta_rule_cuda)
+torch.library.impl("gdn::delta_rule_backward", "CPU", _delta_rule_backward)
+torch.library.impl("gdn::delta_rule_backward", "CUDA", _delta_rule_backward_cuda)
 
 
 def _setup_context(ctx, inputs, output):
@@ -236,6 +333,15 @@ def _compute_type(**tensors):
     return compute
 
 
+def _check_gpu(q, k, v):
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype != torch.bfloat16:
+            raise TypeError(f"gated delta rule: {name} is {x.dtype} on {x.device}, supported: bfloat16")
+    for name, size, most in (("K", q.shape[3], 256), ("V", v.shape[3], 512)):
+        if size % 16 != 0 or size > most:
+            raise ValueError(f"gated delta rule: {name} is {size} on {q.device}, supported: multiples of 16 to {most}")
+
+
 def _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first):
     def refuse(name, tensor, expected):
         raise ValueError(f"gated delta rule: {name} has shape {list(tensor.shape)}, expected {expected}")
@@ -267,15 +373,30 @@ def _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first):
     for name, tensor in (("k", k), ("v", v), ("g", g), ("beta", beta), ("initial_state", initial_state)):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"gated delta rule: {name} is on {tensor.device}, expected {q.device}, as q")
-    if q.device.type != "cpu":
-        raise NotImplementedError(f"gated delta rule: tensors on {q.device}, supported: the CPU")
+    if q.device.type == "cuda":
+        _check_gpu(q, k, v)
+    elif q.device.type != "cpu":
+        raise NotImplementedError(f"gated delta rule: tensors on {q.device}, supported: the CPU and NVIDIA's GPUs")
+
+
+def _normalized(x):
+    """x / sqrt(|x|^2 + 1e-6) per head, as the library does it on the CPU."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def _apply(q, k, v, g, beta, scale, initial_state, output_final_state, normalized, v_first, cu_seqlens, recurrent):
     scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
     compute = _compute_type(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
     _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
-    inputs = [x if x is None or x.dtype == compute else x.to(compute) for x in (q, k, v, g, beta, initial_state)]
+    if q.device.type == "cuda":
+        low, compute = torch.bfloat16, torch.float32
+        if normalized:
+            q, k, normalized = _normalized(q), _normalized(k), False
+    else:
+        low = compute
+    inputs = [x if x is None or x.dtype == wanted else x.to(wanted)
+              for x, wanted in zip((q, k, v, g, beta, initial_state), (low, low, low, compute, compute, compute))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final_state, _ = torch.ops.gdn.delta_rule(*inputs, cu_seqlens, scale, normalized, v_first, output_final_state,
                                                  recurrent, keep)
@@ -286,6 +407,7 @@ def _state_layout(kwargs, state_v_first):
     if "transpose_state_layout" not in kwargs:
         return bool(state_v_first)
     _require(not state_v_first, "both state_v_first and its older name transpose_state_layout, expected one")
+    warnings.warn("`transpose_state_layout` is deprecated and renamed to `state_v_first`.", DeprecationWarning, stacklevel=3)
     return bool(kwargs["transpose_state_layout"])
 
 

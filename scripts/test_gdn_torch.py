@@ -132,7 +132,8 @@ class AgainstTheDefinition(unittest.TestCase):
                                    output_final_state=True, state_v_first=True)
                 self.assertTrue(torch.equal(plain[0], flipped[0]))
                 self.assertTrue(torch.equal(plain[1], flipped[1].transpose(-1, -2)))
-                older = function(q, k, v, g=g, beta=beta, initial_state=state.transpose(-1, -2), transpose_state_layout=True)
+                with self.assertWarns(DeprecationWarning):
+                    older = function(q, k, v, g=g, beta=beta, initial_state=state.transpose(-1, -2), transpose_state_layout=True)
                 self.assertTrue(torch.equal(plain[0], older[0]))
                 self.assertIsNone(older[1])
                 A_log, dt_bias = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
@@ -316,6 +317,44 @@ print("equal")
             for rank in ranks:
                 out, error = rank.communicate(timeout=300)
                 self.assertEqual((rank.returncode, out.strip()), (0, "equal"), error)
+
+
+class LayoutsOfTheGpu(unittest.TestCase):
+    """What the GPU's operators hand to the library, read by the CPU's, which takes any strides."""
+
+    def setUp(self):
+        def run(name, call, _, saved):
+            if saved is not None:
+                call.saved = saved.data_ptr()
+            gdn_torch._run(name, call)
+        for name, replacement in (("_on_gpu", lambda call, q: None), ("_with_scratch", run)):
+            patch = mock.patch.object(gdn_torch, name, replacement)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_states_strides_documents(self):
+        for tokens, packed in ((70, None), (70, torch.tensor([0, 3, 3, 70])), (0, None)):
+            for v_first in (False, True):
+                for given in (False, True):
+                    x = [t.detach() for t in inputs(batch=1 if packed is not None else 2, tokens=tokens, dk=16, dv=32,
+                                                    count=3 if packed is not None else 2, dtype=torch.float32)]
+                    if v_first:
+                        x[5] = x[5].transpose(-1, -2).contiguous()
+                    x[0] = x[0].transpose(1, 2).contiguous().transpose(1, 2)
+                    state, d_state = (x[5] if given else None), torch.randn(x[5].shape)
+                    call = (*x[:5], state, packed, 0.3, False, v_first, True)
+                    for recurrent in (False, True):
+                        theirs = gdn_torch._delta_rule(*call, recurrent, False)
+                        ours = gdn_torch._delta_rule_cuda(*call, recurrent, False)
+                        for a, b in zip(theirs, ours):
+                            self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
+                            self.assertTrue(torch.equal(a, b), (tokens, v_first, given, recurrent))
+                    o, _, saved = gdn_torch._delta_rule_cuda(*call, False, True)
+                    for d_final in (None, d_state):
+                        backward = (torch.randn(o.shape), d_final, *call[:7], saved, 0.3, False, v_first)
+                        for a, b in zip(gdn_torch._delta_rule_backward(*backward), gdn_torch._delta_rule_backward_cuda(*backward)):
+                            self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
+                            self.assertTrue(torch.equal(a, b), (tokens, v_first, given, d_final is None))
 
 
 class Refusals(unittest.TestCase):

@@ -269,7 +269,7 @@ inline void backward_states(Cuda& device, const DeltaRulePlan& plan, const Qkv<c
 }
 
 inline void forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& o, const Saved& saved,
-                         const Qkv<const act>& qkv, const CallStates& states) {
+                         const Qkv<const act>& qkv, const CallStates& states = {}) {
   with_head_dim_k(plan.size.dk, [&](auto head_dim) {
     Passes<decltype(head_dim)::value>::forward_pass(device, plan, o, saved, qkv, states);
   });
@@ -277,7 +277,7 @@ inline void forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows
 
 inline void backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
                           const Adjoints& adjoints, const Qkv<const act>& qkv,
-                          const HeadRows<const act>& d_o, const CallStates& states) {
+                          const HeadRows<const act>& d_o, const CallStates& states = {}) {
   with_head_dim_k(plan.size.dk, [&](auto head_dim) {
     Passes<decltype(head_dim)::value>::backward_pass(device, plan, dv, adjoints, qkv, d_o, states);
   });
