@@ -75,6 +75,9 @@ class OnTheGpu(unittest.TestCase):
     def close(self, ours, reference, bound=2 * ROUNDING):
         for name, value in ours.items():
             self.assertEqual(value.shape, reference[name].shape, name)
+            if reference[name].abs().max() == 0:  # dg of a single token without a state
+                self.assertEqual(float(value.abs().max()), 0, name)
+                continue
             self.assertLess(relative(value, reference[name]), bound, name)
 
     def test_against_float64(self):
