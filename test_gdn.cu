@@ -6,6 +6,7 @@
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <ostream>
@@ -62,6 +63,8 @@ std::string no_gpu() {
 REGISTER_LISTENER("tally", 1, Tally);
 
 int main(int argc, char** argv) {
+  // nohup and shells' background jobs ignore some of these, and so would the programs that tests send them to
+  for (const int signal : {SIGHUP, SIGINT, SIGTERM, SIGUSR1}) std::signal(signal, SIG_DFL);
   gdn::sleep_while_waiting(argv);
   doctest::Context context(argc, argv);
   const std::string reason = no_gpu();
