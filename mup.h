@@ -1,7 +1,7 @@
 // The maximal update parametrization (mup) of a Gated Delta Network: how initial values, learning rates and
 // three multipliers change with the model's size, so that a learning rate tuned on a small model is right for a
 // large one. To be read from top to bottom: sections 1 to 5 derive, section 6 is the table and the functions,
-// section 7 adds depth.
+// section 7 adds depth; 8 and 9 are of the released code and of research options.
 // "Measured:" names a section of dev/doc/transfer.md.
 //
 //   [TP5]  Yang et al., Tensor Programs V, arXiv 2203.03466: the method, and ordinary weights
@@ -13,7 +13,7 @@
 //
 // Three parametrizations can be chosen:
 //   sp    the standard one: nothing changes with size, s = dk^-1/2
-//   mup0  the rules of [TP5], with the gates taken for ordinary weights. Invented from the text of [GDN]: its
+//   mup0  the rules of [TP5], with the gates taken for ordinary weights. Made from the text of [GDN]: its
 //         released code has no such switch
 //   mup   mup0 with the rules of [GDN] for the gates and for s
 // At the base size all three are the same network with the same updates, bit for bit.
@@ -266,7 +266,8 @@ inline double ratio(const Mup& m, FanIn fan_in) {
 //   gain, final gain     -      0     0    -1       -1          0     +1       +1        +1
 //   output gain          -      0     0    -1       -1          0     +1       +1        +1/2
 //
-// Measured: 1 (AdamW, to d = 2048), 2 and 3 (SGD, to d = 1024), 4 (conv and gain), 12 (weak places).
+// Measured: 1 (AdamW, to d = 2048), 2 and 3 (SGD, to d = 1024), 4 (conv and gain), 12 (weak places). 1 to 3
+// are of -logit_factor 4 and, under SGD, eight more constants, and of runs before W_down had the fan-in I.
 
 // How a tensor grows, as multiples of the base's.
 struct Growth {

@@ -331,7 +331,7 @@ class Model {
   const int max_rows_;
   const Recompute recompute_;
   const int separator_;
-  const real logit_scale_, readout_scale_, residual_scale_;  // m_out, s and r of mup.h
+  const real logit_scale_, readout_scale_, residual_scale_;  // m_out, s and rho^-alpha of mup.h
   int32_t *tokens_ = nullptr, *targets_ = nullptr, *order_ = nullptr, *position_ = nullptr;  // of the batch
   Activations<Device> acts_;
 };

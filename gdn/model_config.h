@@ -107,7 +107,7 @@ inline void require_batch(int64_t micro_batch, int64_t global_batch, int64_t tok
   within("-B", global_batch);
 }
 
-// The sizes that follow from the width (model.md): keys take 3d/4 columns in all, values `value_expansion`
+// The sizes that follow from the width: keys take 3d/4 columns in all, values `value_expansion`
 // times that, the MLP 8d/3 rounded up to a multiple of 256.
 //   heads > 0, head_dim = 0   fixed heads: dk = 3d / (4 heads)
 //   heads = 0, head_dim > 0   fixed head size: H = 3d / (4 head_dim)

@@ -136,7 +136,7 @@ inline ParameterTable make_parameter_table(const ModelConfig& c, int ranks = 1) 
   return table;
 }
 
-// Initial value number `index` of a tensor (model.md, "Initial values"): a function of seed, name and index
+// Initial value number `index` of a tensor (mup.h, section 3): a function of seed, name and index
 // alone.
 inline float initial_value(const Tensor& t, const Mup& mup, uint64_t key, uint64_t index) {
   switch (t.cls) {

@@ -502,6 +502,7 @@ def install():
     loaded already or later. Returns the names that were replaced. uninstall() takes it back."""
     if _installed:
         return []
+    library()  # so that what it lacks is said here, not where a model calls it
     replacements = []  # (function of others, ours)
     fla = _import("fla.ops.gated_delta_rule")
     if fla is not None:

@@ -278,7 +278,7 @@ def gated_delta_rule_recurrent(q, k, v, g, beta, scale: float, piece: int = 256)
 
 
 def gated_delta_rule_chunked(q, k, v, g, beta, scale: float, chunk: int = 64):
-    """In chunks of C tokens (model.md, "In chunks"): only the state S goes from chunk to chunk."""
+    """In chunks of C tokens (dev/doc/delta_rule.md): only the state S goes from chunk to chunk."""
     batch, tokens, heads, _ = q.shape
     pad = -tokens % chunk  # zeros behind the end: beta = 0 writes nothing
 

@@ -14,6 +14,7 @@ constexpr bool kHopperCode = true;
 constexpr bool kHopperCode = false;
 #endif
 
+static_assert(kChunk == 64, "the kernels' tiles are of 64 tokens");
 constexpr int kMatrixElements = kChunk * kChunk;  // elements of such a tile in global memory
 
 enum Gate {
