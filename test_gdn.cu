@@ -79,7 +79,8 @@ int main(int argc, char** argv) {
   }
   const int result = context.run();
   if (context.shouldExit()) return result;
-  for (const std::string& name : Tally::need_gpu) std::printf("skipped (%s): %s\n", reason.c_str(), name.c_str());
+  for (const std::string& name : Tally::need_gpu)
+    std::printf("skipped (%s): %s\n", reason.c_str(), name.c_str());
   std::printf("%d passed, %d failed, %d skipped\n", Tally::ran - Tally::failed, Tally::failed,
               int(Tally::need_gpu.size()));
   return result;

@@ -143,7 +143,8 @@ class Run {
   int train(const std::string& folder) {
     folder_ = folder;
     signals::begin_training();
-    if (ranks_.first()) log_ = std::make_unique<CsvLog>(folder_ + "/log.csv", step_, provenance_line(record_));
+    if (ranks_.first())
+      log_ = std::make_unique<CsvLog>(folder_ + "/log.csv", step_, provenance_line(record_));
     describe();
     if (ranks_.first()) peak_ = ranks_.ranks() * measure_peak_flops(dev_);
     report_.say("peak matrix product: " + numbered("%.2f TFLOP/s", peak_ / 1e12) +
@@ -221,20 +222,19 @@ class Run {
   void describe() {
     const ModelConfig& c = parameters_.config;
     say(provenance_line(record_));
-    say(std::to_string(parameters_.table.count) + " parameters: d " + std::to_string(c.width) +
-                ", L " + std::to_string(c.layers) + ", H " + std::to_string(c.heads_k) + ", dk " +
-                std::to_string(c.head_dim_k) + ", dv " + std::to_string(c.head_dim_v) + ", mlp " +
-                std::to_string(c.mlp_size) + ", vocabulary " + std::to_string(c.vocab));
+    say(std::to_string(parameters_.table.count) + " parameters: d " + std::to_string(c.width) + ", L " +
+        std::to_string(c.layers) + ", H " + std::to_string(c.heads_k) + ", dk " +
+        std::to_string(c.head_dim_k) + ", dv " + std::to_string(c.head_dim_v) + ", mlp " +
+        std::to_string(c.mlp_size) + ", vocabulary " + std::to_string(c.vocab));
     report_.say(std::to_string(o_.global_batch) + " sequences of " + std::to_string(o_.seq_len) +
                 " tokens a step in micro-batches of " + std::to_string(o_.micro_batch) + "; " +
                 std::to_string(loader_.sequences()) + " sequences an epoch" +
                 (loader_.source().is_builtin() ? " (built-in stories)" : ""));
     if (exchange_)
       say(std::to_string(ranks_.ranks()) + " ranks, " + std::to_string(ranks_.local_ranks()) +
-          " on this host, " + exchange_->description() +
-          "; of each step a rank does " +
-          std::to_string(o_.global_batch / o_.micro_batch / ranks_.ranks()) + " micro-batches, of the optimizer 1/" +
-          std::to_string(ranks_.ranks()) +
+          " on this host, " + exchange_->description() + "; of each step a rank does " +
+          std::to_string(o_.global_batch / o_.micro_batch / ranks_.ranks()) +
+          " micro-batches, of the optimizer 1/" + std::to_string(ranks_.ranks()) +
           (o_.sum == GradientSum::running && o_.global_batch / o_.micro_batch > ranks_.ranks()
                ? "; -sum running: the bits depend on the number of ranks"
                : ""));
@@ -245,7 +245,8 @@ class Run {
       total += bytes;
       if (bytes >> 20) plan += ", " + what + " " + std::to_string(bytes >> 20);
     }
-    say((ranks_.ranks() > 1 ? "memory of a rank: " : "memory: ") + numbered("%.2f GiB", double(total) / double(1 << 30)) + plan + " (MiB)");
+    say((ranks_.ranks() > 1 ? "memory of a rank: " : "memory: ") +
+        numbered("%.2f GiB", double(total) / double(1 << 30)) + plan + " (MiB)");
     if (!validation_) say("no validation data (-j)");
   }
 
@@ -328,7 +329,8 @@ class Run {
     r.ranks = ranks_.ranks();
     r.waited_milliseconds = 1000 * (ranks_.seconds_waited() - waited_);
     // on a GPU NCCL's time is the stream's, not the host's
-    if (Device::is_gpu && exchange_ && exchange_->in_graph()) r.waited_milliseconds += 1000 * result.exchange_seconds;
+    if (Device::is_gpu && exchange_ && exchange_->in_graph())
+      r.waited_milliseconds += 1000 * result.exchange_seconds;
     waited_ = ranks_.seconds_waited();
     longest_step_ = std::max(longest_step_, result.seconds);
     if (!ranks_.first()) return;
@@ -350,12 +352,12 @@ class Run {
     if (!validation_ || stop()) return true;
     try {
       const int64_t count = limit ? std::min(limit, validation_->sequences()) : validation_->sequences();
-      const Evaluation e =
-          evaluate(*model_, *validation_, count, o_.micro_batch, o_.seq_len, [] { return signals::stop(); }, ranks_);
+      const Evaluation e = evaluate(
+          *model_, *validation_, count, o_.micro_batch, o_.seq_len, [] { return signals::stop(); }, ranks_);
       if (e.sequences == 0) return true;
       say("validation after step " + std::to_string(step_) + ": loss " + numbered("%.4f", e.loss) +
-                  (std::isfinite(e.floor) ? " (floor " + numbered("%.4f", e.floor) + ")" : "") + " over " +
-                  std::to_string(count) + " sequences");
+          (std::isfinite(e.floor) ? " (floor " + numbered("%.4f", e.floor) + ")" : "") + " over " +
+          std::to_string(count) + " sequences");
       if (ranks_.first()) log_->validation(step_, e.loss, e.floor);
       if (std::isfinite(e.loss) && saved_step_ == step_) accept_newest();
       return true;
@@ -374,8 +376,7 @@ class Run {
       generate<Device>(
           parameters_, prompt_, codec_->is_bytes() ? 400 : 64, sampling(o_), separator(o_),
           [&](int token) { text += codec_->text(token); }, [] { return signals::stop(); });
-      say("sample after step " + std::to_string(step_) + ":\n" + codec_->shown(o_.prompt) + text +
-                  "\n");
+      say("sample after step " + std::to_string(step_) + ":\n" + codec_->shown(o_.prompt) + text + "\n");
     } catch (const std::exception& e) {
       warn("sample after step " + std::to_string(step_) + ": " + e.what());
     }
@@ -425,7 +426,9 @@ class Run {
   // The loss of the weights as they are, over the first training sequence; NaN where it cannot be read.
   double loss_of_first_sequence() {
     try {
-      return evaluate(*model_, loader_, 1, 1, o_.seq_len, [] { return false; }, ranks_).loss;
+      return evaluate(
+                 *model_, loader_, 1, 1, o_.seq_len, [] { return false; }, ranks_)
+          .loss;
     } catch (const std::exception&) {
       return NAN;
     }
@@ -458,14 +461,14 @@ class Run {
     if (stop()) {
       if (ranks_.ranks() > 1) signals::received = int(agreed_signal_);
       say(signals::text() + ": stopped after step " + std::to_string(step_) +
-                  "; to go on: ./train_gdn -resume -o " + name);
+          "; to go on: ./train_gdn -resume -o " + name);
     } else {
       say("done. Text from it:  ./train_gdn -load " + name + " -gen 400" +
-                  (codec_->is_bytes() ? " -prompt \"Once\"" : ""));
-      say("To train on:         ./train_gdn -resume -o " + name + " -n " +
-                  std::to_string(2 * o_.steps));
+          (codec_->is_bytes() ? " -prompt \"Once\"" : ""));
+      say("To train on:         ./train_gdn -resume -o " + name + " -n " + std::to_string(2 * o_.steps));
     }
-    if (log_ && !log_->flush()) throw std::runtime_error(folder_ + "/log.csv is incomplete; is the disk full?");
+    if (log_ && !log_->flush())
+      throw std::runtime_error(folder_ + "/log.csv is incomplete; is the disk full?");
     if (!validated)
       throw std::runtime_error("the last validation failed; the run is kept in " + newest_checkpoint_);
     if (!report_.error().empty()) throw std::runtime_error(report_.error());
@@ -519,15 +522,17 @@ std::vector<std::pair<std::string, std::string>> agreement(const OptionTable& ta
   for (const auto& [name, value] : table.in_effect()) values.emplace_back("-" + name, "'" + value + "'");
   const auto add_files = [&](const std::string& option, const TokenSource& files) {
     for (size_t i = 0; i < files.files().size(); i++)
-      values.emplace_back("file " + std::to_string(i + 1) + " of " + option, data::fingerprint(files.files()[i]));
+      values.emplace_back("file " + std::to_string(i + 1) + " of " + option,
+                          data::fingerprint(files.files()[i]));
   };
   add_files("-i", source);
   if (!o.validation.empty()) add_files("-j", TokenSource(o.validation, 0, Split::validation, o.vocab_size));
   if (checkpoint && checkpoint->has_training_state)
-    values.emplace_back("checkpoint", checkpoint->path + ", step " + std::to_string(read_counters(*checkpoint).step) +
-                                          ", xxh64 " +
-                                          checkpoints::checksum_text(
-                                              digest_file(checkpoint->path + "/" + checkpoints::kManifest).checksum));
+    values.emplace_back("checkpoint",
+                        checkpoint->path + ", step " + std::to_string(read_counters(*checkpoint).step) +
+                            ", xxh64 " +
+                            checkpoints::checksum_text(
+                                digest_file(checkpoint->path + "/" + checkpoints::kManifest).checksum));
   return values;
 }
 
@@ -605,8 +610,11 @@ int run(int argc, char** argv, Communicator& ranks) {
   const bool trains = !o.generate && !o.coord_check && o.evaluate.empty();
   Communicator::require_mpi_if_launched();
   if (!trains && Communicator::launched() > 1)
-    throw std::runtime_error(std::string(o.generate ? "-gen" : o.coord_check ? "-coord_check" : "-eval") + ": " +
-                             std::to_string(Communicator::launched()) + " ranks were started, expected one process");
+    throw std::runtime_error(std::string(o.generate      ? "-gen"
+                                         : o.coord_check ? "-coord_check"
+                                                         : "-eval") +
+                             ": " + std::to_string(Communicator::launched()) +
+                             " ranks were started, expected one process");
 #ifdef GDN_CUDA
   const std::string no_gpu = Cuda::unavailable();
   if (o.device == DeviceChoice::cuda || (o.device == DeviceChoice::automatic && no_gpu.empty())) {

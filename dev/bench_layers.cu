@@ -303,24 +303,23 @@ void bench_optimizer(Cuda& dev, Table& table, const Options& o) {
   });
   Buffer<Cuda, double> loss(dev, 1, "a benchmark");
   loss.zero();
-  table.memory("add_gradients", 12.0 * n, [&](int i) {
-    gdn::add_gradients(dev, moment1[i], gradients[i], n, loss.get(), loss.get());
-  });
+  table.memory("add_gradients", 12.0 * n,
+               [&](int i) { gdn::add_gradients(dev, moment1[i], gradients[i], n, loss.get(), loss.get()); });
   gdn::AdamwStep adamw;
   adamw.learning_rate = 1e-3f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;
   const Buffer<Cuda, gdn::AdamwStep> dev_adamw(dev, 1, "a benchmark");
   dev.upload(dev_adamw.get(), &adamw, sizeof(adamw));
   table.memory("adamw_update", 30.0 * n, [&](int i) {
-    gdn::adamw_update(dev, master[i], weights[i], moment1[i], moment2[i], gradients[i], all,
-                      dev_spans.get(), count, norm[0], dev_adamw.get());
+    gdn::adamw_update(dev, master[i], weights[i], moment1[i], moment2[i], gradients[i], all, dev_spans.get(),
+                      count, norm[0], dev_adamw.get());
   });
   gdn::SgdStep sgd;
   sgd.learning_rate = 1e-3f, sgd.momentum = 0.9f;
   const Buffer<Cuda, gdn::SgdStep> dev_sgd(dev, 1, "a benchmark");
   dev.upload(dev_sgd.get(), &sgd, sizeof(sgd));
   table.memory("sgd_update", 22.0 * n, [&](int i) {
-    gdn::sgd_update(dev, master[i], weights[i], moment1[i], gradients[i], all, dev_spans.get(), count, norm[0],
-                    dev_sgd.get());
+    gdn::sgd_update(dev, master[i], weights[i], moment1[i], gradients[i], all, dev_spans.get(), count,
+                    norm[0], dev_sgd.get());
   });
   table.memory("round_weights", 6.0 * n, [&](int i) { gdn::round_weights(dev, weights[i], master[i], n); });
 }

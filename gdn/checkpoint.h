@@ -228,7 +228,8 @@ inline void require_ours(const std::string& path) {
   for (; !error && entry != fs::directory_iterator(); entry.increment(error)) {
     const std::string name = entry->path().filename().string();
     if (name != kManifest && name != kModel && name != kTrainingState && name != kConfig)
-      safetensors::fail(path, "holds '" + name + "', which is not of a checkpoint; expected a name that is free");
+      safetensors::fail(path,
+                        "holds '" + name + "', which is not of a checkpoint; expected a name that is free");
   }
   if (error) safetensors::fail(path, "cannot list: " + error.message());
 }

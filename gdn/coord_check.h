@@ -421,7 +421,8 @@ inline void write_coord_rows(const std::string& path, const std::vector<CoordRow
     return std::string(text);
   };
   std::string csv =
-      "param,optimizer,growth,width,layers,depth_alpha,seed,step,layer,activation,rms,rms_change_since_step_0,"
+      "param,optimizer,growth,width,layers,depth_alpha,seed,step,layer,activation,rms,rms_change_since_step_"
+      "0,"
       "rms_slope_min,rms_slope_max,change_slope_min,change_slope_max,"
       "rms_depth_slope_min,rms_depth_slope_max,change_depth_slope_min,change_depth_slope_max\n";
   const std::string start = std::string(name(config.parametrization)) + "," + name(optimizer) + "," +
@@ -435,8 +436,8 @@ inline void write_coord_rows(const std::string& path, const std::vector<CoordRow
     csv += start + std::to_string(row.step) + "," + (row.layer < 0 ? "" : std::to_string(row.layer)) + "," +
            row.activation + "," + number(row.rms) + "," + number(row.change) + "," + number(e.rms.low) + "," +
            number(e.rms.high) + "," + number(e.change.low) + "," + number(e.change.high) + "," +
-           number(of_depth.rms.low) + "," + number(of_depth.rms.high) + "," + number(of_depth.change.low) + "," +
-           number(of_depth.change.high) + "\n";
+           number(of_depth.rms.low) + "," + number(of_depth.rms.high) + "," + number(of_depth.change.low) +
+           "," + number(of_depth.change.high) + "\n";
   }
   std::FILE* file = path.empty() ? stdout : std::fopen(path.c_str(), "w");
   bool good = file && std::fwrite(csv.data(), 1, csv.size(), file) == csv.size() && std::fflush(file) == 0;

@@ -257,7 +257,8 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
       std::vector<Real> u(C), q(2 * shape.key_dim());
       const Real* inputs[kConvTaps];
       for (int j = 0; j < K; j++)
-        inputs[j] = t >= K - 1 - j && same_document(position, m, K - 1 - j) ? proj + (m - (K - 1) + j) * P : nullptr;
+        inputs[j] =
+            t >= K - 1 - j && same_document(position, m, K - 1 - j) ? proj + (m - (K - 1) + j) * P : nullptr;
       short_conv_row(u.data(), inputs, taps, C);
 #pragma omp simd
       for (int c = 0; c < 2 * shape.key_dim(); c++) q[c] = silu(u[c]);
@@ -396,8 +397,8 @@ void output_norm_head(Real* y, const Real* o, const Real* z, const Real* w_o, Re
 
 // One head of one row, backward (output_norm_backward).
 template <class Real>
-void output_norm_head_backward(Real* d_o, Real* dz, const Real* dy, const Real* o, const Real* z, const Real* w_o,
-                               Real r, int n) {
+void output_norm_head_backward(Real* d_o, Real* dz, const Real* dy, const Real* o, const Real* z,
+                               const Real* w_o, Real r, int n) {
   Real mean = 0;
 #pragma omp simd reduction(+ : mean)
   for (int c = 0; c < n; c++) mean += w_o[c] * silu(z[c]) * dy[c] * o[c] * r;
@@ -646,8 +647,8 @@ void adamw_update(Cpu<Real>&, Real* master, Real* weights, Real* moment1, Real* 
       const Real g = clip * gradients[i];
       moment1[i] = b1 * moment1[i] + (1 - b1) * g;
       moment2[i] = b2 * moment2[i] + (1 - b2) * g * g;
-      master[i] = decay * master[i] - lr * (moment1[i] / correction1) /
-                                          (std::sqrt(moment2[i] / correction2) + epsilon);
+      master[i] = decay * master[i] -
+                  lr * (moment1[i] / correction1) / (std::sqrt(moment2[i] / correction2) + epsilon);
       weights[i] = master[i];
     }
   }

@@ -27,8 +27,8 @@ void evaluate_and_print(Device& dev, Options& o, OptionTable& table) {
   load_parameters(parameters, checkpoint);
   Model<Device> model(parameters, o.micro_batch, o.seq_len, Use::inference, Recompute::nothing, separator(o));
   Communicator one_process;
-  const Evaluation e =
-      evaluate(model, data, data.sequences(), o.micro_batch, o.seq_len, [] { return false; }, one_process);
+  const Evaluation e = evaluate(
+      model, data, data.sequences(), o.micro_batch, o.seq_len, [] { return false; }, one_process);
   std::printf("loss %.6f nats a token, perplexity %.4f, over %lld sequences of %d tokens of %s\n", e.loss,
               std::exp(e.loss), (long long)e.sequences, o.seq_len, o.evaluate.c_str());
 }

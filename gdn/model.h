@@ -247,7 +247,8 @@ class Model {
   // Of the batch uploaded last. Launches and touches no host memory; the sum of its tokens' losses is added to
   // *loss_sum (device memory). `complete` is called with the number of a group of the arena when the last launch that
   // adds to its gradients has been made; it may be empty.
-  void forward_backward(float loss_weight, double* loss_sum, const std::function<void(int group)>& complete = {}) {
+  void forward_backward(float loss_weight, double* loss_sum,
+                        const std::function<void(int group)>& complete = {}) {
     forward(nullptr);
     classify(loss_weight, loss_sum);
     if (complete && !config_.tied) complete(config_.layers + 1);

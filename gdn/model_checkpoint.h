@@ -183,12 +183,13 @@ inline void require_supported(const Json& json) {
   require("hidden_act", {"swish", "silu"}, "\"swish\"");
   require("output_gate_activation", {"swish", "silu"}, "\"swish\"");
   // scripts/export_hf.py puts muP's multipliers into weights and norm_eps, and names the checkpoint
-  if (const Json *eps = json.find("norm_eps"), *source = json.find("train_gdn_export");
+  if (const Json* eps = json.find("norm_eps"), *source = json.find("train_gdn_export");
       source && eps && *eps != Json(kNormEps))
-    throw std::runtime_error("'norm_eps' is " + json::described(*eps) +
-                             " in this export of a muP model, this program has only 1e-06; load the checkpoint that "
-                             "it was made from, " +
-                             (source->is<std::string>() ? std::get<std::string>(source->value) : "with -load"));
+    throw std::runtime_error(
+        "'norm_eps' is " + json::described(*eps) +
+        " in this export of a muP model, this program has only 1e-06; load the checkpoint that "
+        "it was made from, " +
+        (source->is<std::string>() ? std::get<std::string>(source->value) : "with -load"));
   require("norm_eps", {kNormEps}, "1e-06");
 }
 
@@ -234,21 +235,23 @@ inline ModelConfig parse_config(const Json& json) {
   c.padded_vocab = (stored_vocab + 63) / 64 * 64;
   c.tied = flag("tie_word_embeddings");
   if (const Json* ours = json.find("train_gdn")) try {
-      require_known_keys(
-          *ours,
-          {"vocab", "base_width", "fixed_head_size", "parametrization", "gains", "gates", "readout", "logit_factor", "base_layers",
-           "depth_alpha"},
-          {""});
+      require_known_keys(*ours,
+                         {"vocab", "base_width", "fixed_head_size", "parametrization", "gains", "gates",
+                          "readout", "logit_factor", "base_layers", "depth_alpha"},
+                         {""});
       c.vocab = whole_of(*ours, "vocab", stored_vocab);
       c.base_width = whole_of(*ours, "base_width", kMaxWidth);
       c.fixed_head_size = ours->boolean("fixed_head_size");
       c.parametrization = parse_parametrization(ours->string("parametrization"));
       if (ours->find("gains")) c.vectors = parse_vector_rule(ours->string("gains"));  // older ones: vector
       if (ours->find("gates")) c.gates = parse_gate_rule(ours->string("gates"));  // older ones: independent
-      if (ours->find("readout")) c.readout = parse_readout_rule(ours->string("readout"));  // older ones: param
+      if (ours->find("readout"))
+        c.readout = parse_readout_rule(ours->string("readout"));                      // older ones: param
       if (ours->find("logit_factor")) c.logit_factor = ours->number("logit_factor");  // older ones: 1
-      if (ours->find("base_layers")) c.base_layers = whole_of(*ours, "base_layers", kMaxLayers);  // older ones: L
-      if (ours->find("depth_alpha")) c.depth = parse_depth_rule(ours->string("depth_alpha"));  // older ones: no L0
+      if (ours->find("base_layers"))
+        c.base_layers = whole_of(*ours, "base_layers", kMaxLayers);  // older ones: L
+      if (ours->find("depth_alpha"))
+        c.depth = parse_depth_rule(ours->string("depth_alpha"));  // older ones: no L0
     } catch (const std::runtime_error& e) {
       throw std::runtime_error(std::string("'train_gdn': ") + e.what());
     }
@@ -396,8 +399,8 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
 // -----------------------------------------------------------------------------------------------------
 
 struct TrainingCounters {
-  int64_t step = 0;       // steps done
-  uint64_t position = 0;  // of the data loader
+  int64_t step = 0;                                            // steps done
+  uint64_t position = 0;                                       // of the data loader
   std::vector<std::pair<std::string, std::string>> options;    // that somebody chose
   std::vector<std::pair<std::string, std::string>> in_effect;  // all, with defaults
   Json::Object record;  // what is kept with them: the data, and which program ran where
@@ -421,7 +424,8 @@ inline TrainingCounters read_counters(const Checkpoint& checkpoint) try {
   if (!checkpoint.has_training_state)
     throw std::runtime_error("weights alone: training cannot go on from here");
   const auto text_of = [](const std::string& name, const Json& value) {
-    if (!value.is<std::string>()) throw std::runtime_error("option '" + name + "' is " + json::described(value));
+    if (!value.is<std::string>())
+      throw std::runtime_error("option '" + name + "' is " + json::described(value));
     return std::get<std::string>(value.value);
   };
   TrainingCounters counters;
@@ -456,8 +460,11 @@ constexpr const char* dtype_name() {
 // the exponent, so that whatever -ffast-math assumes makes no difference.
 template <class T>
 void require_finite(const void* numbers, size_t bytes, const std::string& name) {
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-  const Bits exponent = sizeof(T) == 2 ? Bits(0x7F80) : sizeof(T) == 4 ? Bits(0x7F800000) : Bits(0x7FF0000000000000);
+  using Bits =
+      std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const Bits exponent = sizeof(T) == 2   ? Bits(0x7F80)
+                        : sizeof(T) == 4 ? Bits(0x7F800000)
+                                         : Bits(0x7FF0000000000000);
   Bits bits, found = 0;
   for (size_t at = 0; at + sizeof(Bits) <= bytes; at += sizeof(Bits)) {
     std::memcpy(&bits, static_cast<const char*>(numbers) + at, sizeof(Bits));
@@ -561,24 +568,26 @@ std::string save_run(const std::string& out_dir, Parameters<Device>& p, const Op
   contents.config = config_json(p.config);
   contents.counters = counters_json(counters);
   contents.metadata = {{"format", "pt"}};  // what transformers asks of a file it loads
-  const auto add = [&](const Tensor& t, const std::string& prefix, typename Reader::Array array, const real* whole) {
+  const auto add = [&](const Tensor& t, const std::string& prefix, typename Reader::Array array,
+                       const real* whole) {
     if (p.ranks == 1) {
       contents.training_state.push_back(device_tensor(p.dev, t, prefix, whole + t.offset));
       return;
     }
     const std::string name = prefix + t.name;
-    contents.training_state.push_back(
-        {name, dtype_name<real>(), t.shape, [&shards, t, name, array](void* host, size_t offset, size_t bytes) {
-           const size_t begin = t.offset * sizeof(real) + offset;
-           shards.read(array, host, begin, begin + bytes);
-           require_finite<real>(host, bytes, name);
-         }});
+    contents.training_state.push_back({name, dtype_name<real>(), t.shape,
+                                       [&shards, t, name, array](void* host, size_t offset, size_t bytes) {
+                                         const size_t begin = t.offset * sizeof(real) + offset;
+                                         shards.read(array, host, begin, begin + bytes);
+                                         require_finite<real>(host, bytes, name);
+                                       }});
   };
   for (const Tensor& t : p.table.tensors) {
     contents.model.push_back(device_tensor(p.dev, t, "", p.weights(t.offset)));
     add(t, "master.", Reader::master, p.ranks == 1 ? p.master() : nullptr);
     add(t, "moment1.", Reader::moment1, optimizer.moment1());
-    if (optimizer.config().kind == OptimizerKind::adamw) add(t, "moment2.", Reader::moment2, optimizer.moment2());
+    if (optimizer.config().kind == OptimizerKind::adamw)
+      add(t, "moment2.", Reader::moment2, optimizer.moment2());
   }
   std::string path;
   try {
@@ -624,7 +633,8 @@ void load_optimizer(Optimizer<Device>& optimizer, Parameters<Device>& p, const C
     // with several ranks through the memory of the gradients
     real* const whole = p.ranks == 1 ? moment : p.gradients();
     for (const Tensor& t : p.table.tensors)
-      load_tensor(p.dev, whole + t.offset, t, checkpoint.training_state, prefix, checkpoint.path, p.config.vocab);
+      load_tensor(p.dev, whole + t.offset, t, checkpoint.training_state, prefix, checkpoint.path,
+                  p.config.vocab);
     if (p.ranks == 1) return;
     for (const ShardPart& part : p.shard)
       p.dev.copy(moment + part.at, whole + part.range.begin, part.range.size() * sizeof(real));

@@ -18,9 +18,9 @@ constexpr Parametrization kParametrizations[] = {Parametrization::sp, Parametriz
                                                  Parametrization::mup};
 constexpr OptimizerKind kOptimizerKinds[] = {OptimizerKind::adamw, OptimizerKind::sgd};
 constexpr TensorClass kTensorClasses[] = {
-    TensorClass::embedding,   TensorClass::unembedding, TensorClass::hidden, TensorClass::gate,
-    TensorClass::gate_scalar, TensorClass::conv,        TensorClass::gain,   TensorClass::output_gain,
-    TensorClass::final_gain};
+    TensorClass::embedding, TensorClass::unembedding, TensorClass::hidden,
+    TensorClass::gate,      TensorClass::gate_scalar, TensorClass::conv,
+    TensorClass::gain,      TensorClass::output_gain, TensorClass::final_gain};
 
 // Of an enum: what an error calls it, and its values' names in their order.
 template <class Enum>
@@ -35,10 +35,9 @@ struct Names<OptimizerKind> {
 };
 template <>
 struct Names<TensorClass> {
-  static constexpr const char *what = "class",
-                              *names[] = {"embedding",   "unembedding", "hidden", "gate",
-                                          "gate_scalar", "conv",        "gain",   "output_gain",
-                                          "final_gain"};
+  static constexpr const char *what = "class", *names[] = {"embedding", "unembedding", "hidden",
+                                                           "gate",      "gate_scalar", "conv",
+                                                           "gain",      "output_gain", "final_gain"};
 };
 template <>
 struct Names<VectorRule> {
@@ -134,7 +133,8 @@ inline ClassFactors parse_class_factors(const std::string& text) {
     factors[int(*found)] = factor;
     begin = end + 1;
   }
-  if (!named.count(TensorClass::final_gain)) factors[int(TensorClass::final_gain)] = factors[int(TensorClass::gain)];
+  if (!named.count(TensorClass::final_gain))
+    factors[int(TensorClass::final_gain)] = factors[int(TensorClass::gain)];
   return factors;
 }
 
@@ -176,8 +176,8 @@ inline std::string mup_table(const Mup& m, OptimizerKind optimizer) {
                 readout_scale(m));
   table += line;
   if (m.layers == m.base_layers) return table;
-  std::snprintf(line, sizeof line, "  L = %g (%g): branches x %.5g, depth alpha %s\n", m.layers, m.base_layers,
-                residual_scale(m), name(m.depth));
+  std::snprintf(line, sizeof line, "  L = %g (%g): branches x %.5g, depth alpha %s\n", m.layers,
+                m.base_layers, residual_scale(m), name(m.depth));
   return table + line;
 }
 

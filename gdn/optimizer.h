@@ -58,8 +58,9 @@ class Optimizer {
             Exchange<Device>* exchange = nullptr)
       : config_(config), p_(parameters), dev_(parameters.dev), exchange_(exchange) {
     const char* remedy = Parameters<Device>::kRemedy;
-    const std::vector<ParameterSpan> spans = p_.spans(config.kind, config.weight_decay, config.decay_mode,
-                                                      config.learning_rate_factors, config.clip_norm, config.eps_mode);
+    const std::vector<ParameterSpan> spans =
+        p_.spans(config.kind, config.weight_decay, config.decay_mode, config.learning_rate_factors,
+                 config.clip_norm, config.eps_mode);
     spans_ = Buffer<Device, ParameterSpan>(dev_, spans.size(), "parameter table", remedy);
     dev_.upload(spans_.get(), spans.data(), spans_.bytes());
     const size_t ranks = size_t(p_.ranks), shard = p_.table.size / ranks;

@@ -182,7 +182,8 @@ class OptionTable {
     whole("L", "N", o.layers, 1, 1 << 12, "layers", "8, on the CPU 2");
     whole("L0", "N", o.base_layers, 1, 1 << 12, "base depth, where the learning rate was tuned", "-L");
     choice("depth_alpha", o.depth, {DepthRule::one, DepthRule::half, DepthRule::off},
-           "how each layer's two branches are multiplied, (L0/L)^alpha, and learning rates with them; off: depth "
+           "how each layer's two branches are multiplied, (L0/L)^alpha, and learning rates with them; off: "
+           "depth "
            "changes nothing (mup.h, section 7)");
     whole("heads", "N", o.heads, 1, 1 << 12, "fixed heads: N heads whose size grows with the width", "6");
     whole("head_dim", "N", o.head_dim, 1, 1 << 12,
@@ -198,9 +199,10 @@ class OptionTable {
     choice("gains", o.gains, {VectorRule::vector, VectorRule::hidden},
            "research: norm gains and convolution taps scale like vectors, or like hidden weights (mup.h, "
            "section 9)");
-    choice("gates", o.gates, {GateRule::independent, GateRule::output, GateRule::aligned},
-           "research: under mup W_a and W_b start by their fan-in, or like output weights, there with gradients "
-           "of independent or of aligned signs (mup.h, section 9)");
+    choice(
+        "gates", o.gates, {GateRule::independent, GateRule::output, GateRule::aligned},
+        "research: under mup W_a and W_b start by their fan-in, or like output weights, there with gradients "
+        "of independent or of aligned signs (mup.h, section 9)");
     real("logit_factor", "X", o.logit_factor, 1e-6, 1e6,
          "factor of the logits, at every width (mup.h, section 3)");
     section("training", OptionKind::run);
@@ -213,10 +215,11 @@ class OptionTable {
     whole("recompute", "0|1|2", o.recompute, 0, 2,
           "what the backward pass recomputes to save memory: 0 nothing, 1 the short convolution, 2 whole "
           "layers");
-    choice("sum", o.sum, {GradientSum::tree, GradientSum::running},
-           "order in which the gradients of a step's B/b micro-batches are added: by a binary tree, whose bits "
-           "do not depend on the number of ranks, or one after the other, without the tree's log2(B/b) spare "
-           "buffers");
+    choice(
+        "sum", o.sum, {GradientSum::tree, GradientSum::running},
+        "order in which the gradients of a step's B/b micro-batches are added: by a binary tree, whose bits "
+        "do not depend on the number of ranks, or one after the other, without the tree's log2(B/b) spare "
+        "buffers");
     flag("mask_docs", o.mask_docs,
          "of shards: state and convolution see nothing before a document's start (-separator); -gen does as "
          "the training did")
@@ -243,16 +246,19 @@ class OptionTable {
           "n / 10");
     real("wd", "X", o.weight_decay, 0, 1e3, "weight decay of Linear weights", "adamw 0.1, sgd 0");
     choice("wd_mode", o.decay_mode, {DecayMode::coupled, DecayMode::sqrt, DecayMode::independent},
-           "decay a step: -wd times the tensor's own learning rate, which the size scales; scaled by the root of that; "
+           "decay a step: -wd times the tensor's own learning rate, which the size scales; scaled by the "
+           "root of that; "
            "or times -lr at every size (mup.h, section 5)");
-    real("wd_tau", "X", o.decay_time, 1e-6, 1e9,
-         "decay by its time scale: 1 / (-lr -wd) steps are X of the run's; sets -wd, and -wd_mode independent",
-         "by -wd");
+    real(
+        "wd_tau", "X", o.decay_time, 1e-6, 1e9,
+        "decay by its time scale: 1 / (-lr -wd) steps are X of the run's; sets -wd, and -wd_mode independent",
+        "by -wd");
     real("b1", "X", o.beta1, 0, 0.999999, "AdamW beta1");
     real("b2", "X", o.beta2, 0, 0.999999, "AdamW beta2");
     real("eps", "X", o.epsilon, 1e-30, 1, "AdamW eps");
-    choice("eps_mode", o.eps_mode, {EpsMode::constant, EpsMode::scaled},
-           "AdamW's eps at every size: the same, or the same share of a tensor's gradient (mup.h, section 6)");
+    choice(
+        "eps_mode", o.eps_mode, {EpsMode::constant, EpsMode::scaled},
+        "AdamW's eps at every size: the same, or the same share of a tensor's gradient (mup.h, section 6)");
     real("mom", "X", o.momentum, 0, 0.999999, "SGD's Nesterov momentum");
     real("clip", "X", o.clip, 0, 1e9, "largest norm of the gradient, 0: no clipping");
     choice(
@@ -265,7 +271,8 @@ class OptionTable {
     choice("d", o.device, {DeviceChoice::automatic, DeviceChoice::cuda, DeviceChoice::cpu}, "device")
         .of_this_call();
     choice("comm", o.exchange_by, {ExchangeBy::automatic, ExchangeBy::nccl, ExchangeBy::host},
-           "of several ranks: GPU data by NCCL, or through host memory, which auto takes where ranks share a GPU")
+           "of several ranks: GPU data by NCCL, or through host memory, which auto takes where ranks share a "
+           "GPU")
         .of_this_call();
     real("timeout", "S", o.timeout, 1, 1e6,
          "of several ranks: one that is not heard of for S seconds ends the run")

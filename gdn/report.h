@@ -114,8 +114,7 @@ class Reporter {
          {field("loss %.4f", r.loss) + floor, "eta " + clock_text(double(r.steps - r.step) * mean_ms / 1000),
           field("%.0f tokens/s", r.tokens_per_second) +
               (r.ranks > 1 ? field(" (%.0f a rank)", r.tokens_per_second / r.ranks) : ""),
-          field("lr %.3e", r.learning_rate),
-          field("norm %.3f", r.norm), field("%.1f ms", r.milliseconds),
+          field("lr %.3e", r.learning_rate), field("norm %.3f", r.norm), field("%.1f ms", r.milliseconds),
           field("%.1f%% of peak", 100 * r.share_of_peak)}) {
       if (width > 0 && line.size() + 2 + next.size() > size_t(width)) break;
       line += "  " + next;
@@ -158,8 +157,10 @@ class Reporter {
 // wait in memory, and follow when it can be written again.
 class CsvLog {
  public:
-  static constexpr const char* kHeader = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time,wait_ms";
-  static constexpr const char* kHeaderWithoutWait = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time";
+  static constexpr const char* kHeader =
+      "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time,wait_ms";
+  static constexpr const char* kHeaderWithoutWait =
+      "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol,floor,time";
   static constexpr const char* kOlderHeader = "step,split,loss,lr,grad_norm,ms,tokens_per_s,sol";
 
   // Opens path; of an older log the rows up to step `last_step` stay, so that a resumed run continues it, and
@@ -188,15 +189,13 @@ class CsvLog {
   CsvLog& operator=(const CsvLog&) = delete;
 
   // Whether a file is a log of this program, empty or none. Throws when it cannot be read.
-  static bool is_ours(const std::string& path) {
-    return begins_as_ours(older(path));
-  }
+  static bool is_ours(const std::string& path) { return begins_as_ours(older(path)); }
 
   void train(const StepReport& r) {
     char row[256];
-    std::snprintf(row, sizeof row, "%lld,train,%.6f,%.6e,%.6f,%.3f,%.1f,%.4f,%s,%.2f,%.3f\n", (long long)r.step,
-                  r.loss, r.learning_rate, r.norm, r.milliseconds, r.tokens_per_second, r.share_of_peak,
-                  floor_text(r.floor).c_str(), now(), r.waited_milliseconds);
+    std::snprintf(row, sizeof row, "%lld,train,%.6f,%.6e,%.6f,%.3f,%.1f,%.4f,%s,%.2f,%.3f\n",
+                  (long long)r.step, r.loss, r.learning_rate, r.norm, r.milliseconds, r.tokens_per_second,
+                  r.share_of_peak, floor_text(r.floor).c_str(), now(), r.waited_milliseconds);
     write(row);
   }
   // Columns that a validation does not have stay empty.

@@ -272,8 +272,8 @@ inline std::string fingerprint(const TokenFile& file) {
   safetensors::Xxh64 hash;
   hash.update(bytes.data(), bytes.size());
   char text[64];
-  std::snprintf(text, sizeof text, "%llu bytes, xxh64 of its ends %016llx", static_cast<unsigned long long>(size),
-                static_cast<unsigned long long>(hash.digest()));
+  std::snprintf(text, sizeof text, "%llu bytes, xxh64 of its ends %016llx",
+                static_cast<unsigned long long>(size), static_cast<unsigned long long>(hash.digest()));
   return text;
 }
 

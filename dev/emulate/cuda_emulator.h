@@ -108,8 +108,12 @@ inline __nv_bfloat162 __habs2(__nv_bfloat162 x) {
 // As the GPU's: of two zeros +0 is the larger. (std::fmax may return either: -0, taken for a largest magnitude, has
 // the largest bits.)
 namespace emulator {
-inline float max_of(float x, float y) { return x == 0 && y == 0 ? (std::signbit(x) ? y : x) : std::fmax(x, y); }
-inline float min_of(float x, float y) { return x == 0 && y == 0 ? (std::signbit(x) ? x : y) : std::fmin(x, y); }
+inline float max_of(float x, float y) {
+  return x == 0 && y == 0 ? (std::signbit(x) ? y : x) : std::fmax(x, y);
+}
+inline float min_of(float x, float y) {
+  return x == 0 && y == 0 ? (std::signbit(x) ? x : y) : std::fmin(x, y);
+}
 }  // namespace emulator
 inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(emulator::max_of(__low2float(a), __low2float(b)),
@@ -216,7 +220,8 @@ inline void wait(Barrier& barrier) {
 // Of `threads` of the block's: bar.sync, bar.arrive
 inline Barrier& named_barrier(int which, int threads) {
   Barrier& barrier = named_barriers[which];
-  if (barrier.count > 0 && barrier.size != threads) throw std::logic_error("a named barrier with two numbers of threads");
+  if (barrier.count > 0 && barrier.size != threads)
+    throw std::logic_error("a named barrier with two numbers of threads");
   barrier.size = threads;
   return barrier;
 }
@@ -234,7 +239,8 @@ inline bool any_of(int which, int threads, bool x) {
 
 // An mbarrier and the TMA loads it waits for, by its address.
 struct MBarrier {
-  int arrivals, missing, bytes, parity;  // of the current phase: arrivals that are missing, bytes still to come
+  int arrivals, missing, bytes,
+      parity;  // of the current phase: arrivals that are missing, bytes still to come
   std::deque<std::function<void()>> loads;
 };
 inline std::map<const uint64_t*, MBarrier> mbarriers;
@@ -301,7 +307,8 @@ inline void run_block(int threads, const std::function<void()>& call) {
   // One warp, another in each block, goes as far as barriers let it; only then others move, first those of its
   // warpgroup: it is seen to overtake wherever nothing keeps it from it. Late, chance picks who moves.
   static unsigned blocks, chance = 1;
-  const int warps = (threads + 31) / 32, in_fours = (warps + 3) / 4 * 4, leader = int(blocks++ % unsigned(warps));
+  const int warps = (threads + 31) / 32, in_fours = (warps + 3) / 4 * 4,
+            leader = int(blocks++ % unsigned(warps));
   for (int left = threads, stuck = 0; left > 0;) {
     const int64_t before = steps;
     for (int turn = 0; turn < in_fours && steps == before; turn++) {
@@ -326,7 +333,8 @@ inline void run_block(int threads, const std::function<void()>& call) {
     if (!fiber.copies.work.empty() || !fiber.products.work.empty() || !fiber.stores.work.empty())
       throw std::logic_error("copies or products that nobody waited for");
   for (const auto& [at, barrier] : mbarriers)
-    if (!barrier.loads.empty() || barrier.bytes != 0) throw std::logic_error("TMA loads that nobody waited for");
+    if (!barrier.loads.empty() || barrier.bytes != 0)
+      throw std::logic_error("TMA loads that nobody waited for");
   for (const Barrier& barrier : named_barriers)
     if (barrier.count != 0) throw std::logic_error("a named barrier that never completed");
 }
@@ -343,7 +351,6 @@ inline void launch(Dim grid, int threads, const std::function<void()>& call) {
 }
 
 }  // namespace emulator
-
 
 inline void __syncthreads() { emulator::wait(emulator::block_barrier); }
 inline void __syncwarp() { emulator::wait(emulator::warp_barriers[threadIdx.x / 32]); }

@@ -89,8 +89,8 @@ inline uint32_t swizzled_address(uint64_t descriptor, uint32_t offset) {
 // d [16 rows of this warp, 8 tiles columns] = sign a b, added to what was there if `add`, as wgmma.m64nNk16 with b [16, N]
 // in shared memory, 128-byte swizzle; by_n: its rows are k (sm90/tiles.cuh). rows: of a, row g of this lane and row
 // g + 8.
-inline void wgmma_of_rows(float (*d)[4], int tiles, const float (&rows)[2][16], uint64_t b, bool add, bool by_n, int sign,
-                          bool fp16) {
+inline void wgmma_of_rows(float (*d)[4], int tiles, const float (&rows)[2][16], uint64_t b, bool add,
+                          bool by_n, int sign, bool fp16) {
   for (int t = 0; t < tiles; t++)
     for (int e = 0; e < 4; e++) {
       const uint32_t n = 8 * uint32_t(t) + 2 * (threadIdx.x % 4) + uint32_t(e) % 2;
@@ -102,15 +102,16 @@ inline void wgmma_of_rows(float (*d)[4], int tiles, const float (&rows)[2][16], 
     }
   warp_read();
 }
-inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n, int sign,
-                      bool fp16) {
+inline void wgmma_now(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n,
+                      int sign, bool fp16) {
   const Words* all = warp_share({a[0], a[1], a[2], a[3]});
   float rows[2][16];
   rows_of_a(rows, all, fp16);
   wgmma_of_rows(d, tiles, rows, b, add, by_n, sign, fp16);
 }
 // The same, now or late. What d and a name has to be there until the wait.
-inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n, int sign) {
+inline void wgmma(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_t b, bool add, bool by_n,
+                  int sign) {
   const uint32_t(*operand)[4] = &a;
   products().add([=] { wgmma_now(d, tiles, *operand, b, add, by_n, sign, true); });
 }
@@ -119,13 +120,15 @@ inline void wgmma_bf16(float (*d)[4], int tiles, const uint32_t (&a)[4], uint64_
   products().add([=] { wgmma_now(d, tiles, *operand, b, add, false, 1, false); });
 }
 // The same with a in shared memory: rows m (K-major), or rows k if a_by_m.
-inline void wgmma_shared(float (*d)[4], int tiles, uint64_t a, uint64_t b, bool add, bool a_by_m, bool by_n, bool fp16) {
+inline void wgmma_shared(float (*d)[4], int tiles, uint64_t a, uint64_t b, bool add, bool a_by_m, bool by_n,
+                         bool fp16) {
   products().add([=] {
     float rows[2][16];
     const uint32_t first = 16 * (threadIdx.x / 32 % 4) + threadIdx.x % 32 / 4;
     for (uint32_t i = 0; i < 32; i++) {
       const uint32_t m = first + i / 16 * 8, k = i % 16;
-      rows[i / 16][k] = number(load_16_bits(swizzled_address(a, a_by_m ? 128 * k + 2 * m : 128 * m + 2 * k)), fp16);
+      rows[i / 16][k] =
+          number(load_16_bits(swizzled_address(a, a_by_m ? 128 * k + 2 * m : 128 * m + 2 * k)), fp16);
     }
     wgmma_of_rows(d, tiles, rows, b, add, by_n, 1, fp16);
   });
@@ -162,10 +165,12 @@ void for_each_of_box(const CUtensorMap& map, const std::array<int, 4>& first, co
         inside = inside && at < map.size[i];
         offset += at * map.stride[i];
       }
-      f(128 * row + 16 * ((column / 8) ^ (row & 7)) + 2 * (column % 8), inside ? map.data + 2 * offset : nullptr);
+      f(128 * row + 16 * ((column / 8) ^ (row & 7)) + 2 * (column % 8),
+        inside ? map.data + 2 * offset : nullptr);
     }
 }
-inline void load_box(void* to, const CUtensorMap* map, const std::array<int, 4>& first, const uint64_t* barrier) {
+inline void load_box(void* to, const CUtensorMap* map, const std::array<int, 4>& first,
+                     const uint64_t* barrier) {
   unsigned char* tile = static_cast<unsigned char*>(to);
   load(barrier, 2 * 64 * 64, [=] {
     for_each_of_box(*map, first, [&](int at, const unsigned char* from) {
@@ -210,7 +215,9 @@ inline void cp_async_wait_all_but_one() { emulator::copies().do_all_but(1); }
 // ---- named barriers
 inline void named_barrier_sync(int id, int threads) { emulator::wait(emulator::named_barrier(id, threads)); }
 inline bool named_barrier_any(int id, int threads, bool x) { return emulator::any_of(id, threads, x); }
-inline void named_barrier_arrive(int id, int threads) { emulator::arrive(emulator::named_barrier(id, threads)); }
+inline void named_barrier_arrive(int id, int threads) {
+  emulator::arrive(emulator::named_barrier(id, threads));
+}
 
 // ---- ldmatrix, stmatrix, movmatrix
 inline void ldmatrix(uint32_t (&r)[4], uint32_t address) { emulator::ldmatrix(r, address, false); }
@@ -261,7 +268,9 @@ void wgmma_32_shared(float (*d)[4], uint64_t a, uint64_t b, int add) {
 }
 
 // ---- mbarriers and TMA
-inline void mbarrier_init(uint64_t* barrier, int arrivals) { emulator::mbarriers[barrier] = {arrivals, arrivals, 0, 0, {}}; }
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  emulator::mbarriers[barrier] = {arrivals, arrivals, 0, 0, {}};
+}
 inline void mbarrier_arrive(uint64_t* barrier) { emulator::arrive(emulator::mbarrier(barrier), 0); }
 inline void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
   emulator::arrive(emulator::mbarrier(barrier), bytes);
@@ -272,15 +281,16 @@ inline void tma_load_1d(void* to, const void* from, int bytes, uint64_t* barrier
   emulator::load(barrier, bytes, [=] { std::memcpy(to, from, size_t(bytes)); });
 }
 inline uint64_t evict_first_policy() { return 0; }
-inline void tma_load_3d(void* to, const CUtensorMap* tensor, int column, int row, int matrix, uint64_t* barrier,
-                        uint64_t) {
+inline void tma_load_3d(void* to, const CUtensorMap* tensor, int column, int row, int matrix,
+                        uint64_t* barrier, uint64_t) {
   emulator::load_box(to, tensor, {column, row, matrix, 0}, barrier);
 }
 inline void tma_load_4d(void* to, const CUtensorMap* tensor, int column, int head, int token, int sequence,
                         uint64_t* barrier) {
   emulator::load_box(to, tensor, {column, head, token, sequence}, barrier);
 }
-inline void tma_store_4d(const CUtensorMap* tensor, int column, int head, int token, int sequence, const void* from) {
+inline void tma_store_4d(const CUtensorMap* tensor, int column, int head, int token, int sequence,
+                         const void* from) {
   emulator::fibers[size_t(emulator::current)].stores.add([=] {
     emulator::for_each_of_box(*tensor, {column, head, token, sequence}, [&](int at, unsigned char* to) {
       if (to) std::memcpy(to, static_cast<const unsigned char*>(from) + at, 2);

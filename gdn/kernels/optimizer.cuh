@@ -123,8 +123,8 @@ static __global__ void __launch_bounds__(kNormThreads)
     const size_t block_end = begin + kArenaBlock;
     double sum = 0;
     first = find_span(spans, first, count, begin);
-    const bool inside = first < count && spans[first].offset <= begin &&
-                        block_end <= spans[first].offset + spans[first].size;
+    const bool inside =
+        first < count && spans[first].offset <= begin && block_end <= spans[first].offset + spans[first].size;
     if (inside) {
       const float4* vectors = reinterpret_cast<const float4*>(gradients + begin) + lane;
       for (int at = 0; at < int(kArenaBlock) / 4; at += 32 * kNormLoads) {
@@ -152,7 +152,8 @@ void sum_of_squares(Cuda& dev, double* sums, const float* gradients, const Arena
   Range<Cuda> profiled(dev, __func__);
   if (range.size() == 0) return;
   const size_t warps = range.size() / kArenaBlock;
-  const unsigned blocks = unsigned(std::min(divide_up(warps, size_t(kNormThreads / 32)), size_t(kNormBlocks * dev.sm_count)));
+  const unsigned blocks =
+      unsigned(std::min(divide_up(warps, size_t(kNormThreads / 32)), size_t(kNormBlocks * dev.sm_count)));
   sum_of_squares_kernel<<<blocks, kNormThreads, 0, dev.stream>>>(sums, gradients, range, spans, count);
   launched("sum_of_squares");
 }
@@ -167,7 +168,8 @@ static __global__ void __launch_bounds__(kNormSumThreads)
   double sum = 0;
   for (int g = 0; g < count; g++) {
     const size_t end = groups[g].end / kArenaBlock;
-    for (size_t i = groups[g].begin / kArenaBlock + threadIdx.x; i < end; i += kNormSumThreads) sum += sums[i];
+    for (size_t i = groups[g].begin / kArenaBlock + threadIdx.x; i < end; i += kNormSumThreads)
+      sum += sums[i];
   }
   sum = block_sum<kNormSumThreads / 32>(sum, shared);
   if (threadIdx.x == 0) *norm = float(sqrt(sum));
@@ -280,7 +282,8 @@ __global__ void __launch_bounds__(kUpdateThreads, kUpdateBlocks)
 
 // The whole arena fills the GPU; a rank's part of a layer may be less.
 inline unsigned update_blocks(const Cuda& dev, const ArenaRange& range) {
-  return unsigned(std::min(divide_up(range.size(), size_t(kUpdatePiece)), size_t(kUpdateBlocks * dev.sm_count)));
+  return unsigned(
+      std::min(divide_up(range.size(), size_t(kUpdatePiece)), size_t(kUpdateBlocks * dev.sm_count)));
 }
 
 void adamw_update(Cuda& dev, float* master, act* weights, float* moment1, float* moment2,

@@ -88,7 +88,8 @@ using Size = std::tuple<std::string, int, int, bool>;
 inline std::map<Size, double> slopes(const Setup& s) {
   // Runs side by side, a thread each: the models are too small for a layer's own threads.
   static_assert(std::size(kWidths) == std::size(kDepths));
-  const int *sizes = s.over_depth ? kDepths : kWidths, seeds = seeds_of(s), runs = int(std::size(kWidths)) * seeds;
+  const int *sizes = s.over_depth ? kDepths : kWidths, seeds = seeds_of(s),
+            runs = int(std::size(kWidths)) * seeds;
   std::vector<std::vector<CoordRow>> rows(runs);
 #pragma omp parallel for schedule(dynamic)
   for (int run = runs - 1; run >= 0; run--) {  // the wide ones first
@@ -270,7 +271,9 @@ TEST_CASE("coordinate check: breaking any one exponent fails it") {
     }
 }
 
-TEST_CASE("coordinate check over depth: alpha 1 and 1/2 pass, the multiplier left out and any broken exponent fail") {
+TEST_CASE(
+    "coordinate check over depth: alpha 1 and 1/2 pass, the multiplier left out and any broken exponent "
+    "fail") {
   for (const DepthRule depth : {DepthRule::one, DepthRule::half})
     for (const OptimizerKind optimizer : kOptimizerKinds) {
       CAPTURE(std::string(name(depth)));

@@ -855,8 +855,8 @@ void check_gemm(int m, int n, int k, double tolerance) {
 
 TEST_CASE("cpu gemm: transposes, odd sizes, row strides, beta") {
   const Threads one(1);
-  const int sizes[][3] = {{1, 1, 1},    {3, 5, 7},   {32, 256, 128}, {33, 257, 129},  {1, 300, 2},
-                         {70, 1, 260}, {4, 40, 600}, {97, 300, 513}, {3100, 5, 4}, {5, 4200, 3}};
+  const int sizes[][3] = {{1, 1, 1},    {3, 5, 7},    {32, 256, 128}, {33, 257, 129}, {1, 300, 2},
+                          {70, 1, 260}, {4, 40, 600}, {97, 300, 513}, {3100, 5, 4},   {5, 4200, 3}};
   for (const auto& size : sizes) {
     check_gemm<double>(size[0], size[1], size[2], 1e-14);
     check_gemm<float>(size[0], size[1], size[2], 1e-6);
@@ -909,8 +909,8 @@ struct Arena {
                  {0, kArena}, kSpans, 3, norm, &step);
   }
   void update(const double* gradients, const double* norm, const SgdStep& step) {
-    sgd_update(cpu<double>, master.data(), weights.data(), moment1.data(), gradients, {0, kArena}, kSpans, 3, norm,
-               &step);
+    sgd_update(cpu<double>, master.data(), weights.data(), moment1.data(), gradients, {0, kArena}, kSpans, 3,
+               norm, &step);
   }
   bool operator==(const Arena& other) const {
     return master == other.master && moment1 == other.moment1 && moment2 == other.moment2;
@@ -1009,9 +1009,10 @@ TEST_CASE("global norm: long arrays, none, and what is not finite") {
 TEST_CASE("gradient norm and updates by ranges of the arena have the bits of the whole") {
   const size_t size = 5 * kArenaBlock;
   const auto gradients = Random().array<float>(size);
-  const std::vector<ParameterSpan> spans = {{8, 1003, 1.f, 0.1f, 3.f},
-                                            {1016, kArenaBlock, 2.f, 0.f, 1.f},
-                                            {2 * kArenaBlock + 8, size - 2 * kArenaBlock - 100, 0.5f, 0.2f, 0.7f}};
+  const std::vector<ParameterSpan> spans = {
+      {8, 1003, 1.f, 0.1f, 3.f},
+      {1016, kArenaBlock, 2.f, 0.f, 1.f},
+      {2 * kArenaBlock + 8, size - 2 * kArenaBlock - 100, 0.5f, 0.2f, 0.7f}};
   const int count = int(spans.size());
   AdamwStep adamw;
   adamw.learning_rate = 0.01f, adamw.beta1 = 0.9f, adamw.beta2 = 0.95f, adamw.clip = 1;

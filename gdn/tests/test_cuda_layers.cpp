@@ -826,8 +826,8 @@ TEST_CASE("cuda: sgd" * needs_gpu()) {
         },
         t.dev_master, t.dev_weights, t.dev_moment1);
     for (int i = 0; i < 3; i++)
-      gdn::sgd_update(cpu, master.data(), weights.data(), moment.data(), t.gradients.data(),
-                      t.range(), t.arena.spans.data(), t.count, &norm, &step);
+      gdn::sgd_update(cpu, master.data(), weights.data(), moment.data(), t.gradients.data(), t.range(),
+                      t.arena.spans.data(), t.count, &norm, &step);
     t.check("master", t.dev_master, master, 1e-6);
     t.check("moment", t.dev_moment1, moment, 1e-6);
     t.check("weights", t.dev_weights, weights, kActTolerance);

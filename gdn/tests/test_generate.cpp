@@ -356,8 +356,7 @@ TEST_CASE("generate: the training forward's logits, at any prompt length (CPU)")
     Parameters<Cpu<float>> p(dev, config);
     scatter(p, 42);
     check_logits(p, 2e-5);
-    check_logits(p, 2e-5,
-                 random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
+    check_logits(p, 2e-5, random_batch(1, 4, config.vocab, 41).tokens[2]);  // documents begin inside
   }
 }
 

@@ -438,8 +438,10 @@ Trajectory<Device> train(OptimizerKind kind, int micro_batch, How how, GradientS
 template <class Device>
 void check_queued_steps() {
   for (OptimizerKind kind : {OptimizerKind::adamw, OptimizerKind::sgd})
-    for (const auto& [micro_batch, sum] :
-         {std::pair(6, GradientSum::tree), {2, GradientSum::tree}, {1, GradientSum::tree}, {2, GradientSum::running}}) {
+    for (const auto& [micro_batch, sum] : {std::pair(6, GradientSum::tree),
+                                           {2, GradientSum::tree},
+                                           {1, GradientSum::tree},
+                                           {2, GradientSum::running}}) {
       CAPTURE(micro_batch);
       CAPTURE(name(sum));
       const auto expected = train<Device>(kind, micro_batch, How::layer_by_layer, sum);
@@ -452,7 +454,9 @@ void check_queued_steps() {
     }
 }
 
-TEST_CASE("training step: the tree over n micro-batches needs ceil(log2(n)) spare gradients, the running sum none") {
+TEST_CASE(
+    "training step: the tree over n micro-batches needs ceil(log2(n)) spare gradients, the running sum "
+    "none") {
   const int depth[] = {0, 1, 2, 2, 3, 3, 3, 3, 4};
   for (int n = 1; n <= 9; n++) {
     CAPTURE(n);
@@ -479,7 +483,8 @@ TEST_CASE("parameters: groups cut the arena into equal parts of whole blocks for
       }
       CHECK(end == table.size);
       CHECK(table.count == one.count);
-      for (size_t i = 0; i < table.tensors.size(); i++) {  // at the same place of the same group, and not beyond
+      for (size_t i = 0; i < table.tensors.size();
+           i++) {  // at the same place of the same group, and not beyond
         const Tensor &t = table.tensors[i], &o = one.tensors[i];
         CAPTURE(t.name);
         for (size_t g = 0; g < table.groups.size(); g++) {
@@ -560,7 +565,8 @@ TEST_CASE("model: a small run on the built-in stories comes within 0.1 nats of t
 
 #ifdef GDN_CUDA
 
-TEST_CASE("CUDA model: a small run on the built-in stories comes within 0.1 nats of their entropy" * needs_gpu()) {
+TEST_CASE("CUDA model: a small run on the built-in stories comes within 0.1 nats of their entropy" *
+          needs_gpu()) {
   Cuda dev;
   CHECK(excess_over_floor(dev, 64, 2, 8, 128, 300, 20, 0.01) <= kExcessBound);
 }
@@ -639,7 +645,8 @@ TEST_CASE("CUDA model: initial values are the CPU's, bit by bit" * needs_gpu()) 
   CHECK(values == expected);
 }
 
-TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer" * needs_gpu()) {
+TEST_CASE("CUDA training step: steps queued as graphs have the bits of steps done layer by layer" *
+          needs_gpu()) {
   check_queued_steps<Cuda>();
 }
 

@@ -330,7 +330,8 @@ TEST_CASE("mup: W_down and W_o scale by what they sum over, every other tensor b
   const std::vector<ParameterSpan> adamw = p.spans(OptimizerKind::adamw, 0),
                                    sgd = p.spans(OptimizerKind::sgd, 0);
   std::vector<Tensor> tensors = p.table.tensors;  // in the spans' order
-  std::sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) { return a.offset < b.offset; });
+  std::sort(tensors.begin(), tensors.end(),
+            [](const Tensor& a, const Tensor& b) { return a.offset < b.offset; });
   for (size_t i = 0; i < adamw.size(); i++) {
     const Tensor& t = tensors[i];
     REQUIRE(adamw[i].offset == t.offset);
@@ -353,9 +354,8 @@ TEST_CASE("mup: W_down and W_o scale by what they sum over, every other tensor b
 TEST_CASE("mup: which classes have an init std, and which decay") {
   using namespace mup_tests;
   const Mup m = model(Parametrization::mup, Family::fixed_heads, 512);
-  for (const TensorClass cls :
-       {TensorClass::gate_scalar, TensorClass::conv, TensorClass::gain, TensorClass::output_gain,
-        TensorClass::final_gain}) {
+  for (const TensorClass cls : {TensorClass::gate_scalar, TensorClass::conv, TensorClass::gain,
+                                TensorClass::output_gain, TensorClass::final_gain}) {
     CHECK_THROWS_AS(init_std(m, cls), std::logic_error);
     CHECK_FALSE(has_weight_decay(cls));
   }
@@ -452,7 +452,9 @@ TEST_CASE("mup: depth multiplies what its table says, inside blocks alone, on to
           m.layers = 8 * rho, m.base_layers = 8, m.depth = depth;
           const bool counts = p != Parametrization::sp && depth != DepthRule::off;
           const double alpha = depth == DepthRule::half ? 0.5 : 1;
-          const auto power = [&](double x) { return doctest::Approx(counts ? std::pow(rho, x) : 1).epsilon(1e-12); };
+          const auto power = [&](double x) {
+            return doctest::Approx(counts ? std::pow(rho, x) : 1).epsilon(1e-12);
+          };
           CHECK(residual_scale(m) == power(-alpha));
           CHECK(logit_scale(m) == logit_scale(plain));
           CHECK(readout_scale(m) == readout_scale(plain));
@@ -462,8 +464,10 @@ TEST_CASE("mup: depth multiplies what its table says, inside blocks alone, on to
             const bool outside = cls == TensorClass::embedding || cls == TensorClass::unembedding ||
                                  cls == TensorClass::final_gain;
             const auto lr = [&](const Mup& x, OptimizerKind o) { return learning_rate_scale(x, o, cls); };
-            CHECK(lr(m, OptimizerKind::adamw) / lr(plain, OptimizerKind::adamw) == power(outside ? 0 : alpha - 1));
-            CHECK(lr(m, OptimizerKind::sgd) / lr(plain, OptimizerKind::sgd) == power(outside ? 0 : 2 * alpha - 1));
+            CHECK(lr(m, OptimizerKind::adamw) / lr(plain, OptimizerKind::adamw) ==
+                  power(outside ? 0 : alpha - 1));
+            CHECK(lr(m, OptimizerKind::sgd) / lr(plain, OptimizerKind::sgd) ==
+                  power(outside ? 0 : 2 * alpha - 1));
             const auto eps = [&](const Mup& x) { return epsilon_scale(x, cls, EpsMode::scaled); };
             CHECK(eps(m) / eps(plain) == power(outside ? 0 : -alpha));
             CHECK(epsilon_scale(m, cls, EpsMode::constant) == 1);
@@ -473,8 +477,9 @@ TEST_CASE("mup: depth multiplies what its table says, inside blocks alone, on to
   Mup at_base = model(Parametrization::mup, Family::fixed_heads, 512);
   at_base.layers = at_base.base_layers = 24;
   for (const TensorClass cls : kTensorClasses)
-    CHECK(learning_rate_scale(at_base, OptimizerKind::sgd, cls) ==
-          learning_rate_scale(model(Parametrization::mup, Family::fixed_heads, 512), OptimizerKind::sgd, cls));
+    CHECK(
+        learning_rate_scale(at_base, OptimizerKind::sgd, cls) ==
+        learning_rate_scale(model(Parametrization::mup, Family::fixed_heads, 512), OptimizerKind::sgd, cls));
   for (const DepthRule depth : {DepthRule::one, DepthRule::half, DepthRule::off})
     CHECK(parse_depth_rule(name(depth)) == depth);
   CHECK(error_of([] { parse_depth_rule("2"); }) == "depth alpha '2': expected 1, 1/2 or off");

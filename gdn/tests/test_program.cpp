@@ -124,17 +124,25 @@ TEST_CASE("program: -h lists every option with its default") {
   Folder folder;
   const Outcome o = run(folder, "-h");
   CHECK(o.code == 0);
-  for (const char* option : {"-i ",          "-j ",           "-w ",         "-w0 ",      "-L ",
-                             "-heads ",      "-head_dim ",    "-ev ",        "-T ",       "-b ",
-                             "-B ",          "-n ",           "-opt ",       "-lr ",      "-wd ",
-                             "-b1 ",         "-b2 ",          "-mom ",       "-clip ",    "-warmup ",
-                             "-min_lr ",     "-param ",       "-d ",         "-seed ",    "-o ",
-                             "-v ",          "-save ",        "-keep ",      "-resume ",  "-eval ",
-                             "-skip_bad ",   "-version ",     "-s ",         "-load ",    "-gen ",
-                             "-prompt ",     "-eps ",         "-wd_mode ",   "-gains ",   "-coord_check ",
-                             "-vocab ",      "-temperature ", "-top_k ",     "-top_p ",   "-mask_docs ",
-                             "-lr_of ",      "-gates ",       "-readout ",   "-clip_norm ", "-init_of ", "-logit_factor ",
-                             "-vocab_size ", "-separator ", "-sum ", "-timeout ", "-comm "}) {
+  for (const char* option : {"-i ",           "-j ",         "-w ",
+                             "-w0 ",          "-L ",         "-heads ",
+                             "-head_dim ",    "-ev ",        "-T ",
+                             "-b ",           "-B ",         "-n ",
+                             "-opt ",         "-lr ",        "-wd ",
+                             "-b1 ",          "-b2 ",        "-mom ",
+                             "-clip ",        "-warmup ",    "-min_lr ",
+                             "-param ",       "-d ",         "-seed ",
+                             "-o ",           "-v ",         "-save ",
+                             "-keep ",        "-resume ",    "-eval ",
+                             "-skip_bad ",    "-version ",   "-s ",
+                             "-load ",        "-gen ",       "-prompt ",
+                             "-eps ",         "-wd_mode ",   "-gains ",
+                             "-coord_check ", "-vocab ",     "-temperature ",
+                             "-top_k ",       "-top_p ",     "-mask_docs ",
+                             "-lr_of ",       "-gates ",     "-readout ",
+                             "-clip_norm ",   "-init_of ",   "-logit_factor ",
+                             "-vocab_size ",  "-separator ", "-sum ",
+                             "-timeout ",     "-comm "}) {
     CAPTURE(option);
     CHECK(o.out.find("\n  " + std::string(option)) != std::string::npos);
   }

@@ -284,8 +284,8 @@ void delta_rule_recurrent(Cuda& device, const CudaDeltaRule& x, float* state) {
   const Sizes size = sizes(x.shape);
   if (x.shape.rows() == 0) return;
   const dim3 grid(divide_up(size.dv, kRecurrentColumns), size.heads_v, x.shape.batch);
-  recurrent_kernel<<<grid, kRecurrentThreads, 0, device.stream>>>(static_cast<act*>(x.o.data), state, inputs_of(x),
-                                                                  x.g, x.beta, size, x.s);
+  recurrent_kernel<<<grid, kRecurrentThreads, 0, device.stream>>>(static_cast<act*>(x.o.data), state,
+                                                                  inputs_of(x), x.g, x.beta, size, x.s);
   launched("recurrent_kernel");
 }
 

@@ -276,8 +276,8 @@ inline void forward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows
 }
 
 inline void backward_pass(Cuda& device, const DeltaRulePlan& plan, const HeadRows<act>& dv,
-                          const Adjoints& adjoints, const Qkv<const act>& qkv,
-                          const HeadRows<const act>& d_o, const CallStates& states = {}) {
+                          const Adjoints& adjoints, const Qkv<const act>& qkv, const HeadRows<const act>& d_o,
+                          const CallStates& states = {}) {
   with_head_dim_k(plan.size.dk, [&](auto head_dim) {
     Passes<decltype(head_dim)::value>::backward_pass(device, plan, dv, adjoints, qkv, d_o, states);
   });

@@ -71,8 +71,8 @@ __device__ inline const float* state_before(const PassInputs& in, const PassBloc
 }
 
 // Where it goes after its last chunk, where that is the call's last. Null: nowhere.
-__device__ inline float* state_after(const PassInputs& in, const PassBlock& block, const Sizes& size, bool inner,
-                                     int column) {
+__device__ inline float* state_after(const PassInputs& in, const PassBlock& block, const Sizes& size,
+                                     bool inner, int column) {
   const int64_t rows = (int64_t(block.b) * size.heads_v + block.h) * size.dv + column;
   return !inner && in.states.end ? in.states.end + rows * size.dk : nullptr;
 }
