@@ -25,14 +25,20 @@ if o["-param"] == "sp" and o["-seed"] == "9" and o["-w"] == "1024":
 d, seed = int(o["-w"]), 1 + int(o["-seed"]) / 10
 with open(o["-o"], "w") as out:
     out.write("step,layer,activation,rms,rms_change_since_step_0,")
-    out.write("rms_slope_min,rms_slope_max,change_slope_min,change_slope_max\\n")
+    out.write("rms_slope_min,rms_slope_max,change_slope_min,change_slope_max,")
+    out.write("rms_depth_slope_min,rms_depth_slope_max,change_depth_slope_min,change_depth_slope_max\\n")
     for step in (0, 1):
         slope = 0.5 if o["-param"] == "sp" else float(os.environ.get("BREAK", 0)) * step
-        out.write(f"{{step}},0,v',{{seed * d**slope}},{{step * d**slope}},0,0,0,0\\n")
-        out.write(f"{{step}},,logits,{{d**-0.3}},{{step * d**-0.2}},-0.5,0,-0.5,0\\n")
-        out.write(f"{{step}},0,grad:v_proj,{{1 / d}},,,,,\\n")
+        out.write(f"{{step}},0,v',{{seed * d**slope}},{{step * d**slope}},0,0,0,0,,,,\\n")
+        out.write(f"{{step}},,logits,{{d**-0.3}},{{step * d**-0.2}},-0.5,0,-0.5,0,,,,\\n")
+        out.write(f"{{step}},0,grad:v_proj,{{1 / d}},,,,,,,,,\\n")
     linear = float(o["-lr"]) < 1e-4  # only there updates have their slope
-    out.write(f"1,0,update:v_proj,{{d**(float(os.environ.get('UPDATE', 0)) if linear else -0.5)}},,0,0,,\\n")
+    out.write(f"1,0,update:v_proj,{{d**(float(os.environ.get('UPDATE', 0)) if linear else -0.5)}},,0,0,,,,,,\\n")
+    if "-depth_alpha" in o:  # layer l of L is as large as its number, but under alpha 1 also L to the power of DEPTH
+        L = int(o["-L"])
+        slope = float(os.environ.get("DEPTH", 0)) if o["-depth_alpha"] == "1" else 0
+        for layer in range(L):
+            out.write(f"1,{{layer}},block,{{(layer + 1) / L * L**slope}},1,0,0,0,0,0,0,0,0\\n")
 """
 
 
@@ -55,6 +61,34 @@ class CoordCheck(InFolder):
     def slopes(self) -> dict[tuple[str, ...], dict[str, str]]:
         rows = rows_of(self.folder / "out_slopes.csv")
         return {(r["param"], r["activation"], r["what"], r["step"]): r for r in rows}
+
+    @needs_matplotlib
+    def test_depths(self) -> None:
+        words = ("--widths", "96", "--depths", "4,8,16", "--alphas", "off,1")
+        done = self.check(*words)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        for word in ("-w 96", "-w0 96", "-L0 8", "-param mup"):
+            self.assertIn(word, self.calls()[0])
+        self.assertEqual({call.split("-L ")[1].split()[0] for call in self.calls()}, {"4", "8", "16"})
+        rows = [r for r in rows_of(self.folder / "out_slopes.csv") if r["activation"] == "block" and r["what"] == "rms"]
+        self.assertEqual({r["layer"] for r in rows}, {"1/4", "2/4", "3/4", "4/4"})  # those that end a quarter of the depth
+        self.assertEqual({r["param"] for r in rows}, {"off", "1"})
+        for row in rows:
+            self.assertAlmostEqual(float(row["slope"]), 0)
+        for name in self.folder.glob("out_runs/*"):
+            name.unlink()
+        done = self.check(*words, DEPTH="0.5")
+        self.assert_one_line_error(done, "slopes of alpha 1/2 and 1 are more than 0.1 outside")
+        self.assertIn("outside: adamw 1 depth at width 96: block, layer 2/4, step 1: slope +0.50", done.stdout)
+
+    @needs_matplotlib
+    def test_depths_that_cannot_be(self) -> None:
+        for words, said in ((("--depths", "4,6"), "--depths 6: expected multiples of 4"), (("--depths", "8"), "two depths or more"),
+                            (("--depths", "4,8", "--widths", "96,192"), "expected one width"),
+                            (("--depths", "4,8", "--alphas", "2"), "--alphas '2'"),
+                            (("--depths", "4,8", "--", "-L", "4"), "--depths gives the layers")):
+            cut = ("--widths", "96", *words) if "--widths" not in words else words
+            self.assert_one_line_error(self.check(*cut), said)
 
     @needs_matplotlib
     def test_slopes_table_and_figures(self) -> None:
