@@ -152,15 +152,15 @@ def export(checkpoint: Path, out: Path, source: Path | None, tied: bool) -> None
         vocab, parametrization = ours["vocab"], ours["parametrization"]
         ratio = 1.0 if parametrization == "sp" else config["hidden_size"] / ours["base_width"]
         logit_scale = ours.get("logit_factor", 1) / ratio
+        branches = 1.0  # (L0/L)^alpha
+        alpha = {"1": 1.0, "1/2": 0.5}.get(ours.get("depth_alpha", "1"))
+        if "base_layers" in ours and alpha is not None and parametrization != "sp":
+            branches = (ours["base_layers"] / config["num_hidden_layers"]) ** alpha
     except (ValueError, KeyError, TypeError) as e:
         raise Error(f"{checkpoint / 'config.json'}: not a configuration of train_gdn ({e!r})") from None
     readout = {"param": parametrization}.get(ours.get("readout", "param"), ours.get("readout"))
     grows = readout == "mup" and not ours["fixed_head_size"]
     stream = config["hidden_size"] / ours["base_width"] if grows else 1.0  # divides the residual stream
-    alpha = {"1": 1.0, "1/2": 0.5}.get(ours.get("depth_alpha", "1"))
-    branches = 1.0
-    if alpha is not None and parametrization != "sp":
-        branches = (ours.get("base_layers", config["num_hidden_layers"]) / config["num_hidden_layers"]) ** alpha
     tensors = Tensors(checkpoint / "model.safetensors")
     if EMBEDDING not in tensors.entries:
         raise Error(f"{checkpoint / 'model.safetensors'}: tensor '{EMBEDDING}' is missing")

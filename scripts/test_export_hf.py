@@ -65,15 +65,16 @@ class Export(InFolder):
 
     @needs_train_gdn
     def test_exported_folder_loads_with_the_same_loss(self) -> None:
-        run, out = self.folder / "run", self.folder / "out"
-        self.train(*self.MODEL, "-n", 2, "-param", "mup0", "-o", run)
-        self.assertEqual(call("export_hf.py", run, out).returncode, 0)
-        rows = []
-        for load in (run, out):
-            self.train("-load", load, "-n", 1, "-lr", 0, "-save", 0, "-o", self.folder / f"again_{load.name}")
-            rows.append(rows_of(self.folder / f"again_{load.name}" / "log.csv"))
-        for a, b in zip(*rows):
-            self.assertAlmostEqual(float(a["loss"]), float(b["loss"]), places=5)
+        for name, options in (("width", ()), ("depth", ("-L", 2, "-L0", 1))):
+            run, out = self.folder / name, self.folder / f"{name}_out"
+            self.train(*self.MODEL, "-n", 2, "-param", "mup0", *options, "-o", run)
+            self.assertEqual(call("export_hf.py", run, out).returncode, 0)
+            rows = []
+            for load in (run, out):
+                self.train("-load", load, "-n", 1, "-lr", 0, "-save", 0, "-o", self.folder / f"again_{load.name}")
+                rows.append(rows_of(self.folder / f"again_{load.name}" / "log.csv"))
+            for a, b in zip(*rows):
+                self.assertAlmostEqual(float(a["loss"]), float(b["loss"]), places=5)
 
     @needs_tiktoken
     def test_vocabulary_text_gives_a_tokenizer(self) -> None:
