@@ -171,7 +171,7 @@ void normalize_backward(Real* dx, const Real* x, Real r, int n) {
 // Calls work(n, h) for n < count and h < heads, in parallel where that is worth waking threads: `products` is the number
 // of multiplications in all. What a thread throws (no memory) is thrown on from here, which OpenMP alone cannot do.
 template <class Work>
-void for_each_head(int count, int heads, int64_t products, const Work& work) {
+void for_each_head(int count, int heads, [[maybe_unused]] int64_t products, const Work& work) {
   [[maybe_unused]] constexpr int64_t kWorthThreads = 1 << 16;  // nvcc does not see the pragma use it
   std::exception_ptr failure;
 #pragma omp parallel for collapse(2) schedule(static) if (products >= kWorthThreads)
