@@ -147,9 +147,9 @@ class Run {
       log_ = std::make_unique<CsvLog>(folder_ + "/log.csv", step_, provenance_line(record_));
     describe();
     if (ranks_.first()) peak_ = ranks_.ranks() * measure_peak_flops(dev_);
-    report_.say("peak matrix product: " + numbered("%.2f TFLOP/s", peak_ / 1e12) +
-                " (a step's \"% of peak\": its matrix products, at that rate, over its time)");
-    report_.say("output in " + folder_);
+    say("peak matrix product: " + numbered("%.2f TFLOP/s", peak_ / 1e12) +
+        " (a step's \"% of peak\": its matrix products, at that rate, over its time)");
+    say("output in " + folder_);
     const int64_t first = step_ + 1;
     for (;;) {
       const int64_t newest = step_ + int64_t(queued_.size());  // the last step queued
@@ -164,8 +164,7 @@ class Run {
       if (queued_.empty()) break;
       if (!go_on || int(queued_.size()) > kAhead) {
         finish_step();
-        if (step_ == first)
-          report_.say("first step after " + numbered("%.2f s", seconds_since_process_start()));
+        if (step_ == first) say("first step after " + numbered("%.2f s", seconds_since_process_start()));
         // Steps take alike long: one that takes ten times the longest so far hangs. What comes now may take long.
         ranks_.limit_step(0);
         if (due(o_.save_every, step_)) save();
@@ -226,10 +225,10 @@ class Run {
         std::to_string(c.layers) + ", H " + std::to_string(c.heads_k) + ", dk " +
         std::to_string(c.head_dim_k) + ", dv " + std::to_string(c.head_dim_v) + ", mlp " +
         std::to_string(c.mlp_size) + ", vocabulary " + std::to_string(c.vocab));
-    report_.say(std::to_string(o_.global_batch) + " sequences of " + std::to_string(o_.seq_len) +
-                " tokens a step in micro-batches of " + std::to_string(o_.micro_batch) + "; " +
-                std::to_string(loader_.sequences()) + " sequences an epoch" +
-                (loader_.source().is_builtin() ? " (built-in stories)" : ""));
+    say(std::to_string(o_.global_batch) + " sequences of " + std::to_string(o_.seq_len) +
+        " tokens a step in micro-batches of " + std::to_string(o_.micro_batch) + "; " +
+        std::to_string(loader_.sequences()) + " sequences an epoch" +
+        (loader_.source().is_builtin() ? " (built-in stories)" : ""));
     if (exchange_)
       say(std::to_string(ranks_.ranks()) + " ranks, " + std::to_string(ranks_.local_ranks()) +
           " on this host, " + exchange_->description() + "; of each step a rank does " +

@@ -115,8 +115,7 @@ inline double tree_sum(std::vector<double> numbers) {
   return numbers[0];
 }
 
-// ---- arrays on a device
-// -------------------------------------------------------------------------------------
+// ---- arrays on a device -----------------------------------------------------------------------------------
 
 // How arrays on a GPU travel: by NCCL, staged through host memory, or by NCCL where that is possible.
 enum class ExchangeBy { automatic, nccl, host };

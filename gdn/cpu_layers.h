@@ -66,8 +66,7 @@ Real dot(const Real* a, const Real* b, int n) {
   return sum;
 }
 
-// ---- embedding
-// ---------------------------------------------------------------------------------------------------
+// ---- embedding --------------------------------------------------------------------------------------------
 
 // x [M,d] = rows `tokens` [M] of w_emb [V,d]
 template <class Real>
@@ -98,8 +97,7 @@ size_t embedding_backward_scratch_bytes(Cpu<Real>&, int, int) {
   return 0;
 }
 
-// ---- RMSNorm
-// ------------------------------------------------------------------------------------------------------
+// ---- RMSNorm ----------------------------------------------------------------------------------------------
 
 // h [M,d] = w * x * rstd,  rstd [M] = 1 / sqrt(mean(x^2) + eps)
 template <class Real>
@@ -156,8 +154,7 @@ size_t rmsnorm_backward_scratch_bytes(Cpu<Real>&, int, int) {
   return 0;
 }
 
-// ---- Linear
-// -------------------------------------------------------------------------------------------------------
+// ---- Linear -----------------------------------------------------------------------------------------------
 
 // y [M,out] = scale * x [M,in] w^T,  w [out,in] as in PyTorch, no bias
 template <class Real>
@@ -180,8 +177,7 @@ void linear_backward_weight(Cpu<Real>&, Real* dw, const Real* dy, const Real* x,
   cpu_gemm(true, false, out, in, rows, scale, dy, out, x, in, Real(1), dw, in);
 }
 
-// ---- short convolution, silu, L2 norm of q and k
-// ------------------------------------------------------------------
+// ---- short convolution, silu, L2 norm of q and k ----------------------------------------------------------
 
 // One row of a depthwise convolution: out [C] = sum_j taps[c][j] * inputs[j][c], taps [C,kConvTaps]; a null input
 // counts as zeros.
@@ -296,8 +292,7 @@ void short_conv_backward(Cpu<Real>&, Real* dproj, Real* dtaps, Real* dqkv, const
       }
 }
 
-// ---- gates
-// --------------------------------------------------------------------------------------------------------
+// ---- gates ------------------------------------------------------------------------------------------------
 
 // g [M,Hv] = -exp(A_log) * softplus(a + dt_bias) <= 0, the logarithm of the decay alpha;
 // beta [M,Hv] = beta_max * sigmoid(b), beta_max = 1, or 2 where negative eigenvalues are allowed. Where
@@ -350,8 +345,7 @@ void gates_backward(Cpu<Real>&, Real* dproj, Real* dA_log, Real* ddt_bias, const
     }
 }
 
-// ---- short convolution and gates
-// ----------------------------------------------------------------------------------
+// ---- short convolution and gates --------------------------------------------------------------------------
 
 // The two layers above in one call, as the GPU has them: all that the delta rule reads.
 template <class Real>
@@ -385,8 +379,7 @@ size_t short_conv_gates_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
 
 namespace gdn {
 
-// ---- output norm and gate
-// -----------------------------------------------------------------------------------------
+// ---- output norm and gate ---------------------------------------------------------------------------------
 
 // One head of one row: y [n] = w_o * o * rstd * silu(z)
 template <class Real>
@@ -463,8 +456,7 @@ size_t output_norm_backward_scratch_bytes(Cpu<Real>&, const MixerShape&) {
   return 0;
 }
 
-// ---- SwiGLU
-// -------------------------------------------------------------------------------------------------------
+// ---- SwiGLU -----------------------------------------------------------------------------------------------
 
 // One row: out [I] = silu(gate) * up
 template <class Real>
@@ -502,8 +494,7 @@ void swiglu_backward(Cpu<Real>&, Real* dgate_up, Real* out, const Real* dout, co
   }
 }
 
-// ---- classifier
-// ---------------------------------------------------------------------------------------------------
+// ---- classifier -------------------------------------------------------------------------------------------
 
 // losses [n] = -log softmax(logits)[target] over the first `vocab` of `padded` columns, in nats; a target < 0
 // is ignored (loss 0, gradient 0). With dlogits_scale != 0 the logits [n,padded] are overwritten with their
@@ -537,8 +528,7 @@ void sum_losses(Cpu<Real>&, double* total, const Real* losses, int rows) {
   *total += sum;
 }
 
-// ---- optimizer
-// ----------------------------------------------------------------------------------------------------
+// ---- optimizer --------------------------------------------------------------------------------------------
 
 // sum [n] += x [n] and *loss_sum += *loss: two partial sums over micro-batches become one.
 template <class Real>

@@ -69,6 +69,15 @@ void with_type(int32_t device, int32_t type, const Work& work) {
   refuse(std::string("type ") + names[type] + " on the CPU, expected float32 or float64");
 }
 
+// A function of a layer that the CPU alone computes.
+template <class Struct, class Work>
+int on_cpu(const char* function, const Struct* x, const Work& work) noexcept {
+  return guarded(function, [&] {
+    check_struct(x);
+    with_type(x->device, x->type, work);
+  });
+}
+
 // Batch, tokens and documents of a call.
 template <class Call>
 void check_sequences(const Call& x) {
@@ -736,53 +745,35 @@ GDN_API int gdn_delta_rule_recurrent(const gdn_delta_rule* x) {
 }
 
 GDN_API int gdn_short_conv_forward(const gdn_short_conv* x) {
-  return gdn::guarded(__func__, [&] {
-    gdn::check_struct(x);
-    gdn::with_type(x->device, x->type, [&](auto real) { gdn::convolve_forward<decltype(real)>(*x); });
-  });
+  return gdn::on_cpu(__func__, x, [&](auto real) { gdn::convolve_forward<decltype(real)>(*x); });
 }
 
 GDN_API int gdn_short_conv_backward(const gdn_short_conv* x) {
-  return gdn::guarded(__func__, [&] {
-    gdn::check_struct(x);
-    gdn::with_type(x->device, x->type, [&](auto real) { gdn::convolve_backward<decltype(real)>(*x); });
-  });
+  return gdn::on_cpu(__func__, x, [&](auto real) { gdn::convolve_backward<decltype(real)>(*x); });
 }
 
 GDN_API int gdn_gated_norm_forward(const gdn_gated_norm* x) {
-  return gdn::guarded(__func__, [&] {
-    gdn::check_struct(x);
-    gdn::with_type(x->device, x->type, [&](auto real) { gdn::gated_norm_forward<decltype(real)>(*x); });
-  });
+  return gdn::on_cpu(__func__, x, [&](auto real) { gdn::gated_norm_forward<decltype(real)>(*x); });
 }
 
 GDN_API int gdn_gated_norm_backward(const gdn_gated_norm* x) {
-  return gdn::guarded(__func__, [&] {
-    gdn::check_struct(x);
-    gdn::with_type(x->device, x->type, [&](auto real) { gdn::gated_norm_backward<decltype(real)>(*x); });
-  });
+  return gdn::on_cpu(__func__, x, [&](auto real) { gdn::gated_norm_backward<decltype(real)>(*x); });
 }
 
 GDN_API int gdn_mixer_forward(const gdn_mixer* x) {
-  return gdn::guarded(__func__, [&] {
-    gdn::check_struct(x);
-    gdn::with_type(x->device, x->type, [&](auto real) {
-      using Real = decltype(real);
-      gdn::present("y", x->y);
-      gdn::Mixer<Real>(*x).forward(static_cast<Real*>(x->y));
-    });
+  return gdn::on_cpu(__func__, x, [&](auto real) {
+    using Real = decltype(real);
+    gdn::present("y", x->y);
+    gdn::Mixer<Real>(*x).forward(static_cast<Real*>(x->y));
   });
 }
 
 GDN_API int gdn_mixer_backward(const gdn_mixer* x) {
-  return gdn::guarded(__func__, [&] {
-    gdn::check_struct(x);
-    gdn::with_type(x->device, x->type, [&](auto real) {
-      using Real = decltype(real);
-      gdn::Mixer<Real> mixer(*x);
-      mixer.forward(static_cast<Real*>(x->y));
-      mixer.backward();
-    });
+  return gdn::on_cpu(__func__, x, [&](auto real) {
+    using Real = decltype(real);
+    gdn::Mixer<Real> mixer(*x);
+    mixer.forward(static_cast<Real*>(x->y));
+    mixer.backward();
   });
 }
 

@@ -50,15 +50,14 @@ typedef struct {
   const int64_t* cu_seqlens; /* [N+1] on the host, from 0 to T, ascending; null: none */
   double scale;
   int32_t normalized; /* q and k are divided by sqrt(|.|^2 + 1e-6) first */
-  gdn_tensor q, k, v, g, beta,
-      initial_state;             /* states on the GPU: dense as [N,Hv,dv,dk], the strides telling so; in
-                                                 gdn_delta_rule_recurrent dense as [N,Hv,dk,dv] */
-  gdn_tensor o, final_state;     /* written by the forward; final_state may be null */
-  gdn_tensor d_o, d_final_state; /* read by the backward; d_final_state may be null */
-  gdn_tensor dq, dk, dv, dg, dbeta,
-      d_initial_state; /* written by the backward; d_initial_state may be null */
-  void* saved;         /* from forward to backward; null in a forward that no backward follows */
-  void* scratch;       /* work space of a call on the GPU */
+  /* States on the GPU are dense as [N,Hv,dv,dk], the strides telling so; in gdn_delta_rule_recurrent dense as
+   * [N,Hv,dk,dv]. */
+  gdn_tensor q, k, v, g, beta, initial_state;
+  gdn_tensor o, final_state;                         /* written by the forward; final_state may be null */
+  gdn_tensor d_o, d_final_state;                     /* read by the backward; d_final_state may be null */
+  gdn_tensor dq, dk, dv, dg, dbeta, d_initial_state; /* written by it; d_initial_state may be null */
+  void* saved;   /* from forward to backward; null in a forward that no backward follows */
+  void* scratch; /* work space of a call on the GPU */
 } gdn_delta_rule;
 
 /* Bytes of `saved` and `scratch`, from the sizes alone. */

@@ -27,8 +27,8 @@ struct CudaDeltaRule {
   float* d_initial_state = nullptr;
   CudaRows dq, dk, dv;
   float *dg = nullptr, *dbeta = nullptr;
-  void *saved = nullptr,
-       *scratch = nullptr;  // gated_delta_rule_saved_bytes and gated_delta_rule_scratch_bytes
+  // gated_delta_rule_saved_bytes and gated_delta_rule_scratch_bytes
+  void *saved = nullptr, *scratch = nullptr;
 };
 
 void delta_rule_forward(Cuda&, const CudaDeltaRule&);

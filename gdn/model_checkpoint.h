@@ -28,8 +28,7 @@
 
 namespace gdn {
 
-// ---- configuration
-// ------------------------------------------------------------------------------------------------
+// ---- configuration ----------------------------------------------------------------------------------------
 
 inline Json config_json(const ModelConfig& c) {
   return Json::Object{{"architectures", Json::Array{"GatedDeltaNetForCausalLM"}},
@@ -395,8 +394,7 @@ inline void require_same_shape(const ModelConfig& wanted, const ModelConfig& sav
                              ", the options ask for " + name(wanted.parametrization));
 }
 
-// ---- counters
-// -----------------------------------------------------------------------------------------------------
+// ---- counters ---------------------------------------------------------------------------------------------
 
 struct TrainingCounters {
   int64_t step = 0;                                            // steps done
@@ -447,8 +445,7 @@ inline std::vector<std::pair<std::string, std::string>> options_in_effect(const 
   return counters.in_effect.empty() ? counters.options : counters.in_effect;  // older ones have options alone
 }
 
-// ---- tensors
-// ------------------------------------------------------------------------------------------------------
+// ---- tensors ----------------------------------------------------------------------------------------------
 
 // The safetensors name of a number type.
 template <class T>
@@ -548,8 +545,7 @@ void load_tensor(Device& dev, typename Device::real* to, const Tensor& t, const 
   dev.upload(to, values.data(), t.size * sizeof(values[0]));
 }
 
-// ---- runs
-// ---------------------------------------------------------------------------------------------------------
+// ---- runs -------------------------------------------------------------------------------------------------
 
 // Writes a checkpoint of the run and returns its path; see save_checkpoint. Its bytes do not depend on the number of
 // ranks. Of several ranks all call: rank 0 writes, and throws where that fails; the others return nothing.

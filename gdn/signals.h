@@ -16,8 +16,8 @@ namespace gdn {
 namespace signals {
 
 inline volatile std::sig_atomic_t received = 0, count = 0, work_to_save = 0;
-inline volatile std::sig_atomic_t silent =
-    0;  // one of several ranks: who started them may send all the signal
+// One of several ranks, all of which may be sent a signal, says nothing.
+inline volatile std::sig_atomic_t silent = 0;
 
 inline void on_signal(int signal) {
   constexpr char kFirst[] = "\ntrain_gdn: finishing this step and saving; twice more ends without saving\n";
@@ -42,8 +42,8 @@ inline void install() {
     const bool nohup = signal == SIGHUP && before.sa_handler == SIG_IGN;
     if (!nohup) sigaction(signal, &action, nullptr);
   }
-  signal(SIGXFSZ,
-         SIG_IGN);  // a file at its size limit (ulimit -f) is then an error of write(), as a full disk is
+  // A file at its size limit (ulimit -f) is then an error of write(), as a full disk is.
+  signal(SIGXFSZ, SIG_IGN);
 }
 
 // From here on signals save. A terminal or pipe that is gone ends no training.

@@ -38,11 +38,11 @@ class TrainingStep {
   static constexpr int kAhead = Device::is_gpu ? 1 : 0;
 
   struct Result {
-    double loss = 0;  // nats per token, the mean over the batch
-    double norm = 0;  // of the gradient before clipping; NaN where the loss is not finite
-    double exchange_seconds =
-        0;               // of the device's time, with nothing to do but to exchange gradients and weights
+    double loss = 0;     // nats per token, the mean over the batch
+    double norm = 0;     // of the gradient before clipping; NaN where the loss is not finite
     double seconds = 0;  // since the step before ended where one was still running, else since this one began
+    // Of the device's time, with nothing to do but to exchange gradients and weights.
+    double exchange_seconds = 0;
   };
 
   // Steps over `global_batch` sequences of `length` tokens, `micro_batch` at a time (a divisor). With several
@@ -126,9 +126,9 @@ class TrainingStep {
     const auto& end = ends_[done_ % 3];
     dev_.wait(end);
     const auto& from = slot.behind_another ? ends_[(done_ + 2) % 3] : slot.begin;
-    const Result result = {
-        *slot.loss.get() / (double(micro_batch_) * length_ * micro_batches_), double(*slot.norm.get()),
-        optimizer_.exchange() ? exchange_seconds(slot.stamps.get()) : 0, dev_.seconds(from, end)};
+    const Result result = {*slot.loss.get() / (double(micro_batch_) * length_ * micro_batches_),
+                           double(*slot.norm.get()), dev_.seconds(from, end),
+                           optimizer_.exchange() ? exchange_seconds(slot.stamps.get()) : 0};
     done_++;
     return result;
   }

@@ -129,8 +129,7 @@ Results recurrence(const MixerShape& shape, const Inputs& in) {
   return split_results(shape, doubles(o), doubles(dqkv), doubles(dg), doubles(dbeta));
 }
 
-// ---- on the GPU
-// ---------------------------------------------------------------------------------------------------
+// ---- on the GPU -------------------------------------------------------------------------------------------
 
 std::vector<act> to_act(const Doubles& x) {
   std::vector<act> out;

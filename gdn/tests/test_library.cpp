@@ -402,6 +402,11 @@ TEST_CASE_TEMPLATE("library: golden vectors with states and documents", Real, fl
   }
 }
 
+TEST_CASE("library: the structs have the sizes that scripts/gdn_torch.py writes out: change both, and this") {
+  CHECK(sizeof(gdn_delta_rule) == 752);
+  CHECK(sizeof(gdn_mixer) == 312);
+}
+
 TEST_CASE("library: errors are one line with the value and what was expected") {
   DeltaRule<float> x({1, 8, 2, 4, 4, 3, {0, 3, 8}}, false);
   const auto error = [&](const std::function<void(gdn_delta_rule&)>& change,
