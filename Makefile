@@ -2,7 +2,7 @@
 # make test         builds and runs the tests; those that need a GPU are skipped by name where there is none
 # make sanitize     compute-sanitizer (memcheck, racecheck) over the GPU tests
 # make libgdn.so    the layers as C functions (gdn/library.h), for PyTorch (scripts/gdn_torch.py) and others
-# make bench        benchmarks of the kernels and of the training step (needs a GPU)
+# make bench        times of the kernels and of the training step beside the card's baseline (needs a GPU)
 # make debug        build/debug/train_gdn and test_gdn, for a debugger
 # make ci           what a clean machine does (.ci/run): packages, builds without and with nvcc, all tests
 # make format       clang-format over the C++ and CUDA files
@@ -165,9 +165,7 @@ ci:
 # ---- for developers
 
 bench: dev/bench_layers dev/bench_delta_rule dev/bench_step
-	./dev/bench_layers
-	./dev/bench_delta_rule
-	./dev/bench_step -phases
+	python3 dev/bench.py
 
 dev/bench_%: $(BUILD)/dev/bench_%.o $(RANKS) $(LAYERS) | needs_nvcc
 	$(LINK) $^ -o $@ $(LIBS)
