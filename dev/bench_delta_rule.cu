@@ -2,7 +2,9 @@
 // that generates, with CUDA events, the median of many runs after a warm-up. Random data, gates as a model at
 // initialisation has them.
 //
-//   dev/bench_delta_rule [runs, 30] [B T Hk Hv dk dv: this shape alone]
+//   dev/bench_delta_rule [runs, 30] [B T Hk Hv dk dv: this shape alone] [decay, 1]
+//
+// `decay` multiplies the log decays: how long sequences are split depends on it (0: nothing is forgotten).
 //
 // The floor of a row is the larger of its bytes (each input read once, each output written once) at an H100's
 // 3 TB/s and its products, at 600 TFLOP/s.
@@ -46,7 +48,7 @@ struct Gates {
   std::vector<float> g, beta;
 };
 
-Gates random_gates(const MixerShape& shape) {
+Gates random_gates(const MixerShape& shape, float decay) {
   std::mt19937 random(3);
   std::uniform_real_distribution<float> uniform(0, 1);
   std::normal_distribution<float> normal;
@@ -58,7 +60,7 @@ Gates random_gates(const MixerShape& shape) {
   }
   for (int m = 0; m < shape.rows(); m++)
     for (int h = 0; h < shape.heads_v; h++) {
-      gates.g.push_back(-A[h] * dt[h] * std::exp(0.3f * normal(random)));
+      gates.g.push_back(-decay * A[h] * dt[h] * std::exp(0.3f * normal(random)));
       gates.beta.push_back(1 / (1 + std::exp(-normal(random))));
     }
   return gates;
@@ -93,12 +95,12 @@ void report(const char* name, double ms, const Cost& cost) {
               cost.flops / ms * 1e-9, cost.bytes / ms * 1e-6, floor_ms, 100 * floor_ms / ms);
 }
 
-void bench(Cuda& device, const MixerShape& shape, int runs) {
+void bench(Cuda& device, const MixerShape& shape, int runs, float decay = 1.f) {
   const auto qkv = upload(device, qkv_of(shape));
   const size_t values = size_t(shape.rows()) * shape.value_dim(),
                gate_count = size_t(shape.rows()) * shape.heads_v;
   const auto d_o = upload(device, random_act(values));
-  const Gates gates = random_gates(shape);
+  const Gates gates = random_gates(shape, decay);
   const auto g = upload(device, gates.g), beta = upload(device, gates.beta);
   const Buffer<Cuda, act> o(device, values, "a benchmark"), dqkv(device, qkv.size(), "a benchmark");
   const Buffer<Cuda, float> dg(device, gate_count, "a benchmark"), dbeta(device, gate_count, "a benchmark");
@@ -201,8 +203,8 @@ void bench(Cuda& device, const MixerShape& shape, int runs) {
 
 int main(int argc, char** argv) {
   const int runs = argc > 1 ? std::atoi(argv[1]) : 30;
-  if (runs < 1 || (argc != 1 && argc != 2 && argc != 8)) {
-    std::fprintf(stderr, "expected: dev/bench_delta_rule [runs, 1 or more] [B T Hk Hv dk dv]\n");
+  if (runs < 1 || (argc != 1 && argc != 2 && argc != 8 && argc != 9)) {
+    std::fprintf(stderr, "expected: dev/bench_delta_rule [runs, 1 or more] [B T Hk Hv dk dv] [decay]\n");
     return 1;
   }
   try {
@@ -211,7 +213,8 @@ int main(int argc, char** argv) {
     if (argc > 2) {
       int x[6];
       for (int i = 0; i < 6; i++) x[i] = std::atoi(argv[2 + i]);
-      bench(device, make_shape(x[0], x[1], x[2], x[3], x[4], x[5]), runs);
+      const float decay = argc > 8 ? float(std::atof(argv[8])) : 1.f;
+      bench(device, make_shape(x[0], x[1], x[2], x[3], x[4], x[5]), runs, decay);
       return 0;
     }
     bench(device, make_shape(32, 1024, 6, 6, 32, 64), runs);
@@ -223,6 +226,7 @@ int main(int argc, char** argv) {
     bench(device, make_shape(1, 32768, 6, 6, 32, 64), runs);  // few heads, one long sequence
     bench(device, make_shape(1, 32768, 6, 6, 128, 256), runs);
     bench(device, make_shape(1, 32768, 8, 16, 128, 128), runs);
+    bench(device, make_shape(1, 32768, 16, 32, 128, 128), runs);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 1;

@@ -412,6 +412,14 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t x) {
   emulator::warp_read();
   return largest;
 }
+inline unsigned __ballot_sync(unsigned, bool x) {
+  const emulator::Words* all = emulator::warp_share({uint32_t(x)});
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; lane++) lanes |= unsigned(all[lane][0] != 0) << lane;
+  emulator::warp_read();
+  return lanes;
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline bool __any_sync(unsigned mask, bool x) { return __reduce_max_sync(mask, x) != 0; }
 
 namespace gdn {

@@ -75,7 +75,8 @@ Inputs random_inputs(const MixerShape& shape, float decay) {
   for (int i = 0; i < shape.rows() * shape.value_dim(); i++)
     in.d_o.push_back(__float2bfloat16_rn(normal(random)));
   for (int i = 0; i < shape.rows() * shape.heads_v; i++) {
-    in.g.push_back(-decay * uniform(random));
+    const bool remembers = decay > 0.25f && i % shape.heads_v % 2;  // a head beside one that forgets
+    in.g.push_back(-decay * uniform(random) * (remembers ? 1.f / 64 : 1.f));
     in.beta.push_back(uniform(random));
   }
   return in;
@@ -495,10 +496,41 @@ void check_zeros() {
          1, 0);
 }
 
+// split_memory against a loop over the chunks: more than a warp's lanes of them, either direction, a decay to 0, NaN.
+void check_memory() {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  const Sizes size = {0, 1, 1, 16, 16, 100, 1};
+  std::vector<float> gates(size_t(size.chunks) * kGates, nan);
+  const auto log_decay = [&](int chunk) -> float& {
+    return gates[size_t(chunk) * kGates + kCumulativeLogDecay * kChunk + kChunk - 1];
+  };
+  std::mt19937 random(3);
+  for (const float scale : {0.f, 0.1f, 0.5f, 0.9f, 3.f, 40.f, inf, nan})
+    for (const int count : {1, 4, 31, 32, 33, 64, 90})
+      for (const int step : {1, -1}) {
+        for (int i = 0; i < size.chunks; i++)
+          log_decay(i) = -scale * (scale > 1 ? 1.f : std::uniform_real_distribution<float>(0, 1)(random));
+        const int first = step > 0 ? 5 : 95;
+        Memory expected = {count, true}, found = {};
+        double sum = 0;
+        for (int i = 0; i < count && expected.all; i++)
+          if ((sum += double(log_decay(first + i * step))) < double(kForgotten)) expected = {i + 1, false};
+        PassInputs in = {};
+        in.gates = gates.data();
+        emulator::launch({1, 1, 1}, 32, [&] {
+          const Memory memory = split_memory(in, {}, size, first, step, count);
+          if (threadIdx.x == 31) found = memory;
+        });
+        expect(found.chunks == expected.chunks && found.all == expected.all, "split_memory", "chunks",
+               found.chunks, expected.chunks);
+      }
+}
+
 }  // namespace
 
 int main() {
   check_zeros();
+  check_memory();
   check<32>(1, 300, 1, 1, 32, 64, 1, 0.02f);
   check<32>(2, 500, 1, 2, 16, 48, 2, 0.02f);  // ragged, grouped value heads, fewer columns than a slice has
   check<64>(1, 330, 1, 1, 64, 80, 2, 1.f);
@@ -509,6 +541,9 @@ int main() {
   check<128>(1, 190, 1, 1, 112, 128, 1, 0.01f);
   check<128>(1, 150, 1, 1, 128, 144, 2,
              8.f);  // the state fades within a chunk; warps and warpgroups without columns
+  check<128>(1, 800, 1, 2, 128, 64, 4,
+             0.5f);  // of four chunks two are remembered in one head, all in the other
+  check<64>(1, 900, 2, 2, 64, 64, 5, 0.3f);
   check<192>(1, 270, 1, 1, 176, 64, 1, 0.01f);
   check<256>(1, 270, 1, 1, 256, 32, 2, 0.01f);
   check<64>(2, 100, 1, 2, 48, 80, 2, 0.02f, true);  // from and to states

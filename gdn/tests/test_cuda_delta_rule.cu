@@ -469,18 +469,23 @@ TEST_CASE("cuda delta rule: which sequences are cut") {
   using gdn::delta_rule::choose_splits;
   CHECK(choose_splits(512, 24, 132).count == 5);
   CHECK(choose_splits(512, 24, 132).chunks == 103);
-  CHECK(choose_splits(512, 45, 132).count == 1);  // two splits would gain nothing
+  CHECK(choose_splits(512, 45, 132).count == 8);  // two would gain nothing; eight take three waves
+  CHECK(choose_splits(512, 64, 132).count == 8);
+  CHECK(choose_splits(512, 64, 132).chunks == 64);
+  CHECK(choose_splits(512, 67, 132).count == 1);  // eight would take five waves
+  CHECK(choose_splits(512, 67, 264).count == 3);
+  CHECK(choose_splits(127, 64, 132).count == 1);  // too short
   CHECK(choose_splits(16, 768, 132).count == 1);
   CHECK(choose_splits(11, 1, 132).count == 1);  // splits of less than four chunks
   CHECK(choose_splits(13, 1, 132).count == 3);
   CHECK(choose_splits(13, 1, 132).chunks == 5);
-  for (int chunks = 1; chunks < 200; chunks++)
-    for (int blocks : {1, 3, 7, 20}) {
+  for (int chunks = 1; chunks < 300; chunks++)
+    for (int blocks : {1, 3, 7, 20, 45, 66}) {
       const auto x = choose_splits(chunks, blocks, 132);
       CHECK(x.count * x.chunks >= chunks);
       CHECK((x.count - 1) * x.chunks < chunks);  // none is empty
       CHECK((x.count == 1 || x.count >= 3));
-      CHECK((x.count == 1 || x.count * blocks <= 132));
+      CHECK((x.count == 1 || x.count * blocks <= (blocks <= 44 ? 132 : 4 * 132)));
     }
 }
 
@@ -490,7 +495,7 @@ TEST_CASE("cuda delta rule: memory for the splits of every smaller batch") {
   for (int resident : {132, 264, 24})
     for (int heads : {1, 2, 6, 32})
       for (int slices : {1, 4, 8})
-        for (int tokens = 1; tokens < 9000; tokens += 61)
+        for (int tokens = 1; tokens < 40000; tokens += tokens < 9000 ? 61 : 997)
           for (int batch = 1; batch < 9; batch++) {
             const auto x = choose_splits((tokens + 63) / 64, batch * heads * slices, resident);
             if (x.count > 1)

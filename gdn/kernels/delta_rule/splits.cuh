@@ -11,6 +11,9 @@
 // needed for a gain. States are stored as the passes hold them, transposed, [dv,dk], and so is M, with M^T
 // beside it: S_end^T = S_start^T M^T.
 //
+// Steps 1 reads only the chunks that their result depends on to 2^-40 (split_memory in pass_common.cuh): in a
+// head that forgets, the last few of a split, and no M at all; in one that remembers, the whole split.
+//
 // Where the number of CTAs and not bytes is the limit, step 3 takes 1 / n of the unsplit pass's time, and
 // step 1 as long for B and dk / dv of that for M, or less, as it writes nothing. H200, one sequence of 32768,
 // 6 heads, (128, 256), 5 splits: steps 1 to 3 take 0.168 + 0.026 + 0.249 ms, the unsplit pass 1.212
@@ -41,21 +44,38 @@ struct Splits {
 };
 
 constexpr int kMinSplits = 3, kMinSplitChunks = 4;
+// Of the second kind of splits below.
+constexpr int kSplitsInWaves = 8, kMinChunksInWaves = 16 * kSplitsInWaves;
+constexpr double kLargestShareInWaves = 0.55;
 
-// As many splits as let `resident` CTAs run at once, where an unsplit pass has `blocks` of them.
+// Splits of a sequence, where an unsplit pass has `blocks` CTAs and the GPU holds `resident` of them.
+//   * As many as let all their CTAs run at once, if these are three or more.
+//   * Else, where about half of the GPU would be idle and sequences are long: 8, whose CTAs run in several
+//     waves that leave less of it idle (32 heads of dv = 128 on 132 SMs: 64 CTAs in one wave, or 512, of an
+//     eighth of the chunks, in four).
 inline Splits choose_splits(int chunks, int64_t blocks, int resident) {
-  const int count = std::min(int(resident / std::max<int64_t>(blocks, 1)), chunks / kMinSplitChunks);
-  if (count < kMinSplits) return {1, chunks, nullptr, nullptr};
-  const int each = divide_up(chunks, count);
-  return {divide_up(chunks, each), each, nullptr, nullptr};
+  const auto splits = [&](int count) {
+    const int each = divide_up(chunks, count);
+    return Splits{divide_up(chunks, each), each, nullptr, nullptr};
+  };
+  const int at_once = std::min(int(resident / std::max<int64_t>(blocks, 1)), chunks / kMinSplitChunks);
+  if (at_once >= kMinSplits) return splits(at_once);
+  const int64_t waves = divide_up<int64_t>(blocks * kSplitsInWaves, resident);
+  if (chunks >= kMinChunksInWaves && double(waves) <= kLargestShareInWaves * kSplitsInWaves)
+    return splits(kSplitsInWaves);
+  return splits(1);
 }
 
 // Upper bound on the splits of all heads together, for a batch of at most `tokens` tokens with sequences of
-// any length: sizes the buffers, since a model also runs smaller batches than the one it was made for. A
-// sequence of c splits has at least 4 c chunks, so more than 64 (4 c - 1) tokens, which is >= 704 c / 3 as c
-// >= 3.
+// any length: sizes the buffers, since a model also runs smaller batches than the one it was made for. Of the
+// first kind, a sequence of c splits has at least 4 c chunks, so more than 64 (4 c - 1) tokens, which is >=
+// 704 c / 3 as c >= 3; of the second, c <= 8 and more than 64 * 127 tokens, >= 1016 c.
 inline int64_t max_splits(int64_t tokens, int heads, int slices, int resident) {
-  return std::min<int64_t>(resident / slices, heads * tokens * 3 / 704);
+  const auto most = [&](double ctas, double of_tokens) {
+    return int64_t(std::min(ctas / slices, double(heads) * double(tokens) * of_tokens));
+  };
+  return std::max(most(resident, 3. / 704),
+                  most(kLargestShareInWaves * kSplitsInWaves * resident, 1. / 1016));
 }
 
 constexpr int kMergeRows = 8, kMergeThreads = 512;

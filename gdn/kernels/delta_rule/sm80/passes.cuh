@@ -351,7 +351,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
                          float s) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(GDN_EMULATED)
   extern __shared__ __align__(16) unsigned char shared[];
-  const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, blockDim.x / 32);
+  PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, blockDim.x / 32);
+  if (kStates) backward_state_chunks(in, block, size);
   const int warp = threadIdx.x / 32, ld = 16 * block.warps + 8, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = size.value_stride();
@@ -443,13 +444,16 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   if (transition && block.split == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
   const bool active = row < (transition ? size.dk : size.dv);
+  forward_state_chunks(in, block, size, transition);
+  const bool any = block.first_chunk < block.end_chunk;
   clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
-  copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & (kStages - 1), block.warps), in, block, size,
-                 block.first_chunk);
+  if (any)
+    copy_chunk<DK>(pass_stage<DK>(shared, block.first_chunk & (kStages - 1), block.warps), in, block, size,
+                   block.first_chunk);
 
   float state[DK / 8][4] = {};
-  if (transition) unit_state<DK>(state, row);
+  if (transition && any) unit_state<DK>(state, row);
   int exponent = 0;
   for (int chunk = block.first_chunk; chunk < block.end_chunk; chunk++) {
     const Sm80Stage stage = pass_stage<DK>(shared, chunk & (kStages - 1), block.warps);

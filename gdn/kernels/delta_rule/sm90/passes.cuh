@@ -679,7 +679,8 @@ __global__ void __launch_bounds__(pass_schedule(DK, kGroups).threads(), pass_sch
   constexpr PassSchedule kSchedule = pass_schedule(DK, kGroups);
   constexpr int ld = Stage::kValuesStride, kStages = kSchedule.stages;
   constexpr bool kOverlap = kSchedule.overlap, kHasProducer = kSchedule.producer;
-  const PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, 4 * kGroups);
+  PassBlock block = pass_block(size, splits, kStates, splits.count - kStates, 4 * kGroups);
+  if (kStates) backward_state_chunks(in, block, size);
   const int warp = threadIdx.x / 32, column = block.first_column + 16 * warp;
   const bool active = column < size.dv;
   const int64_t stride = size.value_stride();
@@ -813,12 +814,16 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   const int first_row = (int(blockIdx.x) - (transition ? slices_v : 0)) * 64 + 16 * warp;
   if (transition && block.split == 0) return;
   if (transition) block.first_column = size.dv;  // v = 0
+  forward_state_chunks(in, block, size, transition);
+  const bool any = block.first_chunk < block.end_chunk;
   clear_matrices<Stage>(tiles);
-  copy_chunk(Stage(tiles, block.first_chunk & 1), in, block, size, block.first_chunk);
-  wait_and_convert_chunk(Stage(tiles, block.first_chunk & 1));
+  if (any) {
+    copy_chunk(Stage(tiles, block.first_chunk & 1), in, block, size, block.first_chunk);
+    wait_and_convert_chunk(Stage(tiles, block.first_chunk & 1));
+  }
 
   float state[DK / 8][4] = {};
-  if (transition)
+  if (transition && any)
 #pragma unroll
     for (int t = 0; t < DK / 8; t++)
       for_each_permuted(
