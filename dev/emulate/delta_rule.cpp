@@ -515,10 +515,8 @@ void check_memory() {
         double sum = 0;
         for (int i = 0; i < count && expected.all; i++)
           if ((sum += double(log_decay(first + i * step))) < double(kForgotten)) expected = {i + 1, false};
-        PassInputs in = {};
-        in.gates = gates.data();
         emulator::launch({1, 1, 1}, 32, [&] {
-          const Memory memory = split_memory(in, {}, size, first, step, count);
+          const Memory memory = split_memory(chunk_log_decay(gates.data(), size, 0, 0, first), step, count);
           if (threadIdx.x == 31) found = memory;
         });
         expect(found.chunks == expected.chunks && found.all == expected.all, "split_memory", "chunks",

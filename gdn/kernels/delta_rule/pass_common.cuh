@@ -61,60 +61,19 @@ __device__ inline PassBlock pass_block(const Sizes& size, const Splits& splits, 
   return block;
 }
 
-// The logarithm of the decay over a chunk, G_C.
-__device__ inline const float* chunk_log_decay(const PassInputs& in, const PassBlock& block,
-                                               const Sizes& size, int chunk) {
-  return in.gates + size.chunk_number(block.b, block.h, chunk) * kGates + kCumulativeLogDecay * kChunk +
-         kChunk - 1;
-}
-
-// How many of a split's chunks its end state depends on (or, in the backward, its start's gradient): the
-// fewest, counted from that end, over which the state decays to less than 2^-40. For keys of length 1 and
-// beta <= 2 no factor I - beta k k^T makes a vector longer, so what came before them is below 2^-40 of the
-// state it was: far below fp32's rounding, and dropped. `all` where the split as a whole decays by less.
-struct Memory {
-  int chunks;
-  bool all;
-};
-
-constexpr float kForgotten = -27.726f;  // ln 2^-40
-
-// Memory of `count` chunks from `first` on, in direction step = 1 or -1. Each warp counts for itself: a lane a
-// chunk, prefix sums by shuffles.
-__device__ inline Memory split_memory(const PassInputs& in, const PassBlock& block, const Sizes& size,
-                                      int first, int step, int count) {
-  const int lane = threadIdx.x % 32;
-  const float* log_decay = chunk_log_decay(in, block, size, first);
-  float before = 0.f;
-  for (int i = lane; i - lane < count; i += 32) {
-    float sum = i < count ? log_decay[int64_t(i) * step * kGates] : 0.f;
-#pragma unroll
-    for (int by = 1; by < 32; by *= 2) {
-      const float x = __shfl_up_sync(~0u, sum, by);
-      if (lane >= by) sum += x;
-    }
-    sum += before;
-    const unsigned forgotten = __ballot_sync(~0u, i < count && sum < kForgotten);
-    if (forgotten) return {i - lane + __ffs(int(forgotten)), false};
-    before = __shfl_sync(~0u, sum, 31);
-  }
-  return {count, true};
-}
-
-// The chunks of a split that the final state B depends on, or M; M [dk,dk] is 0 where the split as a whole is
-// forgotten: no chunks then.
+// The chunks of a split that the final state B depends on, or M: none where the split as a whole is
+// forgotten, for M [dk,dk] is 0 then.
 __device__ inline void forward_state_chunks(const PassInputs& in, PassBlock& block, const Sizes& size,
                                             bool transition) {
-  const Memory memory =
-      split_memory(in, block, size, block.end_chunk - 1, -1, block.end_chunk - block.first_chunk);
+  const float* last = chunk_log_decay(in.gates, size, block.b, block.h, block.end_chunk - 1);
+  const Memory memory = split_memory(last, -1, block.end_chunk - block.first_chunk);
   if (!memory.all) block.first_chunk = block.end_chunk - (transition ? 0 : memory.chunks);
 }
 
 // Those that B of the backward depends on.
 __device__ inline void backward_state_chunks(const PassInputs& in, PassBlock& block, const Sizes& size) {
-  block.end_chunk =
-      block.first_chunk +
-      split_memory(in, block, size, block.first_chunk, 1, block.end_chunk - block.first_chunk).chunks;
+  const float* first = chunk_log_decay(in.gates, size, block.b, block.h, block.first_chunk);
+  block.end_chunk = block.first_chunk + split_memory(first, 1, block.end_chunk - block.first_chunk).chunks;
 }
 
 // Where the state of a block's rows of [dv,dk], from `column` on, comes from at its first chunk: the split before

@@ -11,8 +11,8 @@
 // needed for a gain. States are stored as the passes hold them, transposed, [dv,dk], and so is M, with M^T
 // beside it: S_end^T = S_start^T M^T.
 //
-// Steps 1 reads only the chunks that their result depends on to 2^-40 (split_memory in pass_common.cuh): in a
-// head that forgets, the last few of a split, and no M at all; in one that remembers, the whole split.
+// Step 1 reads only the chunks that its results depend on to 2^-40 (split_memory): in a head that forgets, the
+// last few of a split, and no M at all; in one that remembers, the whole split.
 //
 // Where the number of CTAs and not bytes is the limit, step 3 takes 1 / n of the unsplit pass's time, and
 // step 1 as long for B and dk / dv of that for M, or less, as it writes nothing. H200, one sequence of 32768,
@@ -30,7 +30,7 @@ namespace delta_rule {
 struct Splits {
   int count, chunks;       // splits of a sequence, chunks in each (fewer in the last); count 1: not cut
   float* boundary_states;  // [B,Hv,count,dv,dk]: states at the splits' starts, or their gradients at the ends
-  float* transitions;      // [B,Hv,count,2,dk,dk]: M^T, M
+  float* transitions;      // [B,Hv,count,2,dk,dk]: M^T, M; in the place of the first split's, remembered()
 
   __device__ int64_t number(int b, int h, int split, const Sizes& size) const {
     return (int64_t(b) * size.heads_v + h) * count + split;
@@ -41,9 +41,12 @@ struct Splits {
   __device__ float* transition(int b, int h, int split, const Sizes& size) const {
     return transitions + number(b, h, split, size) * 2 * size.dk * size.dk;
   }
+  // [count]: 0 where M of a split is 0, else 1
+  __device__ float* remembered(int b, int h, const Sizes& size) const { return transition(b, h, 0, size); }
 };
 
 constexpr int kMinSplits = 3, kMinSplitChunks = 4;
+constexpr int kMaxSplits = 2 * 16 * 16;  // so many floats the least M has
 // Of the second kind of splits below.
 constexpr int kSplitsInWaves = 8, kMinChunksInWaves = 16 * kSplitsInWaves;
 constexpr double kLargestShareInWaves = 0.55;
@@ -58,7 +61,8 @@ inline Splits choose_splits(int chunks, int64_t blocks, int resident) {
     const int each = divide_up(chunks, count);
     return Splits{divide_up(chunks, each), each, nullptr, nullptr};
   };
-  const int at_once = std::min(int(resident / std::max<int64_t>(blocks, 1)), chunks / kMinSplitChunks);
+  const int at_once =
+      std::min({int(resident / std::max<int64_t>(blocks, 1)), chunks / kMinSplitChunks, kMaxSplits});
   if (at_once >= kMinSplits) return splits(at_once);
   const int64_t waves = divide_up<int64_t>(blocks * kSplitsInWaves, resident);
   if (chunks >= kMinChunksInWaves && double(waves) <= kLargestShareInWaves * kSplitsInWaves)
@@ -78,6 +82,43 @@ inline int64_t max_splits(int64_t tokens, int heads, int slices, int resident) {
                   most(kLargestShareInWaves * kSplitsInWaves * resident, 1. / 1016));
 }
 
+// The logarithm of the decay over a chunk, G_C.
+__device__ inline const float* chunk_log_decay(const float* gates, const Sizes& size, int b, int h,
+                                               int chunk) {
+  return gates + size.chunk_number(b, h, chunk) * kGates + kCumulativeLogDecay * kChunk + kChunk - 1;
+}
+
+// How many of a split's chunks its end state depends on (or, in the backward, its start's gradient): the
+// fewest, counted from that end, over which the state decays to less than 2^-40. For keys of length 1 and
+// beta <= 2 no factor I - beta k k^T makes a vector longer, so what came before them is below 2^-40 of the
+// state it was: far below fp32's rounding, and dropped. `all` where the split as a whole decays by less.
+struct Memory {
+  int chunks;
+  bool all;
+};
+
+constexpr float kForgotten = -27.726f;  // ln 2^-40
+
+// Memory of `count` chunks from that of `log_decay` on, in direction step = 1 or -1. Each warp counts for
+// itself: a lane a chunk, prefix sums by shuffles.
+__device__ inline Memory split_memory(const float* log_decay, int step, int count) {
+  const int lane = threadIdx.x % 32;
+  float before = 0.f;
+  for (int i = lane; i - lane < count; i += 32) {
+    float sum = i < count ? log_decay[int64_t(i) * step * kGates] : 0.f;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const float x = __shfl_up_sync(~0u, sum, by);
+      if (lane >= by) sum += x;
+    }
+    sum += before;
+    const unsigned forgotten = __ballot_sync(~0u, i < count && sum < kForgotten);
+    if (forgotten) return {i - lane + __ffs(int(forgotten)), false};
+    before = __shfl_sync(~0u, sum, 31);
+  }
+  return {count, true};
+}
+
 constexpr int kMergeRows = 8, kMergeThreads = 512;
 
 // Columns of dk that merge_splits_kernel is compiled for: a power of two.
@@ -88,6 +129,8 @@ constexpr int merge_columns(int DK) { return DK == 96 ? 128 : DK == 192 ? 256 : 
 // kColumns) and one k-split of the sum over dk; after the reduction it has that column in some of the rows.
 // Global loads are prefetched kSteps steps ahead into registers (kAhead matrix entries and the addends a
 // step), so that they do not wait for the previous step.
+//
+// Where M is 0, nothing is read or summed.
 //
 // Bound by latency: count - 2 dependent steps, each 16 dk^2 FLOP of one SM and two barriers; the matrices, a
 // few MB, come from the L2 cache. H200: 0.5 us a step at dk = 32 (dev/results/delta_rule_speed).
@@ -101,14 +144,14 @@ __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
     float x[kVector];
   };
   static __shared__ __align__(16) float rows[kMergeRows][kColumns];
-  static __shared__ float partial[kMergeRows][kMergeThreads];
+  static __shared__ float partial[kMergeRows][kMergeThreads], remembered[kMaxSplits];
   const int h = blockIdx.y, b = blockIdx.z, first = blockIdx.x * kMergeRows, dk = size.dk;
   const int part = threadIdx.x / kColumns, column = threadIdx.x % kColumns, begin = part * kEach;
   const int64_t offset = int64_t(first) * dk + column;
   const auto split_at = [&](int step) { return kBackward ? splits.count - 1 - step : step; };
   // a step's matrix, kAhead rows from begin + i on
   const auto read_matrix = [&](float(&x)[kAhead], int step, int i) {
-    if (step > splits.count - 2) return;
+    if (step > splits.count - 2 || remembered[split_at(step)] == 0.f) return;
     const float* m =
         splits.transition(b, h, split_at(step), size) + (kBackward ? dk * dk : 0) + (begin + i) * dk + column;
 #pragma unroll
@@ -130,6 +173,9 @@ __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
   };
 
   for (int i = threadIdx.x; i < kMergeRows * kColumns; i += kMergeThreads) (&rows[0][0])[i] = 0.f;
+  for (int i = threadIdx.x; i < splits.count; i += kMergeThreads)
+    remembered[i] = splits.remembered(b, h, size)[i];
+  __syncthreads();
   float total[kTotals], matrix[kSteps][kAhead], added[kSteps][kTotals];
   read_boundary(total, 1);
 #pragma unroll
@@ -142,6 +188,13 @@ __global__ void __launch_bounds__(kMergeThreads, kColumns < 128 ? 2 : 1)
     for (int s = 0; s < kSteps; s++) {
       const int step = next + s;
       if (step > splits.count - 2) break;
+      if (remembered[split_at(step)] == 0.f) {  // the next state is what is there
+        for_each_row_of_thread([&](int r, int k) { rows[r][column] = added[s][k]; });
+        read_matrix(matrix[s], step + kSteps, 0);
+        read_boundary(added[s], step + 1 + kSteps);
+        __syncthreads();
+        continue;
+      }
       float sum[kMergeRows] = {};
 #pragma unroll
       for (int i = 0; i < kEach; i += kAhead) {

@@ -446,6 +446,8 @@ __global__ void __launch_bounds__(32 * kMaxPassWarps, pass_blocks(DK))
   const bool active = row < (transition ? size.dk : size.dv);
   forward_state_chunks(in, block, size, transition);
   const bool any = block.first_chunk < block.end_chunk;
+  if (int(blockIdx.x) == slices_v && threadIdx.x == 0)
+    splits.remembered(block.b, block.h, size)[block.split] = any ? 1.f : 0.f;
   clear_shared(shared, kStages * pass_stage_bytes(DK, block.warps));
   __syncthreads();
   if (any)

@@ -816,6 +816,8 @@ __global__ void __launch_bounds__(128, pass_blocks(DK))
   if (transition) block.first_column = size.dv;  // v = 0
   forward_state_chunks(in, block, size, transition);
   const bool any = block.first_chunk < block.end_chunk;
+  if (int(blockIdx.x) == slices_v && threadIdx.x == 0)
+    splits.remembered(block.b, block.h, size)[block.split] = any ? 1.f : 0.f;
   clear_matrices<Stage>(tiles);
   if (any) {
     copy_chunk(Stage(tiles, block.first_chunk & 1), in, block, size, block.first_chunk);
