@@ -154,7 +154,8 @@ class HostBuffer {
   T* data_;
 };
 
-// Names a phase, a function or, with its number, a layer in a profiler's timeline for as long as it lives.
+// Names a phase, a function or, with its number, a layer or a group of the arena in a profiler's timeline for
+// as long as it lives.
 template <class Device>
 class Range {
  public:

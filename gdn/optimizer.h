@@ -102,13 +102,14 @@ class Optimizer {
     dev_.upload(scalars_.get(), &host, sizeof(host));
   }
   // The gradients of this rank's part of a group of the arena become the sum over the ranks.
-  void sum_over_ranks(const ArenaRange& group) {
-    Range<Device> range(dev_, "exchange gradients");
-    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradient_buffer(0) + group.begin,
-              group.size() / size_t(p_.ranks), received_.get());
+  void sum_gradients(int group) {
+    Range<Device> range(dev_, "exchange gradients", group);
+    const ArenaRange& gradients = p_.table.groups[size_t(group)];
+    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradient_buffer(0) + gradients.begin,
+              gradients.size() / size_t(p_.ranks), received_.get());
   }
   // *loss (device memory) likewise.
-  void sum_over_ranks(double* loss) {
+  void sum_loss(double* loss) {
     dev_.copy(losses_.get() + p_.rank, loss, sizeof(double));
     exchange_->gather_parts(losses_.get(), 1);
     sum_tree(dev_, loss, losses_.get(), p_.ranks);
@@ -138,7 +139,7 @@ class Optimizer {
   }
   // With several ranks: every rank's new weights of a group of the arena to all. Done again it changes nothing.
   void gather_weights(int group) {
-    Range<Device> range(dev_, "gather weights");
+    Range<Device> range(dev_, "gather weights", group);
     const ArenaRange& weights = p_.table.groups[size_t(group)];
     const size_t part = weights.size() / size_t(p_.ranks);
     exchange_->together([&] {

@@ -109,8 +109,8 @@ class TrainingStep {
     const bool in_turn = optimizer_.exchange() && !exchanges_beside();
     if (in_turn)
       waited(kForGradients, [&] {
-        for (const ArenaRange& group : p_.table.groups) optimizer_.sum_over_ranks(group);
-        optimizer_.sum_over_ranks(losses_.get());
+        for (int g = 0; g < int(p_.table.groups.size()); g++) optimizer_.sum_gradients(g);
+        optimizer_.sum_loss(losses_.get());
       });
     run(
         update_graph_, "update", [&] { optimizer_.update(losses_.get()); }, !in_turn);
@@ -266,11 +266,12 @@ class TrainingStep {
   }
   // A group's gradients go up what is left of the tree, and to the other ranks.
   void exchange_beside(int group, int buffer) {
-    optimizer_.exchange()->beside([this, range = p_.table.groups[size_t(group)], buffer] {
+    optimizer_.exchange()->beside([this, group, buffer] {
+      const ArenaRange& range = p_.table.groups[size_t(group)];
       for (int b = buffer; b > 0; b--)
         add_pieces(dev_, p_.gradient_buffer(b - 1) + range.begin, p_.gradient_buffer(b) + range.begin, 1,
                    range.size(), range.size());
-      optimizer_.sum_over_ranks(range);
+      optimizer_.sum_gradients(group);
     });
   }
   void exchange_losses_beside(int buffer) {
@@ -278,7 +279,7 @@ class TrainingStep {
       for (int b = buffer; b > 0; b--)
         add_gradients(dev_, p_.gradient_buffer(b - 1), p_.gradient_buffer(b), 0, losses_.get() + b - 1,
                       losses_.get() + b);
-      optimizer_.sum_over_ranks(losses_.get());
+      optimizer_.sum_loss(losses_.get());
     });
   }
 

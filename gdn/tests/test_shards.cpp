@@ -108,8 +108,8 @@ Left train(Together& all, int rank, OptimizerKind kind) {
     typename Optimizer<Rounding>::Scalars scalars;
     optimizer.upload_scalars(scalars, step, 0.01);
     if (all.ranks > 1) {
-      for (const ArenaRange& group : p.table.groups) optimizer.sum_over_ranks(group);
-      optimizer.sum_over_ranks(&loss);
+      for (int g = 0; g < int(p.table.groups.size()); g++) optimizer.sum_gradients(g);
+      optimizer.sum_loss(&loss);
     }
     optimizer.update(&loss);
     if (all.ranks > 1) optimizer.gather_weights();
