@@ -3,10 +3,11 @@
 #
 #   dev/gpu_ranks.sh OUT [BASELINE]
 #
-# OUT gets summary.txt, the logs and overlap_RANKS_MICRO-BATCHES.csv (dev/bench_overlap); BASELINE is a checkout of an older commit with train_gdn and dev/bench_step built
-# there, whose step is timed by turns with this one's. Needs a GPU, mpirun, and for NCCL its library; with two or more
-# GPUs one rank each is tried, too. Expected: every line "same bits: yes", every "ratio" at most 1.01 (with two
-# micro-batches a step and -sum tree 1.02: one more gradient buffer is zeroed and added), "tests: ... 0 failed".
+# OUT gets summary.txt, the logs and overlap_RANKS_MICRO-BATCHES.csv (dev/bench_overlap); BASELINE is a checkout of an
+# older commit with train_gdn and dev/bench_step built there, whose step is timed by turns with this one's. Needs a GPU,
+# mpirun, and for NCCL its library; with two or more GPUs one rank each is tried, too. Expected: every line "same bits:
+# yes", every "ratio" at most 1.01 (with two micro-batches a step and -sum tree 1.02: one more gradient buffer is zeroed
+# and added), "tests: ... 0 failed".
 set -uo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:?OUT} baseline=${2:-}

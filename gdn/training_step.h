@@ -221,38 +221,36 @@ class TrainingStep {
     typename Device::Graph& graph = exchanges ? last_graph_
                                     : gathers ? first_graph_
                                               : micro_batch_graphs_[size_t(buffer)];
-    run(graph,
-        exchanges ? "last micro-batch"
-        : gathers ? "first micro-batch"
-                  : "micro-batch",
-        [&] {
-          GroupTurns read("weights read of group", p_.table), completed("gradients of group", p_.table);
-          GroupCalls calls;
-          if (gathers) {
-            gather_beside();
-            calls.read = [&](int group) {
-              read.take(group);
-              wait_for_weights(group);
-            };
-          }
-          if (exchanges)
-            calls.complete = [&](int group) {
-              completed.take(group);
-              exchange_beside(group, buffer);
-            };
-          model_.forward_backward(loss_weight, losses_.get() + buffer, calls);
-          if (gathers) read.end();
-          if (!exchanges) return;
-          completed.end();
-          exchange_losses_beside(buffer);
-          Range<Device> r(dev_, "wait for gradients");
-          waited(kForGradients, [&] { optimizer_.exchange()->join(); });
-        });
+    const char* const name = exchanges ? "last micro-batch" : gathers ? "first micro-batch" : "micro-batch";
+    run(graph, name, [&] {
+      GroupTurns read("weights read of group", p_.table), completed("gradients of group", p_.table);
+      GroupCalls calls;
+      if (gathers) {
+        gather_beside();
+        calls.read = [&](int group) {
+          read.take(group);
+          wait_for_weights(group);
+        };
+      }
+      if (exchanges)
+        calls.complete = [&](int group) {
+          completed.take(group);
+          exchange_beside(group, buffer);
+        };
+      model_.forward_backward(loss_weight, losses_.get() + buffer, calls);
+      if (gathers) read.end();
+      if (!exchanges) return;
+      completed.end();
+      exchange_losses_beside(buffer);
+      Range<Device> r(dev_, "wait for gradients");
+      waited(kForGradients, [&] { optimizer_.exchange()->join(); });
+    });
     if (gathers) gather_pending_ = false;
   }
 
   // What goes on beside the layers may run late, so it holds copies.
 
+  // Where finish_gather() has done it, or no step has come before, this changes nothing: the graph is the same.
   void gather_beside() {
     for (const int group : p_.table.forward_order())
       optimizer_.exchange()->beside([this, group] {

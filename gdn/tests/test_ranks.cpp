@@ -131,6 +131,24 @@ TEST_CASE("ranks: 1, 2 and 4 have the same bits: weights, moments, losses, norms
   }
 }
 
+TEST_CASE("ranks: a sample after a step, which leaves the weights in shards, is that of one rank") {
+  if (!has_mpirun()) return;
+  Folder folder;
+  const std::string options = kModel + "-B 4 -b 1 -n 2 -warmup 1 -lr 0.1 -v 0 -save 0 -s 1 ";
+  const auto sample = [&](const std::string& how) {
+    const Outcome o = shell(folder, "exec " + how + " $train_gdn " + options + "-o out");
+    CAPTURE(o.err);
+    REQUIRE(o.code == 0);
+    fs::remove_all(folder.path / "out");
+    const size_t begin = o.out.find("sample after step 1"), end = o.out.find("step 2/2", begin);
+    REQUIRE(end != std::string::npos);
+    return o.out.substr(begin, end - begin);
+  };
+  const std::string alone = sample("env");
+  CHECK(alone.size() > 100);
+  CHECK(sample("$mpirun -n 2") == alone);
+}
+
 // Six steps with `options`, on `device` (-d): by one rank, into "whole", and into "parts" by 4 ranks
 // that begin, 1 that goes on from their second step, and 2 from its fourth. They end with the same bits.
 void four_then_one_then_two(const Folder& folder, const std::string& device, const std::string& options) {
