@@ -86,7 +86,7 @@ else
 TESTS := $(filter-out $(BUILD)/gdn/tests/test_cuda_%,$(TESTS))
 endif
 # host code alone, whatever the name says
-HOST_CODE := $(call objects,train_gdn.cu test_gdn.cu dev/bench_step.cu dev/delta_rule_file.cu)
+HOST_CODE := $(call objects,train_gdn.cu test_gdn.cu dev/bench_step.cu dev/bench_overlap.cu dev/delta_rule_file.cu)
 
 .PHONY: all test sanitize bench debug ci format gpu-check clean doctest force
 all: $(PROGRAMS)/train_gdn
@@ -195,4 +195,4 @@ gpu-check:
 
 clean:
 	rm -rf build
-	rm -f train_gdn test_gdn libgdn.so dev/bench_layers dev/bench_delta_rule dev/bench_step dev/delta_rule_file dev/delta_rule_plans
+	rm -f train_gdn test_gdn libgdn.so dev/bench_layers dev/bench_delta_rule dev/bench_step dev/bench_overlap dev/delta_rule_file dev/delta_rule_plans

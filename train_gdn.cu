@@ -10,7 +10,7 @@
 //     queue_step()        TrainingStep::queue (gdn/training_step.h): for each micro-batch Model::forward_backward
 //                         (gdn/model.h), then Optimizer::update (gdn/optimizer.h)
 //     finish_step()       waits for a step's loss and gradient norm; writes the log
-//     save(), validate(), sample()   when they are due
+//     save(), validate(), sample()   when they are due; with several ranks the weights are gathered first
 //
 // The model's layers are in gdn/cpu_layers.h and gdn_kernels.cuh, the scaling constants in mup.h, data in
 // dataloader.h, the command line in gdn/options.h; what -gen, -eval and -coord_check do in the headers of those
@@ -349,6 +349,7 @@ class Run {
   // and the run goes on; false then. A signal ends it.
   bool validate(int64_t limit) {
     if (!validation_ || stop()) return true;
+    training_step_->finish_gather();
     try {
       const int64_t count = limit ? std::min(limit, validation_->sequences()) : validation_->sequences();
       const Evaluation e = evaluate(
@@ -369,7 +370,9 @@ class Run {
   }
 
   void sample() {
-    if (stop() || !ranks_.first()) return;
+    if (stop()) return;
+    training_step_->finish_gather();
+    if (!ranks_.first()) return;
     try {
       std::string text;
       generate<Device>(
@@ -384,6 +387,7 @@ class Run {
   // Saves a checkpoint; a failure (a full disk, a number that is not finite) is said and the run goes on.
   // Older ones stay until its weights have given a finite loss.
   bool save() {
+    training_step_->finish_gather();
     std::string path;
     try {
       path = save_run(folder_, parameters_, *optimizer_,
@@ -424,6 +428,7 @@ class Run {
 
   // The loss of the weights as they are, over the first training sequence; NaN where it cannot be read.
   double loss_of_first_sequence() {
+    training_step_->finish_gather();
     try {
       return evaluate(
                  *model_, loader_, 1, 1, o_.seq_len, [] { return false; }, ranks_)

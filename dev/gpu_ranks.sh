@@ -3,10 +3,11 @@
 #
 #   dev/gpu_ranks.sh OUT [BASELINE]
 #
-# OUT gets summary.txt and the logs; BASELINE is a checkout of an older commit with train_gdn and dev/bench_step built
-# there, whose step is timed by turns with this one's. Needs a GPU, mpirun, and for NCCL its library; with two or more
-# GPUs one rank each is tried, too. Expected: every line "same bits: yes", every "ratio" at most 1.01 (with two
-# micro-batches a step and -sum tree 1.02: one more gradient buffer is zeroed and added), "tests: ... 0 failed".
+# OUT gets summary.txt, the logs and overlap_RANKS_MICRO-BATCHES.csv (dev/bench_overlap); BASELINE is a checkout of an
+# older commit with train_gdn and dev/bench_step built there, whose step is timed by turns with this one's. Needs a GPU,
+# mpirun, and for NCCL its library; with two or more GPUs one rank each is tried, too. Expected: every line "same bits:
+# yes", every "ratio" at most 1.01 (with two micro-batches a step and -sum tree 1.02: one more gradient buffer is zeroed
+# and added), "tests: ... 0 failed".
 set -uo pipefail
 here=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:?OUT} baseline=${2:-}
@@ -45,7 +46,7 @@ say "commit $(git describe --always --dirty), $(nvidia-smi --query-gpu=name --fo
 make gpu-check | tee -a "$out/summary.txt"
 
 say "== tests"
-./test_gdn --test-case='cuda*,CUDA*,ranks*,training step*' >"$out/tests.txt" 2>&1
+./test_gdn --test-case='cuda*,CUDA*,ranks*,training step*,overlap*' >"$out/tests.txt" 2>&1
 say "tests: $(tail -n 1 "$out/tests.txt")"
 
 say "== bits: d = 512, 8 micro-batches a step, 12 steps"
@@ -69,7 +70,7 @@ for w in 256 1024; do
   wide="-w $w -L 8 -T 1024 -B 32 -b 32 -n 60 -v 0 -s 0 -save 0 -vn 32"
   run plain$w ./train_gdn $wide
   run nccl1_$w ./train_gdn $wide -comm nccl
-  say "d = $w: one rank $(ms plain$w), NCCL with one rank $(ms nccl1_$w), ratio $(ratio "$(ms nccl1_$w)" "$(ms plain$w)")"
+  say "d = $w: one rank $(ms plain$w), NCCL with one rank $(ms nccl1_$w), ratio $(ratio "$(ms nccl1_$w)" "$(ms plain$w)"), waited $(waited nccl1_$w), same bits: $(same plain$w nccl1_$w)"
   run tree$w ./train_gdn $wide -B 64
   run running$w ./train_gdn $wide -B 64 -sum running
   say "d = $w, two micro-batches: -sum tree $(ms tree$w), running $(ms running$w), ratio $(ratio "$(ms tree$w)" "$(ms running$w)")"
@@ -86,6 +87,15 @@ for w in 256 1024; do
   done
   run shared2_$w $mpirun -n 2 ./train_gdn $wide -B 64 -n 20 -comm host
   say "d = $w, 2 ranks on one GPU through the host (they take turns): $(ms shared2_$w), waited $(waited shared2_$w)"
+done
+
+say "== what the layers hide of the exchanges (dev/bench_overlap; no GPU sends anything with one rank)"
+make dev/bench_overlap >"$out/make_overlap.txt" 2>&1 || say "FAILED: make dev/bench_overlap"
+for n in 1 2 4 8; do
+  [ "$gpus" -ge $n ] || continue
+  for micro in 1 2; do
+    $mpirun -n $n dev/bench_overlap -d 1024 -micro $micro -csv "$out/overlap_${n}_$micro.csv" 2>&1 | tee -a "$out/summary.txt"
+  done
 done
 
 if [ -n "$baseline" ]; then

@@ -5,7 +5,8 @@
 
 Of one GPU: the time of a micro-batch and of the update, as measured. Of the links: bytes over bandwidth, and a latency a
 message. What is exchanged is what gdn/optimizer.h and gdn/communicator.h exchange, group by group of the arena, in the
-order of the backward; the exchange of a group begins when its gradients are there and the exchange before has ended.
+order of the backward; the exchange of a group begins when its gradients are there and the exchange before has ended. The
+gathers of weights follow one another in the order of the forward, which waits for each group.
 No packages.
 """
 
@@ -46,6 +47,12 @@ class Shape:
         embedding = self.vocabulary * self.width
         sizes = [embedding] * (not self.tied) + [self.matrices()] * self.layers + [embedding, self.vectors()]
         return [-(-size // unit) * unit for size in sizes]
+
+    def forward_groups(self, ranks: int) -> list[int]:
+        """Numbers of the groups as a forward reads them: the embedding, the vectors, the layers, the head."""
+        head = [] if self.tied else self.groups(ranks)[:1]
+        *layers, embedding, vectors = self.groups(ranks)[len(head) :]
+        return [embedding, vectors, *layers, *head]
 
     def parameters(self) -> int:
         return sum(self.groups(1))
@@ -129,7 +136,8 @@ def gather_of(nbytes: float, ranks: int, links: Links) -> float:
 class Step:
     milliseconds: float
     exposed: float  # of the gradients' exchange
-    gather: float
+    gather: float  # of weights
+    gather_exposed: float
     gib: float  # a rank
 
 
@@ -146,24 +154,32 @@ def step(model: Measured, ranks: int, micro_batches: int, links: Links) -> Step:
         now = min(micro, now + backward * size / sum(matrices)) if i < len(matrices) else micro
         free = max(free, now) + exchange_of(size, ranks, links)
     exposed = max(0.0, free - micro) if ranks > 1 else 0.0
-    gather = gather_of(2.0 * parameters, ranks, links) + gather_of(8.0 * parameters / BLOCK, ranks, links)
+    # The layers of the forward take times in proportion to their numbers; the vectors travel as floats, too.
+    forward = model.shape.forward_groups(ranks)
+    layers = sum(forward[2:])
+    now = gather = gather_exposed = 0.0
+    for i, size in enumerate(forward):
+        gather += gather_of((6.0 if i == 1 else 2.0) * size, ranks, links)
+        gather_exposed += max(0.0, gather - now)
+        now = max(now, gather) + (micro - backward) * (size / layers if i > 1 else 0)
+    sums = gather_of(8.0 * parameters / BLOCK, ranks, links)
     spares = max(0, (micro_batches - 1).bit_length())
     tree = (micro_batches - 1) * parameters * (12 + 4) / 4.3e12  # adds, and one buffer more is zeroed
-    seconds = micro_batches * micro + tree + exposed + model.update / 1000 / ranks + gather
+    seconds = micro_batches * micro + tree + exposed + model.update / 1000 / ranks + sums + gather_exposed
     memory = parameters * (2 + 4 * (1 + spares) + 12 / ranks) + (2 * max(groups) if ranks > 1 else 0)
-    return Step(1000 * seconds, 1000 * exposed, 1000 * gather, memory / GIB + model.activations())
+    return Step(1000 * seconds, 1000 * exposed, 1000 * gather, 1000 * gather_exposed, memory / GIB + model.activations())
 
 
 def table(model: Measured, links: Links, micro_batches: int) -> None:
     print(f"\n{model.name} ({model.shape.parameters() / 1e6:.0f}M numbers), {micro_batches} x {model.sequences} "
           f"sequences of {model.length} a rank; {links.name}")  # fmt: skip
-    print("| ranks | ms a step | exchange exposed | gather | weak scaling | tokens/s, million | GiB a rank |")
-    print("|---|---|---|---|---|---|---|")
+    print("| ranks | ms a step | exchange exposed | gather | of it exposed | weak scaling | tokens/s, million | GiB a rank |")
+    print("|---|---|---|---|---|---|---|---|")
     one = step(model, 1, micro_batches, links).milliseconds
     for ranks in (1, 2, 4, 8, 16, 64, 256, 1024):
         s = step(model, ranks, micro_batches, links)
         tokens = ranks * micro_batches * model.sequences * model.length / s.milliseconds / 1000
-        print(f"| {ranks} | {s.milliseconds:.1f} | {s.exposed:.2f} | {s.gather:.2f} | {100 * one / s.milliseconds:.1f}% "
+        print(f"| {ranks} | {s.milliseconds:.1f} | {s.exposed:.2f} | {s.gather:.2f} | {s.gather_exposed:.2f} | {100 * one / s.milliseconds:.1f}% "
               f"| {tokens:.2f} | {s.gib:.1f} |")  # fmt: skip
 
 

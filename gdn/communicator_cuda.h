@@ -35,7 +35,7 @@ class Exchange<Cuda> {
     gather_bytes(data, part * sizeof(T));
   }
   // Runs calls on a stream of their own, behind what was queued before and beside what is queued next, until
-  // join().
+  // join(), or until an event that they record is followed (device.h).
   template <class Calls>
   void beside(const Calls& calls) {
     wait_for(dev_.stream, beside_, before_);

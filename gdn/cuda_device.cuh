@@ -197,6 +197,7 @@ struct Cuda {
     cuda_check(cudaEventRecord(e.event, stream));
   }
   void wait(const Event& e) { cuda_check(cudaEventSynchronize(e.event)); }
+  void follow(const Event& e) { cuda_check(cudaStreamWaitEvent(stream, e.event, 0)); }
   // Both events have been reached.
   double seconds(const Event& from, const Event& to) {
     float ms = 0;

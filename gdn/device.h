@@ -13,6 +13,7 @@
 //   allocate_host(bytes), release_host(p)                   host memory the device reads and writes by itself
 //   download_later(…)                  into such memory; there when an event recorded after it has been waited for
 //   Event, record(event), wait(event), seconds(from, to)    a point in the device's work, and the time between two
+//   follow(event)                      what is called from now on runs behind that point of another stream
 //   Graph, replay(graph, calls)        runs the layers that calls() calls; on the GPU from the third time on as one
 //                                      recorded graph, so calls() must always call the same with the same arguments
 //   range_push(name, layer), range_pop()                    profiler ranges (NVTX on the GPU, nothing on the CPU)
@@ -85,6 +86,7 @@ struct Cpu {
   };
   void record(Event& event) { event.at = std::chrono::steady_clock::now(); }
   void wait(const Event&) {}
+  void follow(const Event&) {}
   double seconds(const Event& from, const Event& to) {
     return std::chrono::duration<double>(to.at - from.at).count();
   }
@@ -152,7 +154,8 @@ class HostBuffer {
   T* data_;
 };
 
-// Names a phase, a function or, with its number, a layer in a profiler's timeline for as long as it lives.
+// Names a phase, a function or, with its number, a layer or a group of the arena in a profiler's timeline for
+// as long as it lives.
 template <class Device>
 class Range {
  public:

@@ -20,6 +20,13 @@
 
 namespace gdn {
 
+// What a pass over the layers tells of the groups of the arena (ParameterTable), of each group once. Either may
+// be empty.
+struct GroupCalls {
+  std::function<void(int group)> read;      // the first launch that reads its weights comes next
+  std::function<void(int group)> complete;  // the last launch that adds to its gradients has been made
+};
+
 // One model on one device for batches of up to `batch` sequences of `tokens` tokens, with all its
 // activations.
 template <class Device>
@@ -50,14 +57,20 @@ class Model {
 
   // With a state the mixers run token by token from it and leave it after the last token; else in chunks from
   // zero.
-  void forward(RecurrentState<Device>* state) {
+  void forward(RecurrentState<Device>* state, const GroupCalls& calls = {}) {
     const int M = shape_.rows(), d = config_.width;
+    const auto read = [&](int group) {
+      if (calls.read) calls.read(group);
+    };
     Range<Device> range(dev_, "forward");
+    read(p_.table.embedding_group());
     {
       Range<Device> r(dev_, "embedding");
       embedding_forward(dev_, at(0).x_in, p_.weights(p_.table.embedding), tokens_, M, d);
     }
+    read(p_.table.vectors_group());
     for (int l = 0; l < config_.layers; l++) {
+      read(p_.table.layer_group(l));
       mixer_forward(l, state);
       mlp_forward(l);
     }
@@ -163,7 +176,10 @@ class Model {
   }
 
   // acts_.dx is the gradient of the residual stream; each branch adds its own on the way down.
-  void backward(const std::function<void(int group)>& complete) {
+  void backward(const GroupCalls& calls) {
+    const auto complete = [&](int group) {
+      if (calls.complete) calls.complete(group);
+    };
     Range<Device> range(dev_, "backward");
     const int M = shape_.rows(), d = config_.width;
     dev_.zero(acts_.dx, size_t(M) * d * sizeof(act));
@@ -174,11 +190,15 @@ class Model {
       if (recompute_ == Recompute::layers) recompute_layer(l);
       mlp_backward(l);
       mixer_backward(l);
-      if (complete) complete(l + 1);
+      complete(p_.table.layer_group(l));
     }
-    Range<Device> r(dev_, "embedding backward");
-    embedding_backward(dev_, p_.gradients(p_.table.embedding), acts_.dx, tokens_, order_, M, d,
-                       acts_.scratch);
+    {
+      Range<Device> r(dev_, "embedding backward");
+      embedding_backward(dev_, p_.gradients(p_.table.embedding), acts_.dx, tokens_, order_, M, d,
+                         acts_.scratch);
+    }
+    complete(p_.table.embedding_group());
+    complete(p_.table.vectors_group());
   }
 
   void mlp_backward(int l) {
@@ -245,17 +265,13 @@ class Model {
   // nothing before it.
   int separator() const { return separator_; }
   // Of the batch uploaded last. Launches and touches no host memory; the sum of its tokens' losses is added to
-  // *loss_sum (device memory). `complete` is called with the number of a group of the arena when the last launch that
-  // adds to its gradients has been made; it may be empty.
-  void forward_backward(float loss_weight, double* loss_sum,
-                        const std::function<void(int group)>& complete = {}) {
-    forward(nullptr);
+  // *loss_sum (device memory). `calls` are made between the launches.
+  void forward_backward(float loss_weight, double* loss_sum, const GroupCalls& calls = {}) {
+    forward(nullptr, calls);
+    if (calls.read && !config_.tied) calls.read(p_.table.head_group());
     classify(loss_weight, loss_sum);
-    if (complete && !config_.tied) complete(config_.layers + 1);
-    backward(complete);
-    if (!complete) return;
-    complete(0);
-    complete(int(p_.table.groups.size()) - 1);
+    if (calls.complete && !config_.tied) calls.complete(p_.table.head_group());
+    backward(calls);
   }
 
   // The sum of the tokens' losses, in nats, without gradients.

@@ -102,13 +102,14 @@ class Optimizer {
     dev_.upload(scalars_.get(), &host, sizeof(host));
   }
   // The gradients of this rank's part of a group of the arena become the sum over the ranks.
-  void sum_over_ranks(const ArenaRange& group) {
-    Range<Device> range(dev_, "exchange gradients");
-    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradient_buffer(0) + group.begin,
-              group.size() / size_t(p_.ranks), received_.get());
+  void sum_gradients(int group) {
+    Range<Device> range(dev_, "exchange gradients", group);
+    const ArenaRange& gradients = p_.table.groups[size_t(group)];
+    sum_parts(dev_, *exchange_, p_.rank, p_.ranks, p_.gradient_buffer(0) + gradients.begin,
+              gradients.size() / size_t(p_.ranks), received_.get());
   }
   // *loss (device memory) likewise.
-  void sum_over_ranks(double* loss) {
+  void sum_loss(double* loss) {
     dev_.copy(losses_.get() + p_.rank, loss, sizeof(double));
     exchange_->gather_parts(losses_.get(), 1);
     sum_tree(dev_, loss, losses_.get(), p_.ranks);
@@ -121,7 +122,7 @@ class Optimizer {
     const int count = int(spans_.size());
     for (const ShardPart& part : p_.shard)
       sum_of_squares(dev_, sums_.get(), p_.gradient_buffer(0), part.range, spans_.get(), count);
-    if (exchange_) gather(sums_.get(), kArenaBlock);
+    if (exchange_) gather_sums();
     norm_of_sums(dev_, norm_.get(), sums_.get(), groups_.get(), int(groups_.size()));
     if (loss) check_loss(dev_, norm_.get(), loss);
     for (const ShardPart& part : p_.shard) {
@@ -136,13 +137,22 @@ class Optimizer {
                    &scalars_.get()->sgd);
     }
   }
-  // With several ranks: the new weights of every rank's shard to all.
+  // With several ranks: every rank's new weights of a group of the arena to all. Done again it changes nothing.
+  void gather_weights(int group) {
+    Range<Device> range(dev_, "gather weights", group);
+    const ArenaRange& weights = p_.table.groups[size_t(group)];
+    const size_t part = weights.size() / size_t(p_.ranks);
+    exchange_->together([&] {
+      exchange_->gather_parts(p_.weights(weights.begin), part);
+      if (group == p_.table.vectors_group() && !p_.whole())
+        exchange_->gather_parts(p_.master(weights.begin), part);
+    });
+  }
+  // Of all groups.
   void gather_weights() {
-    Range<Device> range(dev_, "gather weights");
-    gather(p_.weights(), 1);
-    if (p_.whole()) return;
-    const ArenaRange& vectors = p_.table.vectors();
-    exchange_->gather_parts(p_.master(vectors.begin), vectors.size() / size_t(p_.ranks));
+    exchange_->together([&] {
+      for (int group : p_.table.forward_order()) gather_weights(group);
+    });
   }
   const real* device_norm() const { return norm_.get(); }
   Exchange<Device>* exchange() const { return exchange_; }
@@ -153,12 +163,12 @@ class Optimizer {
   real* moment2(size_t offset = 0) const { return moment2_.get() + offset; }  // AdamW only
 
  private:
-  // Of an array with a number for each `numbers` of the arena, every rank's part of every group to all.
-  template <class T>
-  void gather(T* array, size_t numbers) {
+  // Every rank's sums of squares to all.
+  void gather_sums() {
     exchange_->together([&] {
       for (const ArenaRange& group : p_.table.groups)
-        exchange_->gather_parts(array + group.begin / numbers, group.size() / size_t(p_.ranks) / numbers);
+        exchange_->gather_parts(sums_.get() + group.begin / kArenaBlock,
+                                group.size() / size_t(p_.ranks) / kArenaBlock);
     });
   }
 

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "device.h"
@@ -47,7 +49,20 @@ struct ParameterTable {
   // where it is not the embedding, and last the vectors of all layers. Each group's size is a multiple of
   // kArenaBlock times the number of ranks: rank r has the r-th equal part of every group.
   std::vector<ArenaRange> groups;
+  int embedding_group() const { return 0; }
+  int layer_group(int l) const { return 1 + l; }
+  int head_group() const {
+    return lm_head == embedding ? embedding_group() : layer_group(int(layers.size()));
+  }
+  int vectors_group() const { return int(groups.size()) - 1; }
   const ArenaRange& vectors() const { return groups.back(); }
+  // The groups in the order in which a forward comes to read them; every layer reads vectors.
+  std::vector<int> forward_order() const {
+    std::vector<int> order = {embedding_group(), vectors_group()};
+    for (int l = 0; l < int(layers.size()); l++) order.push_back(layer_group(l));
+    if (head_group() != embedding_group()) order.push_back(head_group());
+    return order;
+  }
   // Rank r's part of a group, of `ranks` equal ones.
   static ArenaRange part(const ArenaRange& group, int rank, int ranks) {
     const size_t size = group.size() / size_t(ranks);
@@ -64,6 +79,32 @@ struct ParameterTable {
     }
     return parts;
   }
+};
+
+// Sees to it that each group of the arena has its turn once.
+class GroupTurns {
+ public:
+  // what: for the errors, such as "the gradients of group".
+  GroupTurns(std::string what, const ParameterTable& table)
+      : what_(std::move(what)), taken_(table.groups.size()) {}
+  // Throws std::logic_error where the group has had its turn, or there is none of that number.
+  void take(int group) {
+    if (group < 0 || group >= int(taken_.size())) fail(group, "there is no such group");
+    if (taken_[size_t(group)]) fail(group, "had its turn before");
+    taken_[size_t(group)] = true;
+  }
+  // Throws std::logic_error where a group has not had its turn.
+  void end() const {
+    for (size_t g = 0; g < taken_.size(); g++)
+      if (!taken_[g]) fail(int(g), "had no turn");
+  }
+
+ private:
+  [[noreturn]] void fail(int group, const char* why) const {
+    throw std::logic_error(what_ + " " + std::to_string(group) + ": " + why);
+  }
+  const std::string what_;
+  std::vector<bool> taken_;
 };
 
 // The large tensors, "matrices": all but the vectors, which are gains, taps and the gates' scalars.

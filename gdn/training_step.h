@@ -11,6 +11,14 @@
 // while the device computes. On the GPU a micro-batch is one CUDA graph and the update another; what changes
 // from step to step (tokens, their order, learning rate, bias corrections) they find in device memory. On the
 // CPU a step is done when queue() returns.
+//
+// With several ranks, and an exchange that graphs can hold, communication goes on beside the layers:
+//
+//   first micro-batch   the weights that the update before it left in shards are gathered, group by group of the
+//                       arena in the order of the forward, which waits for each before it reads it
+//   last micro-batch    each group's gradients go to the other ranks when its backward is done
+//
+// so that between steps a rank has new weights of its own shard alone: finish_gather() is for who reads them.
 #pragma once
 
 #include <cstdint>
@@ -62,10 +70,12 @@ class TrainingStep {
         length_(length),
         sum_(sum),
         graphs_(graphs),
-        slots_{{dev_, batch_numbers()}, {dev_, batch_numbers()}},
+        slots_{{dev_, batch_numbers(), stamps()}, {dev_, batch_numbers(), stamps()}},
         micro_batch_graphs_(size_t(spare_gradient_buffers(sum, my_micro_batches_)) + 1),
         losses_(dev_, micro_batch_graphs_.size(), "statistics"),
-        stamps_(dev_, kStamps, "statistics") {
+        stamps_(dev_, stamps(), "statistics"),
+        gathered_(p_.table.groups.size()) {
+    stamps_.zero();
     p_.allocate_gradients(int(micro_batch_graphs_.size()) - 1);
   }
 
@@ -96,25 +106,28 @@ class TrainingStep {
     }
     p_.use_gradients(0);
     optimizer_.upload_scalars(*slot.scalars.get(), step, learning_rate);
-    if (optimizer_.exchange() && !exchanges_beside()) {
-      stamp(before_exchange);
-      for (const ArenaRange& group : p_.table.groups) optimizer_.sum_over_ranks(group);
-      optimizer_.sum_over_ranks(losses_.get());
-      stamp(after_exchange);
-    }
-    const auto update = [&] {
-      optimizer_.update(losses_.get());
-      if (!optimizer_.exchange()) return;
-      stamp(before_gather);
-      optimizer_.gather_weights();
-      stamp(after_gather);
-    };
-    run(update_graph_, "update", update, !optimizer_.exchange() || exchanges_beside());
+    const bool in_turn = optimizer_.exchange() && !exchanges_beside();
+    if (in_turn)
+      waited(kForGradients, [&] {
+        for (int g = 0; g < int(p_.table.groups.size()); g++) optimizer_.sum_gradients(g);
+        optimizer_.sum_loss(losses_.get());
+      });
+    run(
+        update_graph_, "update", [&] { optimizer_.update(losses_.get()); }, !in_turn);
+    if (in_turn) waited(kForWeights, [&] { optimizer_.gather_weights(); });
+    gather_pending_ = exchanges_beside();
     if (optimizer_.exchange()) dev_.download_later(slot.stamps.get(), stamps_.get(), stamps_.bytes());
     dev_.download_later(slot.loss.get(), losses_.get(), sizeof(double));
     dev_.download_later(slot.norm.get(), optimizer_.device_norm(), sizeof(real));
     dev_.record(ends_[queued_ % 3]);
     queued_++;
+  }
+
+  // Gathers the weights that the last queued step left in shards, if it did. All ranks call it, before anything
+  // but the next step reads weights.
+  void finish_gather() {
+    if (gather_pending_) optimizer_.gather_weights();
+    gather_pending_ = false;
   }
 
   int running() const { return int(queued_ - done_); }
@@ -133,25 +146,33 @@ class TrainingStep {
     return result;
   }
 
-  // Of a micro-batch and of the update, once they have run twice.
+  // Of a micro-batch (with several ranks the last one) and of the update, once they have run twice.
   const typename Device::Graph& micro_batch_graph() const {
     return exchanges_beside() ? last_graph_ : micro_batch_graphs_[0];
   }
   const typename Device::Graph& update_graph() const { return update_graph_; }
 
  private:
-  // Points of a step with several ranks, in nanoseconds of the device's clock.
-  enum Stamp { before_exchange, after_exchange, before_gather, after_gather, kStamps };
-  void stamp(Stamp at) { time_stamp(dev_, stamps_.get() + at); }
-  static double exchange_seconds(const int64_t* stamps) {
-    return 1e-9 * double(stamps[after_exchange] - stamps[before_exchange] + stamps[after_gather] -
-                         stamps[before_gather]);
+  // What a step with several ranks waits for: the gradients, and each group's weights (or once for all).
+  static constexpr int kForGradients = 0, kForWeights = 1;
+  // When each wait began and when it ended, in nanoseconds of the device's clock.
+  size_t stamps() const { return 2 * (kForWeights + p_.table.groups.size()); }
+  template <class Calls>
+  void waited(int number, const Calls& calls) {
+    time_stamp(dev_, stamps_.get() + 2 * number);
+    calls();
+    time_stamp(dev_, stamps_.get() + 2 * number + 1);
+  }
+  double exchange_seconds(const int64_t* times) const {
+    int64_t sum = 0;
+    for (size_t i = 0; i < stamps(); i += 2) sum += times[i + 1] - times[i];
+    return 1e-9 * double(sum);
   }
 
   // Of one step: what the device reads and writes while the host goes on.
   struct Slot {
-    Slot(Device& dev, size_t numbers)
-        : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1), stamps(dev, kStamps) {}
+    Slot(Device& dev, size_t numbers, size_t stamp_count)
+        : batch(dev, numbers), scalars(dev, 1), loss(dev, 1), norm(dev, 1), stamps(dev, stamp_count) {}
     HostBuffer<Device, int32_t> batch;  // [this rank's micro-batches,4,rows]
     HostBuffer<Device, typename Optimizer<Device>::Scalars> scalars;
     HostBuffer<Device, double> loss;
@@ -161,7 +182,7 @@ class TrainingStep {
     bool behind_another = false;
   };
 
-  // Whether gradients are summed over the ranks while the backward of the last micro-batch goes on.
+  // Whether gradients and weights travel while layers go on.
   bool exchanges_beside() const { return optimizer_.exchange() && optimizer_.exchange()->in_graph(); }
 
   // Buffer `buffer` = the sum over `count` micro-batches from number `first` on; uses those behind it. last:
@@ -187,9 +208,7 @@ class TrainingStep {
     dev_.zero(losses_.get() + buffer, sizeof(double));
   }
 
-  // Adds micro-batch i's gradients and loss to buffer `buffer`. The last one's go, where they can be
-  // exchanged beside the backward, up the tree and to the other ranks group by group of the arena, as they
-  // are complete.
+  // Adds micro-batch i's gradients and loss to buffer `buffer`; last: it is the step's last one.
   void add_micro_batch(Slot& slot, int i, int buffer, bool last) {
     const int rows = micro_batch_ * length_;
     const float loss_weight = float(1.0 / (double(rows) * micro_batches_));
@@ -198,31 +217,67 @@ class TrainingStep {
       model_.upload_batch(slot.batch.get() + kPackedRows * size_t(i) * rows, micro_batch_, length_);
     }
     p_.use_gradients(buffer);
-    if (!last || !exchanges_beside()) {
-      run(micro_batch_graphs_[size_t(buffer)], "micro-batch",
-          [&] { model_.forward_backward(loss_weight, losses_.get() + buffer); });
-      return;
-    }
-    Exchange<Device>& exchange = *optimizer_.exchange();
-    run(last_graph_, "last micro-batch", [&] {
-      model_.forward_backward(loss_weight, losses_.get() + buffer, [&](int g) {
-        const ArenaRange& group = p_.table.groups[size_t(g)];
-        exchange.beside([&] {
-          for (int b = buffer; b > 0; b--)
-            add_pieces(dev_, p_.gradient_buffer(b - 1) + group.begin, p_.gradient_buffer(b) + group.begin, 1,
-                       group.size(), group.size());
-          optimizer_.sum_over_ranks(group);
-        });
+    const bool gathers = i == 0 && exchanges_beside(), exchanges = last && exchanges_beside();
+    typename Device::Graph& graph = exchanges ? last_graph_
+                                    : gathers ? first_graph_
+                                              : micro_batch_graphs_[size_t(buffer)];
+    const char* const name = exchanges ? "last micro-batch" : gathers ? "first micro-batch" : "micro-batch";
+    run(graph, name, [&] {
+      GroupTurns read("weights read of group", p_.table), completed("gradients of group", p_.table);
+      GroupCalls calls;
+      if (gathers) {
+        gather_beside();
+        calls.read = [&](int group) {
+          read.take(group);
+          wait_for_weights(group);
+        };
+      }
+      if (exchanges)
+        calls.complete = [&](int group) {
+          completed.take(group);
+          exchange_beside(group, buffer);
+        };
+      model_.forward_backward(loss_weight, losses_.get() + buffer, calls);
+      if (gathers) read.end();
+      if (!exchanges) return;
+      completed.end();
+      exchange_losses_beside(buffer);
+      Range<Device> r(dev_, "wait for gradients");
+      waited(kForGradients, [&] { optimizer_.exchange()->join(); });
+    });
+    if (gathers) gather_pending_ = false;
+  }
+
+  // What goes on beside the layers may run late, so it holds copies.
+
+  // Where finish_gather() has done it, or no step has come before, this changes nothing: the graph is the same.
+  void gather_beside() {
+    for (const int group : p_.table.forward_order())
+      optimizer_.exchange()->beside([this, group] {
+        optimizer_.gather_weights(group);
+        dev_.record(gathered_[size_t(group)]);
       });
-      exchange.beside([&] {
-        for (int b = buffer; b > 0; b--)
-          add_gradients(dev_, p_.gradient_buffer(b - 1), p_.gradient_buffer(b), 0, losses_.get() + b - 1,
-                        losses_.get() + b);
-        optimizer_.sum_over_ranks(losses_.get());
-      });
-      stamp(before_exchange);
-      exchange.join();
-      stamp(after_exchange);
+  }
+  void wait_for_weights(int group) {
+    Range<Device> r(dev_, "wait for weights", group);
+    waited(kForWeights + group, [&] { dev_.follow(gathered_[size_t(group)]); });
+  }
+  // A group's gradients go up what is left of the tree, and to the other ranks.
+  void exchange_beside(int group, int buffer) {
+    optimizer_.exchange()->beside([this, group, buffer] {
+      const ArenaRange& range = p_.table.groups[size_t(group)];
+      for (int b = buffer; b > 0; b--)
+        add_pieces(dev_, p_.gradient_buffer(b - 1) + range.begin, p_.gradient_buffer(b) + range.begin, 1,
+                   range.size(), range.size());
+      optimizer_.sum_gradients(group);
+    });
+  }
+  void exchange_losses_beside(int buffer) {
+    optimizer_.exchange()->beside([this, buffer] {
+      for (int b = buffer; b > 0; b--)
+        add_gradients(dev_, p_.gradient_buffer(b - 1), p_.gradient_buffer(b), 0, losses_.get() + b - 1,
+                      losses_.get() + b);
+      optimizer_.sum_loss(losses_.get());
     });
   }
 
@@ -250,8 +305,10 @@ class TrainingStep {
   int64_t queued_ = 0, done_ = 0;
   std::vector<typename Device::Graph> micro_batch_graphs_;  // by the gradient buffer that they add to
   Buffer<Device, double> losses_;                           // sums of the tokens' losses, as the gradients
-  Buffer<Device, int64_t> stamps_;                          // [kStamps]
-  typename Device::Graph last_graph_, update_graph_;
+  Buffer<Device, int64_t> stamps_;                          // [stamps()]
+  typename Device::Graph first_graph_, last_graph_, update_graph_;
+  std::vector<typename Device::Event> gathered_;  // of each group, in the first micro-batch
+  bool gather_pending_ = false;                   // the weights are in shards
 };
 
 }  // namespace gdn

@@ -131,23 +131,50 @@ TEST_CASE("ranks: 1, 2 and 4 have the same bits: weights, moments, losses, norms
   }
 }
 
-TEST_CASE("ranks: 4 begin a run, 1 goes on, 2 end it: the bits of one that was never stopped") {
+TEST_CASE("ranks: a sample after a step, which leaves the weights in shards, is that of one rank") {
   if (!has_mpirun()) return;
   Folder folder;
+  const std::string options = kModel + "-B 4 -b 1 -n 2 -warmup 1 -lr 0.1 -v 0 -save 0 -s 1 ";
+  const auto sample = [&](const std::string& how) {
+    const Outcome o = shell(folder, "exec " + how + " $train_gdn " + options + "-o out");
+    CAPTURE(o.err);
+    REQUIRE(o.code == 0);
+    fs::remove_all(folder.path / "out");
+    const size_t begin = o.out.find("sample after step 1"), end = o.out.find("step 2/2", begin);
+    REQUIRE(end != std::string::npos);
+    return o.out.substr(begin, end - begin);
+  };
+  const std::string alone = sample("env");
+  CHECK(alone.size() > 100);
+  CHECK(sample("$mpirun -n 2") == alone);
+}
+
+// Six steps with `options`, on `device` (-d): by one rank, into "whole", and into "parts" by 4 ranks
+// that begin, 1 that goes on from their second step, and 2 from its fourth. They end with the same bits.
+void four_then_one_then_two(const Folder& folder, const std::string& device, const std::string& options) {
   const Outcome o = shell(folder,
                           "set -e\n"
                           "options='" +
-                              kModel +
-                              "-B 8 -b 1 -v 0 -n 6 -warmup 1'\n"
+                              options +
+                              "-B 8 -b 1 -n 6 -warmup 1'\n"
                               "$train_gdn $options -save 0 -o whole\n"
                               "$mpirun -n 4 $train_gdn $options -save 2 -o parts\n"
                               "rm -r parts/step_00000004 parts/step_00000006\n"
-                              "$train_gdn -d cpu -resume -o parts\n"
+                              "$train_gdn -d " +
+                              device +
+                              " -resume -o parts\n"
                               "rm -r parts/step_00000006\n"
-                              "$mpirun -n 2 $train_gdn -d cpu -resume -o parts\n");
+                              "$mpirun -n 2 $train_gdn -d " +
+                              device + " -resume -o parts\n");
   CAPTURE(o.err);
   REQUIRE(o.code == 0);
   CHECK(result(folder.path / "whole", "step_00000006") == result(folder.path / "parts", "step_00000006"));
+}
+
+TEST_CASE("ranks: 4 begin a run, 1 goes on, 2 end it: the bits of one that was never stopped") {
+  if (!has_mpirun()) return;
+  Folder folder;
+  four_then_one_then_two(folder, "cpu", kModel + "-v 0 ");
   // what all ranks find is said once
   const Outcome changed = shell(folder, "exec $mpirun -n 2 $train_gdn -d cpu -resume -o parts -seed 43 -n 7");
   CAPTURE(changed.err);
@@ -379,21 +406,7 @@ TEST_CASE(
     }
     fs::remove_all(folder.path / "alone");
   }
-  // and a run of 4 is gone on with by 1 and by 2
-  const Outcome o = shell(folder,
-                          "set -e\n"
-                          "options='" +
-                              model +
-                              "-B 8 -b 1 -n 6 -warmup 1'\n"
-                              "$train_gdn $options -save 0 -o whole\n"
-                              "$mpirun -n 4 $train_gdn $options -save 2 -keep 0 -o parts\n"
-                              "rm -r parts/step_00000004 parts/step_00000006\n"
-                              "$train_gdn -d cuda -resume -o parts\n"
-                              "rm -r parts/step_00000006\n"
-                              "$mpirun -n 2 $train_gdn -d cuda -resume -o parts\n");
-  CAPTURE(o.err);
-  REQUIRE(o.code == 0);
-  CHECK(result(folder.path / "whole", "step_00000006") == result(folder.path / "parts", "step_00000006"));
+  four_then_one_then_two(folder, "cuda", model + "-keep 0 ");
 }
 
 #else

@@ -2,13 +2,10 @@
 // ranks are threads here, and the copy is the upper half of a float.
 #include <doctest/doctest.h>
 
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../communicator.h"
@@ -16,32 +13,12 @@
 #include "../optimizer.h"
 #include "../parameters.h"
 #include "../random.h"
+#include "rank_threads.h"
 
 namespace gdn_tests {
 
 struct Rounding : gdn::Cpu<float> {
   using act = uint16_t;
-};
-
-// What ranks in threads have in common.
-struct Together {
-  explicit Together(int ranks) : ranks(ranks), pointers(size_t(ranks)) {}
-  void barrier() {
-    std::unique_lock<std::mutex> lock(mutex);
-    const int64_t mine = round;
-    if (++here == ranks) {
-      here = 0;
-      round++;
-      all_here.notify_all();
-    }
-    all_here.wait(lock, [&] { return round != mine; });
-  }
-  const int ranks;
-  std::vector<const void*> pointers;
-  std::mutex mutex;
-  std::condition_variable all_here;
-  int here = 0;
-  int64_t round = 0;
 };
 
 inline uint16_t upper_half(float x) {
@@ -55,36 +32,9 @@ inline uint16_t upper_half(float x) {
 namespace gdn {
 
 template <>
-class Exchange<gdn_tests::Rounding> {
+class Exchange<gdn_tests::Rounding> : public gdn_tests::ThreadExchange {
  public:
-  Exchange(gdn_tests::Together& all, int rank) : all_(all), rank_(rank) {}
-
-  void swap(int partner, float* received, const float* data, int pieces, size_t piece, size_t stride) {
-    all_.pointers[size_t(rank_)] = data;
-    all_.barrier();
-    const float* const from = static_cast<const float*>(all_.pointers[size_t(partner)]);
-    for (int p = 0; p < pieces; p++)
-      std::copy_n(from + size_t(p) * stride, piece, received + size_t(p) * piece);
-    all_.barrier();
-  }
-  template <class T>
-  void gather_parts(T* data, size_t part) {
-    all_.pointers[size_t(rank_)] = data;
-    all_.barrier();
-    for (int r = 0; r < all_.ranks; r++)
-      if (r != rank_)
-        std::copy_n(static_cast<const T*>(all_.pointers[size_t(r)]) + size_t(r) * part, part,
-                    data + size_t(r) * part);
-    all_.barrier();
-  }
-  template <class Calls>
-  void together(const Calls& calls) {
-    calls();
-  }
-
- private:
-  gdn_tests::Together& all_;
-  const int rank_;
+  using ThreadExchange::ThreadExchange;
 };
 
 }  // namespace gdn
@@ -158,8 +108,8 @@ Left train(Together& all, int rank, OptimizerKind kind) {
     typename Optimizer<Rounding>::Scalars scalars;
     optimizer.upload_scalars(scalars, step, 0.01);
     if (all.ranks > 1) {
-      for (const ArenaRange& group : p.table.groups) optimizer.sum_over_ranks(group);
-      optimizer.sum_over_ranks(&loss);
+      for (int g = 0; g < int(p.table.groups.size()); g++) optimizer.sum_gradients(g);
+      optimizer.sum_loss(&loss);
     }
     optimizer.update(&loss);
     if (all.ranks > 1) optimizer.gather_weights();
@@ -193,9 +143,7 @@ TEST_CASE(
       CAPTURE(ranks);
       Together all(ranks);
       std::vector<Left> left(static_cast<size_t>(ranks));
-      std::vector<std::thread> threads;
-      for (int r = 0; r < ranks; r++) threads.emplace_back([&, r] { left[size_t(r)] = train(all, r, kind); });
-      for (std::thread& t : threads) t.join();
+      in_threads(ranks, [&](int r) { left[size_t(r)] = train(all, r, kind); });
       std::map<std::string, std::map<size_t, float>> master, moments;
       size_t numbers = 0;
       for (const Left& l : left) {
