@@ -28,20 +28,30 @@ using namespace gdn_tests;
 
 constexpr double kBandwidth = 3.0e12, kRate = 600e12;
 
+constexpr int kRandomRows = 2048;  // they repeat: a host makes random numbers slowly
+
+// The first `size` of `block`, again and again.
+std::vector<act> repeated(const std::vector<float>& block, size_t size) {
+  std::vector<act> x(size);
+  for (size_t i = 0; i < size; i++)
+    x[i] = i < block.size() ? __float2bfloat16_rn(block[i]) : x[i - block.size()];
+  return x;
+}
+
 // qkv with q and k of length 1 per head, as bf16.
 std::vector<act> qkv_of(const MixerShape& shape) {
   std::mt19937 random(1);
-  std::vector<act> qkv;
-  for (float x : random_qkv<float>(shape, random)) qkv.push_back(__float2bfloat16_rn(x));
-  return qkv;
+  MixerShape block = shape;
+  block.batch = 1, block.tokens = std::min(kRandomRows, shape.rows());
+  return repeated(random_qkv<float>(block, random), size_t(shape.rows()) * shape.conv_channels());
 }
 
-std::vector<act> random_act(size_t size) {
+std::vector<act> random_act(size_t rows, size_t columns) {
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
-  std::vector<act> x(size);
-  for (act& value : x) value = __float2bfloat16_rn(normal(random));
-  return x;
+  std::vector<float> x(std::min<size_t>(kRandomRows, rows) * columns);
+  for (float& value : x) value = normal(random);
+  return repeated(x, rows * columns);
 }
 
 struct Gates {
@@ -99,7 +109,7 @@ void bench(Cuda& device, const MixerShape& shape, int runs, float decay = 1.f) {
   const auto qkv = upload(device, qkv_of(shape));
   const size_t values = size_t(shape.rows()) * shape.value_dim(),
                gate_count = size_t(shape.rows()) * shape.heads_v;
-  const auto d_o = upload(device, random_act(values));
+  const auto d_o = upload(device, random_act(size_t(shape.rows()), size_t(shape.value_dim())));
   const Gates gates = random_gates(shape, decay);
   const auto g = upload(device, gates.g), beta = upload(device, gates.beta);
   const Buffer<Cuda, act> o(device, values, "a benchmark"), dqkv(device, qkv.size(), "a benchmark");
