@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # AdamW on tinyshakespeare's bytes at d = 64 over depths 4, 8 (the base), 16 and 32, on CPU cores: depth's alpha off, 1/2 and 1.
-# 100 runs of one core each, PER_GPU of them at once; no GPU is used. Two seeds.
+# 120 runs of one core each, PER_GPU of them at once; no GPU is used. Two seeds.
 # shellcheck source=dev/results/common.sh
 . "$(dirname "$0")/../common.sh"
 begin tinyshakespeare_train.txt tinyshakespeare_val.txt -- "$@"
@@ -16,10 +16,10 @@ run() {
   sweep "$1~$4~$5" "--optimizers adamw --params mup --widths 64 --lrs $4 --seeds $5" "$GPT2_ADAMW -depth_alpha $2 -L $3" &
 }
 for seed in 42 43; do
-  for depth in 32=250 16=125 8=65 4=32; do
-    for lr in 8e-3 4e-3 1.6e-2 2e-3 3.2e-2; do
+  for depth in 32=340 16=170 8=85 4=42; do
+    for lr in 1e-3 2e-3 4e-3 8e-3 1.6e-2 3.2e-2; do
       if [ "${depth%=*}" = 8 ]; then
-        run base 1 8 $lr $seed 65
+        run base 1 8 $lr $seed 85
       else
         run "one_${depth%=*}" 1 "${depth%=*}" $lr $seed "${depth#*=}"
         run "off_${depth%=*}" off "${depth%=*}" $lr $seed "${depth#*=}"
@@ -29,7 +29,4 @@ for seed in 42 43; do
   done
 done
 wait
-if [ -z "${DRY_RUN:-}" ]; then
-  "$PYTHON" "$HERE/../depth_transfer/depth_table.py" "$OUT" "$OUT/data.csv"
-  BASE=8 plot data
-fi
+[ -n "${DRY_RUN:-}" ] || "$PYTHON" "$HERE/../depth_transfer/depth_table.py" "$OUT" "$OUT/data.csv" "$OUT/table.md"

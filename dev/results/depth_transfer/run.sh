@@ -18,7 +18,4 @@ for name in one off half; do
   depth "${name}_4" "$alpha" 4 6 42
   depth "${name}_16" "$alpha" 16 18 42
 done
-if [ -z "${DRY_RUN:-}" ]; then
-  "$PYTHON" "$HERE/depth_table.py" "$OUT" "$OUT/data.csv"
-  BASE=8 plot data
-fi
+[ -n "${DRY_RUN:-}" ] || "$PYTHON" "$HERE/depth_table.py" "$OUT" "$OUT/data.csv" "$OUT/table.md"
