@@ -597,6 +597,7 @@ int run(int argc, char** argv, Communicator& ranks) {
   Options o;
   OptionTable table(o);
   table.parse(argc, argv);
+  if ((o.help || o.version) && Communicator::launched() > 1 && Communicator::launched_rank() > 0) return 0;
   if (o.help) return table.print_help(), 0;
   if (o.version) return std::printf("train_gdn %s\n%s\n", commit().c_str(), build_text().c_str()), 0;
   for (const bool given : {o.generate != 0, !o.evaluate.empty()})

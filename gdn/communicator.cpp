@@ -38,6 +38,14 @@ int Communicator::launched() {
   return 1;
 }
 
+int Communicator::launched_rank() {
+  int rank = 0;
+  for (const char* variable :
+       {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"})
+    if (const char* text = std::getenv(variable)) rank = std::max(rank, std::atoi(text));
+  return rank;
+}
+
 bool Communicator::has_launcher() {
   for (const char* variable : kLaunched)
     if (std::getenv(variable)) return true;
@@ -381,11 +389,7 @@ void Communicator::abort_silently() {
 
 void Communicator::abort(const std::string& line) {
   std::fflush(stdout);
-  int rank = rank_;
-  if (ranks_ == 1)  // it failed before it joined the others
-    for (const char* variable :
-         {"OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"})
-      if (const char* text = std::getenv(variable)) rank = std::max(rank, std::atoi(text));
+  const int rank = ranks_ == 1 ? launched_rank() : rank_;  // 1: it failed before it joined the others
   for (const int ending : {SIGTERM, SIGINT, SIGHUP}) signal(ending, SIG_DFL);
   if (rank > 0) sleep_for(1 + 0.1 * std::min(rank, 20));  // rank 0 ends all before, where it fails, too
   warn((rank > 0 ? "rank " + std::to_string(rank) + ": " : "") + line);

@@ -40,6 +40,8 @@ class Communicator {
 
   // How many ranks mpirun or srun started with this one, by the environment; 1 where nobody did.
   static int launched();
+  // Which of them this one is, by the environment, before it has joined the others; 0 where nobody did.
+  static int launched_rank();
   static bool has_launcher();
   // Throws one line where several were started and this program was built without MPI.
   static void require_mpi_if_launched();

@@ -15,6 +15,26 @@
 
 namespace gdn {
 
+// Renames the checkpoints in a folder, none of which could be read, to step_X.damaged, with a line for each: a
+// run that starts anew there would replace them as its own. What this program did not write stays as it is.
+// Throws where one cannot be renamed.
+inline void set_damaged_aside(const std::string& folder) {
+  for (const checkpoints::Folder& found : checkpoints::list_folders(folder)) {
+    if (found.kind == checkpoints::Kind::temporary) continue;
+    if (!path_exists(found.path + "/" + checkpoints::kManifest) &&
+        !path_exists(found.path + "/" + checkpoints::kModel))
+      continue;
+    std::string aside = found.path + ".damaged";
+    for (int n = 2; path_exists(aside); n++) aside = found.path + ".damaged" + std::to_string(n);
+    std::error_code error;
+    std::filesystem::rename(found.path, aside, error);
+    if (error)
+      throw std::runtime_error("-resume auto: cannot rename " + found.path + ", which is damaged, to " +
+                               aside + ": " + error.message());
+    warn(found.path + " is kept as " + aside);
+  }
+}
+
 // Where -resume goes on, its checkpoint open; nothing where -resume auto has nothing to go on from. Never
 // starts anew by itself: throws one line where there is nothing whole.
 inline std::unique_ptr<Checkpoint> open_resumed(Options& o, FolderLock& lock) {
@@ -34,7 +54,10 @@ inline std::unique_ptr<Checkpoint> open_resumed(Options& o, FolderLock& lock) {
   });
   if (!newest.empty() || automatic) {
     if (!wrong.empty()) warn(wrong);
-    if (newest.empty()) return nullptr;
+    if (newest.empty()) {
+      set_damaged_aside(o.output);
+      return nullptr;
+    }
     std::printf("resuming %s\n", newest.c_str());
     return std::make_unique<Checkpoint>(open_checkpoint(newest));
   }

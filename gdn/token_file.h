@@ -123,7 +123,8 @@ inline std::string known_format(std::string_view head) {
 
 // How what a known_format is becomes training data.
 inline const char* remedy(const std::string& format) {
-  if (format.rfind("UTF-", 0) == 0) return "; convert it: iconv -f UTF-16 -t UTF-8";
+  if (format == "UTF-16") return "; convert it: iconv -f UTF-16 -t UTF-8";
+  if (format == "UTF-32") return "; convert it: iconv -f UTF-32 -t UTF-8";
   for (const char* packed : {"gzip", "zstd", "xz", "bzip2", "lz4", "zip", "7z", "lzma", "tar"})
     if (format == packed) return "; unpack it first";
   return format == "parquet" ? "; scripts/tokenize_text.py makes shards of it" : "";
@@ -146,6 +147,27 @@ inline bool looks_like_json(std::string_view head) {
   return colon != std::string_view::npos && head[colon] == ':';
 }
 
+// Whether more than one in twenty bytes is a control character that text does not have.
+inline bool looks_binary(std::string_view head, int64_t& controls) {
+  const auto is_control = [](char c) {
+    return uint8_t(c) < 0x20 && !std::strchr("\t\n\v\f\r\x1b", c ? c : 'x');
+  };
+  controls = std::count_if(head.begin(), head.end(), is_control);
+  return controls * 20 > int64_t(head.size());
+}
+
+// What a file is whose name says that it is a shard and whose first bytes say otherwise, "" where that is not
+// known.
+inline std::string what_is_no_shard(std::string_view head) {
+  if (const std::string format = known_format(head); !format.empty()) return "is " + format + remedy(format);
+  if (looks_like_json(head)) return "is JSON; scripts/tokenize_text.py makes shards of its texts";
+  int64_t controls;
+  const auto high = std::count_if(head.begin(), head.end(), [](char c) { return uint8_t(c) >= 0x80; });
+  if (!looks_binary(head, controls) && high * 4 < int64_t(head.size()))
+    return "looks like text, which is read as such under a name that does not end in .bin";
+  return "";
+}
+
 // Throws where a file whose tokens would be its bytes is no text. A name that ends in .txt says that JSON, or
 // whatever bytes, are meant as they are.
 inline void require_text(const std::string& path, std::string_view head) {
@@ -158,11 +180,8 @@ inline void require_text(const std::string& path, std::string_view head) {
     fail(path +
          ": is JSON, expected text or a token shard; scripts/tokenize_text.py makes shards of its texts "
          "(named .txt its bytes are the tokens)");
-  const auto is_control = [](char c) {
-    return uint8_t(c) < 0x20 && !std::strchr("\t\n\v\f\r\x1b", c ? c : 'x');
-  };
-  const int64_t controls = std::count_if(head.begin(), head.end(), is_control);
-  if (controls * 20 > int64_t(head.size()))
+  int64_t controls;
+  if (looks_binary(head, controls))
     fail(path + ": " + std::to_string(controls) + " of the first " + std::to_string(head.size()) +
          " bytes are control characters, expected text or a token shard with its header (named .txt its "
          "bytes are "
@@ -173,20 +192,22 @@ inline void require_text(const std::string& path, std::string_view head) {
 inline TokenFile shard(std::shared_ptr<const RegularFile> file, std::string_view head) {
   const std::string& path = file->path();
   const int64_t size = int64_t(file->size());
-  if (size < kShardHeaderBytes)
+  if (size < kShardHeaderBytes) {
+    const std::string other = what_is_no_shard(head);
     fail(path + ": " + std::to_string(size) + " bytes, shorter than the shard header of " +
-         std::to_string(kShardHeaderBytes));
+         std::to_string(kShardHeaderBytes) + (other.empty() ? "" : "; it " + other));
+  }
   int32_t header[3];
   std::memcpy(header, head.data(), sizeof(header));
   const auto [magic, version, tokens] = header;
   const auto format = std::find_if(std::begin(kShardFormats), std::end(kShardFormats),
                                    [magic = magic](const ShardFormat& f) { return f.magic == magic; });
   if (format == std::end(kShardFormats)) {
-    const std::string known = known_format(head);
+    const std::string other = what_is_no_shard(head);
     const bool swapped = __builtin_bswap32(uint32_t(magic)) == uint32_t(kShardFormats[0].magic);
     fail(path + ": magic number " + std::to_string(magic) + ", expected " +
          std::to_string(kShardFormats[0].magic) +
-         (!known.empty() ? "; it is " + known
+         (!other.empty() ? "; it " + other
           : swapped
               ? "; it is big-endian"
               : "; a file of tokens without a header (nanoGPT's) needs the shard header of 1024 bytes"));
@@ -194,6 +215,8 @@ inline TokenFile shard(std::shared_ptr<const RegularFile> file, std::string_view
   if (version != format->version)
     fail(path + ": shard version " + std::to_string(version) + ", expected " +
          std::to_string(format->version));
+  if (tokens < 0)
+    fail(path + ": its header has " + std::to_string(tokens) + " tokens, expected at least one");
   const int64_t expected = kShardHeaderBytes + int64_t{tokens} * format->token_bytes;
   if (size != expected) {
     const bool wide = tokens > 0 && size == kShardHeaderBytes + 4 * int64_t{tokens};

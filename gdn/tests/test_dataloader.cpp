@@ -311,7 +311,7 @@ TEST_CASE("dataloader: what malformed sources report") {
   const std::string truncated = folder.write_shard("truncated.bin", {1, 2, 3}, 5);
   CHECK(open_error(truncated) == truncated + ": 1030 bytes, expected 1034 for the 5 tokens of its header");
   const std::string negative = folder.write_shard("negative.bin", {1, 2, 3}, -1);
-  CHECK(open_error(negative) == negative + ": 1030 bytes, expected 1022 for the -1 tokens of its header");
+  CHECK(open_error(negative) == negative + ": its header has -1 tokens, expected at least one");
   const std::string hollow = folder.write_shard("hollow.bin", {});
   CHECK(open_error(hollow) == hollow + ": empty shard (0 tokens), expected at least one token");
 
@@ -390,7 +390,18 @@ TEST_CASE("dataloader: what is neither text nor a shard is named") {
   for (char c : padding) utf16 += {c, '\0'};
   CHECK(error("marked.txt", utf16) ==
         ": is UTF-16, expected text or a token shard; convert it: iconv -f UTF-16 -t UTF-8");
-  CHECK(error("a.bin", "\x1f\x8b\x08" + padding).find("; it is gzip") != std::string::npos);
+  CHECK(error("marked32.txt", "\xff\xfe\0\0"s + padding) ==
+        ": is UTF-32, expected text or a token shard; convert it: iconv -f UTF-32 -t UTF-8");
+  // under a shard's name, longer and shorter than a shard's header
+  CHECK(error("a.bin", "\x1f\x8b\x08" + padding).find("; it is gzip; unpack it first") != std::string::npos);
+  CHECK(error("b.bin", "version https://git-lfs.github.com/spec/v1\nsize 5\n")
+            .find("; it is a Git LFS pointer") != std::string::npos);
+  CHECK(error("c.bin", "{\"text\": \"once\"}\n").find("; it is JSON; ") != std::string::npos);
+  for (const char* name : {"d.bin", "e.bin"})
+    CHECK(error(name, std::string(name[0] == 'd' ? 100 : 5000, 'n')).find("; it looks like text") !=
+          std::string::npos);
+  CHECK(error("f.bin", std::string(5000, '\x93')).find("; a file of tokens without a header") !=
+        std::string::npos);
   // JSON by its name or its text; .txt says that bytes are meant
   for (const char* name : {"a.json", "a.jsonl", "a.NDJSON", "a"}) {
     CHECK(error(name, "{\"text\": \"once\"}\n{\"text\": \"upon\"}\n").rfind(": is JSON", 0) == 0);

@@ -661,6 +661,17 @@ TEST_CASE("program: -resume never starts anew; -resume auto does where there is 
   CHECK(again.code == 0);
   CHECK(again.out.find("resuming requeued/step_00000002") != std::string::npos);
   CHECK(again.out.find("step 1/") == std::string::npos);
+  for (const char* name : {"step_00000002.damaged", "step_00000002.damaged2"}) {  // twice in one folder
+    CAPTURE(name);
+    const Outcome anew = run(folder, tiny + "-n 3 -save 1 -keep 1 -resume auto -o out");
+    CHECK(anew.code == 0);
+    CHECK(anew.out.find("step 1/") != std::string::npos);
+    CHECK(anew.err.find(std::string("is kept as out/") + name) != std::string::npos);
+    CHECK(read_file(folder.path / "out" / name / "model.safetensors") == bytes);
+    CHECK(run(folder, "-d cpu -gen 2 -load out").code == 0);
+    fs::rename(folder.path / "out" / "step_00000003", folder.path / "out" / "step_00000002");
+    write_file(file, bytes);
+  }
 }
 
 TEST_CASE("program: -resume derives defaults anew, keeps those of the device, and knows its data") {

@@ -131,6 +131,19 @@ TEST_CASE("ranks: 1, 2 and 4 have the same bits: weights, moments, losses, norms
   }
 }
 
+TEST_CASE("ranks: -h and -version are said by one rank") {
+  if (!has_mpirun()) return;
+  Folder folder;
+  for (const char* option : {"-h", "-version"}) {
+    CAPTURE(option);
+    const Outcome alone = shell(folder, std::string("exec $train_gdn ") + option);
+    const Outcome two = shell(folder, std::string("exec $mpirun -n 2 $train_gdn ") + option);
+    CHECK(two.code == 0);
+    CHECK(!alone.out.empty());
+    CHECK(two.out == alone.out);
+  }
+}
+
 TEST_CASE("ranks: a sample after a step, which leaves the weights in shards, is that of one rank") {
   if (!has_mpirun()) return;
   Folder folder;
