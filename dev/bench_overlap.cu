@@ -10,10 +10,10 @@
 //   step              milliseconds
 //   gather, exchange  of new weights and of gradients: the sum of the groups' times on their stream
 //   waited            of the layers' stream for them
-//   hidden            1 - waited / (gather + exchange)
+//   hidden            1 - waited / (gather + exchange); "-" with one rank, whose calls send nothing
 //
 // and rank 0 writes its ranges to FILE: name, number of the layer or of the arena's group, begin and end in
-// microseconds. With one rank nothing leaves the GPU: the calls are made all the same.
+// microseconds.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -126,9 +126,10 @@ void measure(const Options& o, Communicator& ranks) {
   const double seconds = wait().seconds;
   const double gather = total(spans, "gather weights"), sum = total(spans, "exchange gradients"),
                waited = total(spans, "wait for weights") + total(spans, "wait for gradients");
-  char row[160];
-  std::snprintf(row, sizeof row, "%5d %9.2f %9.3f %9.3f %9.3f %7.1f%%\n", ranks.rank(), 1000 * seconds,
-                gather, sum, waited, 100 * (1 - waited / (gather + sum)));
+  char row[160], hidden[16] = "-";
+  if (ranks.ranks() > 1) std::snprintf(hidden, sizeof hidden, "%.1f%%", 100 * (1 - waited / (gather + sum)));
+  std::snprintf(row, sizeof row, "%5d %9.2f %9.3f %9.3f %9.3f %8s\n", ranks.rank(), 1000 * seconds, gather,
+                sum, waited, hidden);
   if (ranks.first())
     std::printf(
         "d = %d, %d micro-batches of %d x %d tokens a rank, %d ranks, %s; milliseconds\n%5s %9s %9s %9s "
