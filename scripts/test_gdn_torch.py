@@ -262,7 +262,7 @@ class InPyTorch(unittest.TestCase):
 
     def test_without_gradients_nothing_is_kept(self):
         x = inputs()
-        with mock.patch.object(gdn_torch, "_outputs", wraps=gdn_torch._outputs) as made, torch.no_grad():
+        with mock.patch.object(gdn_torch, "_forward", wraps=gdn_torch._forward) as made, torch.no_grad():
             chunk_gated_delta_rule(*x[:5])
         self.assertFalse(made.call_args.args[-1])
 
@@ -322,15 +322,18 @@ print("equal")
 class LayoutsOfTheGpu(unittest.TestCase):
     """What the GPU's operators hand to the library, read by the CPU's, which takes any strides."""
 
-    def setUp(self):
-        def run(name, call, _, saved):
+    @staticmethod
+    def on_gpu(function, *arguments):
+        def launch(plan, name, words, q, saved, documents):
+            words[1] = gdn_torch._TYPES[q.dtype] << 32  # device 0, and the type
+            if documents is not None:
+                words[gdn_torch._SEQUENCES], words[gdn_torch._CU_SEQLENS] = plan.count, documents.data_ptr()
             if saved is not None:
-                call.saved = saved.data_ptr()
-            gdn_torch._run(name, call)
-        for name, replacement in (("_on_gpu", lambda call, q: None), ("_with_scratch", run)):
-            patch = mock.patch.object(gdn_torch, name, replacement)
-            patch.start()
-            self.addCleanup(patch.stop)
+                words[gdn_torch._SAVED] = saved.data_ptr()
+            gdn_torch._run(name, words.buffer_info()[0])
+        with mock.patch.object(gdn_torch, "_is_gpu", lambda x: True), mock.patch.object(gdn_torch, "_launch", launch), \
+                mock.patch.dict(gdn_torch._plans, clear=True):
+            return function(*arguments)
 
     def test_states_strides_documents(self):
         for tokens, packed in ((70, None), (70, torch.tensor([0, 3, 3, 70])), (0, None)):
@@ -345,14 +348,16 @@ class LayoutsOfTheGpu(unittest.TestCase):
                     call = (*x[:5], state, packed, 0.3, False, v_first, True)
                     for recurrent in (False, True):
                         theirs = gdn_torch._delta_rule(*call, recurrent, False)
-                        ours = gdn_torch._delta_rule_cuda(*call, recurrent, False)
+                        ours = self.on_gpu(gdn_torch._delta_rule, *call, recurrent, False)
                         for a, b in zip(theirs, ours):
                             self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
                             self.assertTrue(torch.equal(a, b), (tokens, v_first, given, recurrent))
-                    o, _, saved = gdn_torch._delta_rule_cuda(*call, False, True)
+                    o, _, saved = self.on_gpu(gdn_torch._delta_rule, *call, False, True)
+                    kept = gdn_torch._delta_rule(*call, False, True)[2:]
                     for d_final in (None, d_state):
                         backward = (torch.randn(o.shape), d_final, *call[:7], saved, 0.3, False, v_first)
-                        for a, b in zip(gdn_torch._delta_rule_backward(*backward), gdn_torch._delta_rule_backward_cuda(*backward)):
+                        for a, b in zip(gdn_torch._delta_rule_backward(*backward[:9], *kept, *backward[10:]),
+                                        self.on_gpu(gdn_torch._delta_rule_backward, *backward)):
                             self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
                             self.assertTrue(torch.equal(a, b), (tokens, v_first, given, d_final is None))
 
