@@ -311,7 +311,6 @@ def _plan(q, k, v, g, beta, initial_state, cu_seqlens, *options):
 
 def _launch(plan, name, words, q, saved, documents):
     """Runs a call, on the GPU with the work space that it wants; saved: what the backward reads, or None."""
-    loaded = _library or library()
     address = words.buffer_info()[0]
     if documents is not None:
         words[_SEQUENCES], words[_CU_SEQLENS] = plan.count, documents.data_ptr()
@@ -322,14 +321,14 @@ def _launch(plan, name, words, q, saved, documents):
         if name != "gdn_delta_rule_recurrent":
             size = plan.scratch_bytes
             if size is None:
-                size = _work_space(plan, loaded, address, saved)
+                size = _work_space(plan, address)
             scratch = q.new_empty(size, dtype=torch.uint8)
             words[_SCRATCH] = scratch.data_ptr()
-    if getattr(loaded, name)(address) != 0:
-        raise RuntimeError(loaded.gdn_last_error().decode())
+    _run(name, address)
 
 
-def _work_space(plan, loaded, address, saved):
+def _work_space(plan, address):
+    loaded = library()
     wanted, scratch_bytes = ctypes.c_size_t(), ctypes.c_size_t()
     if loaded.gdn_delta_rule_bytes(address, ctypes.byref(wanted), ctypes.byref(scratch_bytes)) != 0:
         raise RuntimeError(loaded.gdn_last_error().decode())
