@@ -9,7 +9,7 @@ chunk_gated_delta_rule and fused_recurrent_gated_delta_rule take what flash-line
 they return: q, k [B,T,H,K], v [B,T,HV,V], g and beta [B,T,HV], states [N,HV,K,V], documents packed by cu_seqlens. They
 are the operators gdn::delta_rule and gdn::delta_rule_backward, so that torch.compile, autocast, activation checkpointing
 and DDP go through. On the CPU float32 and float64 are computed as they are, bfloat16 and float16 in float32; a GPU computes
-bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512. What is not supported raises with the value
+bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512, and rounds float16 to it. What is not supported raises with the value
 and what is.
 
 delta_rule_float64 and mixer_float64 give the results and gradients that another implementation can be held against
@@ -533,8 +533,8 @@ def _compute_type(**tensors):
 
 def _check_gpu(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != torch.bfloat16:
-            raise TypeError(f"gated delta rule: {name} is {x.dtype} on {x.device}, supported: bfloat16")
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"gated delta rule: {name} is {x.dtype} on {x.device}, supported: bfloat16 and float16")
     for name, size, most in (("K", q.shape[3], 256), ("V", v.shape[3], 512)):
         if size % 16 != 0 or size > most:
             raise ValueError(f"gated delta rule: {name} is {size} on {q.device}, supported: multiples of 16 to {most}")
