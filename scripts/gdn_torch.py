@@ -9,8 +9,8 @@ chunk_gated_delta_rule and fused_recurrent_gated_delta_rule take what flash-line
 they return: q, k [B,T,H,K], v [B,T,HV,V], g and beta [B,T,HV], states [N,HV,K,V], documents packed by cu_seqlens. They
 are the operators gdn::delta_rule and gdn::delta_rule_backward, so that torch.compile, autocast, activation checkpointing
 and DDP go through. On the CPU float32 and float64 are computed as they are, bfloat16 and float16 in float32; a GPU computes
-bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512, and rounds float16 to it. What is not supported raises with the value
-and what is.
+bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512, and rounds float16 to it. What is not
+supported raises with the value and what is.
 
 delta_rule_float64 and mixer_float64 give the results and gradients that another implementation can be held against
 (scripts/check_layer.py). The library is GDN_LIBRARY, or libgdn.so in the repository's root.
