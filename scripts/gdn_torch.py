@@ -461,6 +461,13 @@ def _operator_backward(ctx, d_o, d_final_state, _):
 torch.library.register_autograd("gdn::delta_rule", _operator_backward, setup_context=_setup_context)
 
 
+def _second_derivative(ctx, *gradients):
+    raise RuntimeError("gated delta rule: a second derivative, supported: first ones")
+
+
+torch.library.register_autograd("gdn::delta_rule_backward", _second_derivative)
+
+
 # Called eagerly, the operators' way through PyTorch's dispatcher takes longer than everything else on the host: where
 # nobody looks on, the library is called from a plain autograd.Function.
 

@@ -207,6 +207,70 @@ class InPyTorch(unittest.TestCase):
         torch.library.opcheck(torch.ops.gdn.delta_rule.default,
                               (*y, torch.tensor([0, 5, 70]), 0.3, False, False, False, False, True))
 
+    def test_eager_calls_and_the_operator_give_the_same(self):
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Count(TorchDispatchMode):
+            seen = 0
+
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                self.seen += function.namespace == "gdn"
+                return function(*arguments, **(options or {}))
+        for documents in (None, torch.tensor([0, 5, 70])):
+            x = inputs(batch=2 if documents is None else 1, tokens=70, count=2)
+
+            def run():
+                o, last = chunk_gated_delta_rule(*x[:5], initial_state=x[5], output_final_state=True, cu_seqlens=documents)
+                return [o.detach(), last.detach(), *gradients((o, last), x)]
+            with mock.patch.object(gdn_torch, "_Eager", wraps=gdn_torch._Eager) as eager:
+                alone = run()
+            self.assertTrue(eager.apply.called)
+            with Count() as mode:  # somebody looks on: the operators run
+                watched = run()
+            self.assertEqual(mode.seen, 2)
+            for a, b in zip(alone, watched):
+                self.assertTrue(torch.equal(a, b))
+
+    def test_part_of_the_outputs_and_second_derivatives(self):
+        x = inputs(tokens=70)
+
+        def call():
+            return chunk_gated_delta_rule(*x[:5], initial_state=x[5], output_final_state=True)
+        d_state = torch.randn(call()[1].shape, dtype=torch.float64)
+        zero = torch.zeros_like(call()[0])
+        both = torch.autograd.grad(call(), x, (zero, d_state))
+        for a, b in zip(torch.autograd.grad(call()[1], x, d_state, allow_unused=True), both):
+            self.assertTrue(torch.equal(a, b))
+        d_o = torch.randn(zero.shape, dtype=torch.float64)
+        both = torch.autograd.grad(call(), x, (d_o, torch.zeros_like(d_state)))
+        for a, b in zip(torch.autograd.grad(call()[0], x, d_o), both):
+            self.assertTrue(torch.equal(a, b))
+        first, = torch.autograd.grad(call()[0].sum(), x[0], create_graph=True)
+        with self.assertRaisesRegex(RuntimeError, "a second derivative, supported: first ones"):
+            torch.autograd.grad(first.sum(), x[1])
+
+    def test_calls_of_one_signature_are_told_from_others(self):
+        with torch.no_grad():
+            x = inputs(tokens=70)
+            for _ in range(2):
+                for scale in (None, 0.3):
+                    for tokens in (70, 3):
+                        for turned in (False, True):
+                            y = [t[:, :tokens] for t in x[:5]]
+                            if turned:
+                                y[0] = y[0].transpose(1, 2).contiguous().transpose(1, 2)
+                            o, last = chunk_gated_delta_rule(*y, scale=scale, initial_state=x[5], output_final_state=True)
+                            dense = [t.clone() for t in y]
+                            reference = torch.ops.gdn.delta_rule(*dense, x[5], None, 5 ** -0.5 if scale is None else scale, False,
+                                                                 False, True, False, False)
+                            self.assertTrue(torch.equal(o, reference[0]) and torch.equal(last, reference[1]))
+        with mock.patch.object(gdn_torch, "_MOST_PLANS", 4), mock.patch.dict(gdn_torch._plans, clear=True), \
+                mock.patch.dict(gdn_torch._known, clear=True):
+            for tokens in range(1, 20):
+                chunk_gated_delta_rule(*(t.detach()[:, :tokens] for t in x[:5]))
+            self.assertLessEqual(max(len(gdn_torch._plans), len(gdn_torch._known)), 4)
+            self.assertGreater(min(len(gdn_torch._plans), len(gdn_torch._known)), 0)
+
     def test_strided_and_expanded_tensors(self):
         x = inputs(tokens=70)
         expected = chunk_gated_delta_rule(*x[:5], initial_state=x[5])[0]
