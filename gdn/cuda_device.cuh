@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -107,10 +108,9 @@ struct Cuda {
   // Work on somebody else's stream of GPU `number`, which is the current one, in layers without matrix products of
   // cuBLASLt (gdn/library.cpp). Allocates nothing.
   Cuda(int number, cudaStream_t others) : stream(others), owns_stream(false) {
-    int most = 0;
-    cuda_check(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, number));
-    cuda_check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
-    shared_bytes = lowered_shared_bytes(most);
+    const Limits limits = limits_of(number);
+    sm_count = limits.sm_count;
+    shared_bytes = lowered_shared_bytes(limits.shared_bytes);
   }
   ~Cuda() { destroy(); }
   Cuda(const Cuda&) = delete;
@@ -256,6 +256,23 @@ struct Cuda {
     if (status == cudaSuccess) status = cudaGraphInstantiate(&graph.executable, recorded, 0);
     cudaGraphDestroy(recorded);
     cuda_check(status);
+  }
+
+  struct Limits {
+    int sm_count = 0, shared_bytes = 0;
+  };
+  // Of GPU `number`, asked once a process. Any thread may call.
+  static Limits limits_of(int number) {
+    static std::mutex mutex;
+    static std::map<int, Limits> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(number);
+    if (found != known.end()) return found->second;
+    Limits limits;
+    cuda_check(cudaDeviceGetAttribute(&limits.sm_count, cudaDevAttrMultiProcessorCount, number));
+    cuda_check(
+        cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
+    return known[number] = limits;
   }
 
   static int lowered_shared_bytes(int bytes) {

@@ -9,12 +9,13 @@ chunk_gated_delta_rule and fused_recurrent_gated_delta_rule take what flash-line
 they return: q, k [B,T,H,K], v [B,T,HV,V], g and beta [B,T,HV], states [N,HV,K,V], documents packed by cu_seqlens. They
 are the operators gdn::delta_rule and gdn::delta_rule_backward, so that torch.compile, autocast, activation checkpointing
 and DDP go through. On the CPU float32 and float64 are computed as they are, bfloat16 and float16 in float32; a GPU computes
-bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512. What is not supported raises with the value
-and what is.
+bfloat16 (libgdn.so built with nvcc), K and V multiples of 16 to 256 and to 512, and rounds float16 to it. What is not
+supported raises with the value and what is.
 
 delta_rule_float64 and mixer_float64 give the results and gradients that another implementation can be held against
 (scripts/check_layer.py). The library is GDN_LIBRARY, or libgdn.so in the repository's root.
 """
+import array
 import ctypes
 import functools
 import importlib
@@ -81,15 +82,15 @@ def library():
             loaded.gdn_last_error.restype = ctypes.c_char_p
             for name, argument in (("delta_rule_forward", _DeltaRule), ("delta_rule_backward", _DeltaRule),
                                    ("delta_rule_recurrent", _DeltaRule), ("mixer_forward", _Mixer), ("mixer_backward", _Mixer)):
-                getattr(loaded, "gdn_" + name).argtypes = [ctypes.POINTER(argument)]
-            loaded.gdn_delta_rule_bytes.argtypes = [ctypes.POINTER(_DeltaRule), *[ctypes.POINTER(ctypes.c_size_t)] * 2]
+                getattr(loaded, "gdn_" + name).argtypes = [ctypes.c_void_p if argument is _DeltaRule else ctypes.POINTER(argument)]
+            loaded.gdn_delta_rule_bytes.argtypes = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2]
             _library = loaded
     return _library
 
 
 def _run(name, call):
-    loaded = library()
-    if getattr(loaded, name)(ctypes.byref(call)) != 0:
+    loaded = _library or library()
+    if getattr(loaded, name)(call) != 0:
         raise RuntimeError(loaded.gdn_last_error().decode())
 
 
@@ -110,18 +111,33 @@ def _host(cu_seqlens):
     return None if cu_seqlens is None else cu_seqlens.to("cpu", torch.int64).contiguous()
 
 
-def _call(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first):
-    """The inputs of a call; cu_seqlens (_host) must outlive it."""
+def _call(q, k, v, g, beta, initial_state, scale, normalized, v_first):
+    """The struct of a call without documents: sizes, options, and where the inputs lie."""
     call = _DeltaRule(size=ctypes.sizeof(_DeltaRule), device=0, type=_TYPES[q.dtype])
     call.batch, call.tokens, call.heads_k, call.head_dim_k = k.shape
     call.heads_v, call.head_dim_v = v.shape[2:]
     call.sequences, call.cu_seqlens = call.batch, None
-    if cu_seqlens is not None:
-        call.sequences, call.cu_seqlens = len(cu_seqlens) - 1, cu_seqlens.data_ptr()
     call.scale, call.normalized = scale, normalized
     call.q, call.k, call.v, call.g, call.beta = map(_place, (q, k, v, g, beta))
     call.initial_state = _state(initial_state, v_first)
     return call
+
+
+# Structs are filled once a signature (sizes, types and strides of the inputs, and options) and copied for a call, which
+# then writes its addresses: they lie in words of eight bytes, at these numbers.
+
+def _words(call):
+    return array.array("q", bytes(call))
+
+
+def _word(name):
+    return getattr(_DeltaRule, name).offset // 8
+
+
+_STREAM, _SEQUENCES, _CU_SEQLENS, _SAVED, _SCRATCH = map(_word, ("stream", "sequences", "cu_seqlens", "saved", "scratch"))
+_Q, _K, _V, _G, _BETA, _INITIAL_STATE = map(_word, ("q", "k", "v", "g", "beta", "initial_state"))
+_O, _FINAL_STATE, _D_O, _D_FINAL_STATE = map(_word, ("o", "final_state", "d_o", "d_final_state"))
+_DQ, _DK, _DV, _DG, _DBETA, _D_INITIAL_STATE = map(_word, ("dq", "dk", "dv", "dg", "dbeta", "d_initial_state"))
 
 
 # ---- operators
@@ -141,49 +157,53 @@ def _sequences(q, cu_seqlens):
     return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep):
-    """o, final_state and what the backward needs, not yet computed; empty where not wanted. Documents have no more
-    chunks together than their tokens' and one more each."""
+def _output_sizes(q, v, cu_seqlens, v_first, gpu):
+    """Shapes of o and final_state, and the size of what the backward needs: numbers of v's type, on the GPU bytes.
+    Documents have no more chunks together than their tokens' and one more each."""
     batch, tokens, _, dk = q.shape
     heads, dv = v.shape[2:]
     count = _sequences(q, cu_seqlens)
     chunks = batch * ((tokens + CHUNK - 1) // CHUNK) if cu_seqlens is None else tokens // CHUNK + count
     state = (count, heads, dv, dk) if v_first else (count, heads, dk, dv)
-    if v.device.type == "cuda":  # states, E, exponents, N and P, gates, each on 256 bytes (gdn/kernels/delta_rule)
-        size = chunks * heads * (2 * dk * dv + dv // 4 + 17408) + 2 * batch * tokens * heads * dv + 1280 * count
-        saved = v.new_empty((size if keep else 0,), dtype=torch.uint8)
+    if gpu:  # states, E, exponents, N and P, gates, each on 256 bytes (gdn/kernels/delta_rule)
+        kept = chunks * heads * (2 * dk * dv + dv // 4 + 17408) + 2 * batch * tokens * heads * dv + 1280 * count
     else:
-        saved = v.new_empty((chunks * heads * dk * dv if keep else 0,))
-    return v.new_empty((batch, tokens, heads, dv)), g.new_empty(state if output_final_state else (0,)), saved
-
-
-def _delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent, keep):
-    o, final_state, saved = _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
-    documents = _host(cu_seqlens)
-    call = _call(q, k, v, g, beta, initial_state, documents, scale, normalized, v_first)
-    call.o = _place(o)
-    if output_final_state:
-        call.final_state = _state(final_state, v_first)
-    if keep:
-        call.saved = saved.data_ptr()
-    _run("gdn_delta_rule_recurrent" if recurrent and not keep else "gdn_delta_rule_forward", call)
-    return o, final_state, saved
+        kept = chunks * heads * dk * dv
+    return (batch, tokens, heads, dv), state, kept
 
 
 @torch.library.register_fake("gdn::delta_rule")
 def _(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent, keep):
-    return _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
+    gpu = v.device.type == "cuda"
+    o, state, kept = _output_sizes(q, v, cu_seqlens, v_first, gpu)
+    return (v.new_empty(o), g.new_empty(state if output_final_state else (0,)),
+            v.new_empty((kept if keep else 0,), dtype=torch.uint8 if gpu else v.dtype))
 
+
+def _gradients(q, k, v, g, beta, initial_state):
+    """Of the inputs, dense and not yet computed; None for an initial state that is not there."""
+    return tuple(None if x is None else x.new_empty(x.shape) for x in (q, k, v, g, beta, initial_state))
+
+
+@torch.library.register_fake("gdn::delta_rule_backward")
+def _(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
+    *gradients, d_initial_state = _gradients(q, k, v, g, beta, initial_state)
+    return (*gradients, q.new_empty(0) if initial_state is None else d_initial_state)
+
+
+# ---- calls of the library
 
 # The GPU reads and writes states as [N,HV,V,K] float32, and token by token as [N,HV,K,V]; heads of q, k, v and o whose
 # columns lie side by side on 16 bytes. Other layouts are copied, as fla copies all that is not contiguous.
 
-def _rows(x):
+def _fits(x):
+    """Whether the GPU reads the strides of q, k, v, o or a gradient of theirs."""
     batch, token, head, column = x.stride()
-    if (column == 1 and token % 8 == 0 and head % 8 == 0 and x.data_ptr() % 16 == 0
-            and (x.shape[0] == 1 or batch == x.shape[1] * token)):
-        return x
-    return x.contiguous()
+    return column == 1 and token % 8 == 0 and head % 8 == 0 and (x.shape[0] == 1 or batch == x.shape[1] * token)
+
+
+def _dense(x):
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _flipped(state, flip):
@@ -191,103 +211,235 @@ def _flipped(state, flip):
     return None if state is None else (state.transpose(-1, -2) if flip else state).contiguous()
 
 
-def _on_gpu(call, q):
-    call.device, call.device_number = 1, q.device.index
-    call.stream = torch._C._cuda_getCurrentRawStream(q.device.index)
+def _is_gpu(x):
+    return x.is_cuda
 
 
-def _with_scratch(name, call, q, saved):
-    """Runs a call with the work space it wants."""
-    wanted, scratch_bytes = ctypes.c_size_t(), ctypes.c_size_t()
-    if library().gdn_delta_rule_bytes(ctypes.byref(call), ctypes.byref(wanted), ctypes.byref(scratch_bytes)) != 0:
-        raise RuntimeError(library().gdn_last_error().decode())
+def _stream(index):
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+class _Plan:
+    """What all calls with inputs of one signature share: sizes, structs filled but for addresses, bytes of work space."""
+
+    def __init__(self, q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent):
+        self.options = scale, normalized, v_first, output_final_state, recurrent
+        self.gpu, self.v_first = _is_gpu(q), v_first
+        self.empty = q.shape[0] * q.shape[1] == 0
+        self.index = q.device.index if q.is_cuda else 0
+        batch, tokens, _, dk = q.shape
+        heads, dv = v.shape[2:]
+        self.count = _sequences(q, cu_seqlens)
+        self.heads, self.dk, self.dv = heads, dk, dv
+        self.o_shape, self.state_shape, self.kept = _output_sizes(q, v, cu_seqlens, v_first, self.gpu)
+        self.saved_type = torch.uint8 if self.gpu else v.dtype
+        self.output_final_state, self.recurrent = output_final_state, recurrent
+        self.dense = all(x is None or x.stride() == x.new_empty(x.shape, device="meta").stride()
+                         for x in (q, k, v, g, beta, initial_state))
+        self.copies = ()  # which of q, k, v, g, beta are copied
+        self.scratch_bytes = None  # not known: of documents it depends on their lengths
+        self.documents = cu_seqlens is not None
+        self.backwards = {}
+        if self.gpu:
+            self.copies = tuple(i for i, x in enumerate((q, k, v)) if not _fits(x)) + tuple(
+                3 + i for i, x in enumerate((g, beta)) if not x.is_contiguous())
+        inputs = self.readable((q, k, v, g, beta))
+        self.call = _call(*inputs, None if self.gpu else initial_state, scale, normalized, v_first)
+        if self.gpu:
+            self.call.device, self.call.device_number = 1, self.index
+        self.forwards = {}  # recurrent without keeping, or not -> words
+
+    def readable(self, inputs):
+        """q, k, v, g, beta as the library reads them."""
+        if not self.copies:
+            return inputs
+        return tuple(_dense(x) if i in self.copies else x for i, x in enumerate(inputs))
+
+    def gpu_state(self, by_token):
+        """Strides of a state on the GPU, dense as the library has it, in the order [N,HV,K,V]."""
+        n, dk, dv = self.heads, self.dk, self.dv
+        return (ctypes.c_int64 * 4)(n * dk * dv, dk * dv, *((dv, 1) if by_token else (1, dk)))
+
+    def forward_words(self, o, final_state, initial_state, by_token):
+        call = _DeltaRule.from_buffer_copy(self.call)
+        call.o = _place(o)
+        if self.gpu:
+            call.initial_state.stride = call.final_state.stride = self.gpu_state(by_token)
+        elif final_state is not None:
+            call.final_state = _state(final_state, self.v_first)
+        return _words(call)
+
+    def backward_words(self, d_o, d_final_state, gradients):
+        call = _DeltaRule.from_buffer_copy(self.call)
+        call.d_o = _place(d_o)
+        call.dq, call.dk, call.dv, call.dg, call.dbeta = map(_place, gradients[:5])
+        if self.gpu:
+            call.d_final_state.stride = call.d_initial_state.stride = self.gpu_state(False)
+        else:
+            call.d_final_state = _state(d_final_state, self.v_first)
+            if gradients[5] is not None:
+                call.d_initial_state = _state(gradients[5], self.v_first)
+        return _words(call)
+
+
+_plans, _MOST_PLANS = {}, 1024
+_known = {}  # the same, of calls whose inputs need neither checks nor conversions any more
+
+
+def _signature(x):
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _key(q, k, v, g, beta, initial_state, cu_seqlens, *options):
+    return (q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype,
+            v.device, g.shape, g.stride(), g.dtype, g.device, beta.shape, beta.stride(), beta.dtype, beta.device,
+            None if initial_state is None else _signature(initial_state),
+            None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype), options)
+
+
+def _plan(q, k, v, g, beta, initial_state, cu_seqlens, *options):
+    """The plan of inputs whose shapes and types were checked."""
+    key = _key(q, k, v, g, beta, initial_state, cu_seqlens, *options)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _Plan(q, k, v, g, beta, initial_state, cu_seqlens, *options)
+        if len(_plans) >= _MOST_PLANS:  # of lengths that change from call to call
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _launch(plan, name, words, q, saved, documents):
+    """Runs a call, on the GPU with the work space that it wants; saved: what the backward reads, or None."""
+    address = words.buffer_info()[0]
+    if documents is not None:
+        words[_SEQUENCES], words[_CU_SEQLENS] = plan.count, documents.data_ptr()
     if saved is not None:
-        if wanted.value > saved.numel():
-            raise RuntimeError(f"gated delta rule: {wanted.value} bytes wanted for the backward, {saved.numel()} there")
-        call.saved = saved.data_ptr()
-    scratch = q.new_empty((scratch_bytes.value,), dtype=torch.uint8)
-    call.scratch = scratch.data_ptr()
-    _run(name, call)
+        words[_SAVED] = saved.data_ptr()
+    if plan.gpu:
+        words[_STREAM] = _stream(plan.index)
+        if name != "gdn_delta_rule_recurrent":
+            size = plan.scratch_bytes
+            if size is None:
+                size = _work_space(plan, address)
+            scratch = q.new_empty(size, dtype=torch.uint8)
+            words[_SCRATCH] = scratch.data_ptr()
+    _run(name, address)
 
 
-def _delta_rule_cuda(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent,
-                     keep):
-    o, final_state, saved = _outputs(q, v, g, cu_seqlens, v_first, output_final_state, keep)
-    if q.shape[0] * q.shape[1] == 0:
-        if output_final_state:
+def _work_space(plan, address):
+    loaded = library()
+    wanted, scratch_bytes = ctypes.c_size_t(), ctypes.c_size_t()
+    if loaded.gdn_delta_rule_bytes(address, ctypes.byref(wanted), ctypes.byref(scratch_bytes)) != 0:
+        raise RuntimeError(loaded.gdn_last_error().decode())
+    if wanted.value > plan.kept:
+        raise RuntimeError(f"gated delta rule: {wanted.value} bytes wanted for the backward, {plan.kept} there")
+    if not plan.documents:
+        plan.scratch_bytes = scratch_bytes.value
+    return scratch_bytes.value
+
+
+def _forward(plan, q, k, v, g, beta, initial_state, cu_seqlens, keep):
+    """o; final_state or None; what the backward needs or None."""
+    gpu = plan.gpu
+    o = v.new_empty(plan.o_shape)
+    saved = v.new_empty(plan.kept, dtype=plan.saved_type) if keep else None
+    wanted = plan.output_final_state
+    if plan.empty and gpu:
+        final_state = g.new_empty(plan.state_shape) if wanted else None
+        if wanted:
             final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
         return o, final_state, saved
-    documents, by_token = _host(cu_seqlens), recurrent and not keep
-    q, k, v, g, beta = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous()
-    flip = v_first if by_token else not v_first
-    begin = _flipped(initial_state, flip)
-    end = None
-    if output_final_state or by_token:
-        heads, dk, dv = v.shape[2], q.shape[3], v.shape[3]
-        end = g.new_empty((_sequences(q, cu_seqlens), heads, dk, dv) if by_token else (_sequences(q, cu_seqlens), heads, dv, dk))
-    call = _call(q, k, v, g, beta, None, documents, scale, normalized, False)
-    _on_gpu(call, q)
-    call.o = _place(o)
-    call.initial_state, call.final_state = _state(begin, not by_token), _state(end, not by_token)
-    if by_token:
-        _run("gdn_delta_rule_recurrent", call)
+    by_token = plan.recurrent and not keep
+    if plan.copies:
+        q, k, v, g, beta = plan.readable((q, k, v, g, beta))
+    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    begin, end = initial_state, None
+    if gpu:
+        if (at_q | at_k | at_v) % 16:
+            q, k, v = _dense(q), _dense(k), _dense(v)
+            plan = _plan(q, k, v, g, beta, initial_state, cu_seqlens, *plan.options)
+            at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        flip = plan.v_first if by_token else not plan.v_first
+        begin = _flipped(initial_state, flip)
+        if wanted or by_token:
+            n, heads, dk, dv = plan.count, plan.heads, plan.dk, plan.dv
+            end = g.new_empty((n, heads, dk, dv) if by_token else (n, heads, dv, dk))
+    elif wanted:
+        end = g.new_empty(plan.state_shape)
+    words = plan.forwards.get(by_token)
+    if words is None:
+        words = plan.forwards[by_token] = plan.forward_words(o, end, begin, by_token)
+    words = words[:]
+    words[_Q], words[_K], words[_V] = at_q, at_k, at_v
+    words[_G], words[_BETA], words[_O] = g.data_ptr(), beta.data_ptr(), o.data_ptr()
+    words[_INITIAL_STATE] = 0 if begin is None else begin.data_ptr()
+    words[_FINAL_STATE] = 0 if end is None else end.data_ptr()
+    _launch(plan, "gdn_delta_rule_recurrent" if by_token else "gdn_delta_rule_forward", words, q, saved, _host(cu_seqlens))
+    if not wanted:
+        return o, None, saved
+    return o, _flipped(end, flip) if gpu else end, saved
+
+
+def _backward(plan, d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved):
+    if plan.dense:  # empty_like, which takes half as long, keeps the order of strides
+        like = torch.empty_like
+        gradients = (like(q), like(k), like(v), like(g), like(beta), None if initial_state is None else like(initial_state))
     else:
-        _with_scratch("gdn_delta_rule_forward", call, q, saved if keep else None)
-    if output_final_state:
-        final_state = _flipped(end, flip)
-    return o, final_state, saved
-
-
-def _delta_rule_backward_cuda(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized,
-                              v_first):
-    gradients = _gradients(q, k, v, g, beta, initial_state)
-    if q.shape[0] * q.shape[1] == 0:
+        gradients = _gradients(q, k, v, g, beta, initial_state)
+    gpu = plan.gpu
+    if plan.empty and gpu:
         if initial_state is not None:
             gradients[5].zero_() if d_final_state is None else gradients[5].copy_(d_final_state)
         return gradients
-    documents = _host(cu_seqlens)
-    q, k, v, g, beta, d_o = _rows(q), _rows(k), _rows(v), g.contiguous(), beta.contiguous(), _rows(d_o)
-    begin = _flipped(d_final_state, not v_first)
-    call = _call(q, k, v, g, beta, None, documents, scale, normalized, False)
-    _on_gpu(call, q)
-    call.d_o, call.d_final_state = _place(d_o), _state(begin, True)
-    call.dq, call.dk, call.dv, call.dg, call.dbeta = map(_place, gradients[:5])
-    end = None
-    if initial_state is not None:
-        end = g.new_empty((_sequences(q, cu_seqlens), v.shape[2], v.shape[3], q.shape[3]))
-        call.d_initial_state = _state(end, True)
-    _with_scratch("gdn_delta_rule_backward", call, q, saved)
-    return gradients if end is None else (*gradients[:5], _flipped(end, not v_first))
+    if plan.copies:
+        q, k, v, g, beta = plan.readable((q, k, v, g, beta))
+    at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    begin, end = d_final_state, None
+    if gpu:
+        if (at_q | at_k | at_v) % 16:
+            q, k, v = _dense(q), _dense(k), _dense(v)
+            plan = _plan(q, k, v, g, beta, initial_state, cu_seqlens, *plan.options)
+            at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if not _fits(d_o) or d_o.data_ptr() % 16:
+            d_o = _dense(d_o)
+        begin = _flipped(d_final_state, not plan.v_first)
+        if initial_state is not None:
+            end = g.new_empty((plan.count, plan.heads, plan.dv, plan.dk))
+    elif initial_state is not None:
+        end = gradients[5]
+    key = d_o.stride(), None if begin is None else begin.stride()
+    words = plan.backwards.get(key)
+    if words is None:
+        if len(plan.backwards) >= _MOST_PLANS:
+            plan.backwards.clear()
+        words = plan.backwards[key] = plan.backward_words(d_o, begin, gradients)
+    words = words[:]
+    words[_Q], words[_K], words[_V], words[_G], words[_BETA] = at_q, at_k, at_v, g.data_ptr(), beta.data_ptr()
+    words[_DQ], words[_DK], words[_DV], words[_DG], words[_DBETA] = [x.data_ptr() for x in gradients[:5]]
+    words[_INITIAL_STATE] = 0 if gpu or initial_state is None else initial_state.data_ptr()
+    words[_D_O], words[_D_FINAL_STATE] = d_o.data_ptr(), 0 if begin is None else begin.data_ptr()
+    words[_D_INITIAL_STATE] = 0 if end is None else end.data_ptr()
+    _launch(plan, "gdn_delta_rule_backward", words, q, saved, _host(cu_seqlens))
+    return (*gradients[:5], _flipped(end, not plan.v_first)) if gpu and end is not None else gradients
 
 
-def _gradients(q, k, v, g, beta, initial_state):
-    def empty(x):
-        return x.new_empty(x.shape)
-    return (*map(empty, (q, k, v, g, beta)), q.new_empty(0) if initial_state is None else empty(initial_state))
+def _delta_rule(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent, keep):
+    plan = _plan(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent)
+    o, final_state, saved = _forward(plan, q, k, v, g, beta, initial_state, cu_seqlens, keep)
+    return (o, g.new_empty(0) if final_state is None else final_state,
+            v.new_empty(0, dtype=plan.saved_type) if saved is None else saved)
 
 
 def _delta_rule_backward(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
-    gradients = _gradients(q, k, v, g, beta, initial_state)
-    documents = _host(cu_seqlens)
-    call = _call(q, k, v, g, beta, initial_state, documents, scale, normalized, v_first)
-    call.d_o, call.saved = _place(d_o), saved.data_ptr()
-    call.d_final_state = _state(d_final_state, v_first)
-    call.dq, call.dk, call.dv, call.dg, call.dbeta = map(_place, gradients[:5])
-    if initial_state is not None:
-        call.d_initial_state = _state(gradients[5], v_first)
-    _run("gdn_delta_rule_backward", call)
-    return gradients
+    plan = _plan(q, k, v, g, beta, initial_state, cu_seqlens, scale, normalized, v_first, False, False)
+    *gradients, d_initial_state = _backward(plan, d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved)
+    return (*gradients, q.new_empty(0) if initial_state is None else d_initial_state)
 
 
-@torch.library.register_fake("gdn::delta_rule_backward")
-def _(d_o, d_final_state, q, k, v, g, beta, initial_state, cu_seqlens, saved, scale, normalized, v_first):
-    return _gradients(q, k, v, g, beta, initial_state)
-
-
-torch.library.impl("gdn::delta_rule", "CPU", _delta_rule)
-torch.library.impl("gdn::delta_rule", "CUDA", _delta_rule_cuda)
-torch.library.impl("gdn::delta_rule_backward", "CPU", _delta_rule_backward)
-torch.library.impl("gdn::delta_rule_backward", "CUDA", _delta_rule_backward_cuda)
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("gdn::delta_rule", _device, _delta_rule)
+    torch.library.impl("gdn::delta_rule_backward", _device, _delta_rule_backward)
 
 
 def _setup_context(ctx, inputs, output):
@@ -296,7 +448,7 @@ def _setup_context(ctx, inputs, output):
     ctx.options = scale, normalized, v_first, output_final_state, keep
 
 
-def _backward(ctx, d_o, d_final_state, _):
+def _operator_backward(ctx, d_o, d_final_state, _):
     *inputs, saved = ctx.saved_tensors
     scale, normalized, v_first, output_final_state, keep = ctx.options
     if not keep:
@@ -306,7 +458,60 @@ def _backward(ctx, d_o, d_final_state, _):
     return (*gradients, None if inputs[5] is None else d_initial_state, *[None] * 7)
 
 
-torch.library.register_autograd("gdn::delta_rule", _backward, setup_context=_setup_context)
+torch.library.register_autograd("gdn::delta_rule", _operator_backward, setup_context=_setup_context)
+
+
+def _second_derivative(ctx, *gradients):
+    raise RuntimeError("gated delta rule: a second derivative, supported: first ones")
+
+
+torch.library.register_autograd("gdn::delta_rule_backward", _second_derivative)
+
+
+# Called eagerly, the operators' way through PyTorch's dispatcher takes longer than everything else on the host: where
+# nobody looks on, the library is called from a plain autograd.Function.
+
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", None)
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _onlooker(tensors):
+    """Whether something wants to see the operator: torch.compile, a trace, a dispatch mode (fake tensors, counters,
+    selective checkpointing), a transform of torch.func, or a tensor's subclass."""
+    if torch.compiler.is_compiling() or _modes is None or _transforms is None:
+        return True
+    if _modes() or _transforms() or torch.jit.is_tracing():
+        return True
+    for x in tensors:
+        if x is not None and type(x) not in _PLAIN:
+            return True
+    return False
+
+
+class _Eager(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan, q, k, v, g, beta, initial_state, cu_seqlens):
+        o, final_state, saved = _forward(plan, q, k, v, g, beta, initial_state, cu_seqlens, True)
+        ctx.save_for_backward(q, k, v, g, beta, initial_state, cu_seqlens, saved)
+        ctx.set_materialize_grads(False)
+        ctx.plan = plan
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx, d_o, d_final_state):
+        plan, tensors = ctx.plan, ctx.saved_tensors
+        if d_o is None:
+            if d_final_state is None:
+                return (None,) * 8
+            d_o = tensors[2].new_zeros(plan.o_shape)
+        if torch.is_grad_enabled() or _onlooker((d_o, d_final_state)):
+            scale, normalized, v_first, _, _ = plan.options
+            gradients = torch.ops.gdn.delta_rule_backward(d_o, d_final_state, *tensors, scale, normalized, v_first)
+        else:
+            gradients = _backward(plan, d_o, d_final_state, *tensors)
+        dq, dk, dv, dg, dbeta, d_initial_state = gradients
+        return None, dq, dk, dv, dg, dbeta, None if tensors[5] is None else d_initial_state, None
 
 
 # ---- fla's functions
@@ -335,8 +540,8 @@ def _compute_type(**tensors):
 
 def _check_gpu(q, k, v):
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype != torch.bfloat16:
-            raise TypeError(f"gated delta rule: {name} is {x.dtype} on {x.device}, supported: bfloat16")
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(f"gated delta rule: {name} is {x.dtype} on {x.device}, supported: bfloat16 and float16")
     for name, size, most in (("K", q.shape[3], 256), ("V", v.shape[3], 512)):
         if size % 16 != 0 or size > most:
             raise ValueError(f"gated delta rule: {name} is {size} on {q.device}, supported: multiples of 16 to {most}")
@@ -386,20 +591,37 @@ def _normalized(x):
 
 
 def _apply(q, k, v, g, beta, scale, initial_state, output_final_state, normalized, v_first, cu_seqlens, recurrent):
-    scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
-    compute = _compute_type(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
-    _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
-    if q.device.type == "cuda":
-        low, compute = torch.bfloat16, torch.float32
-        if normalized:
-            q, k, normalized = _normalized(q), _normalized(k), False
-    else:
+    given = (q, k, v, g, beta, initial_state)
+    eager = not _onlooker(given)
+    tensors, plan = given, None
+    if eager:
+        options = scale, normalized, v_first, output_final_state, recurrent
+        plan = _known.get(key := _key(*given, cu_seqlens, *options))
+    if plan is None:
+        number = float(k.shape[-1] ** -0.5 if scale is None else scale)
+        compute = _compute_type(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+        _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
         low = compute
-    inputs = [x if x is None or x.dtype == wanted else x.to(wanted)
-              for x, wanted in zip((q, k, v, g, beta, initial_state), (low, low, low, compute, compute, compute))]
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final_state, _ = torch.ops.gdn.delta_rule(*inputs, cu_seqlens, scale, normalized, v_first, output_final_state,
-                                                 recurrent, keep)
+        if q.device.type == "cuda":
+            low, compute = torch.bfloat16, torch.float32
+            if normalized:
+                q, k, normalized = _normalized(q), _normalized(k), False
+        tensors = [x if x is None or x.dtype == wanted else x.to(wanted)
+                   for x, wanted in zip((q, k, v, g, beta, initial_state), (low, low, low, compute, compute, compute))]
+        if eager:
+            plan = _plan(*tensors, cu_seqlens, number, bool(normalized), v_first, output_final_state, recurrent)
+            if all(x is y for x, y in zip(tensors, given)):  # checked, and nothing was converted
+                if len(_known) >= _MOST_PLANS:
+                    _known.clear()
+                _known[key] = plan
+    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+    if not eager:
+        o, final_state, _ = torch.ops.gdn.delta_rule(*tensors, cu_seqlens, number, normalized, v_first, output_final_state,
+                                                     recurrent, keep)
+    elif keep:
+        o, final_state = _Eager.apply(plan, *tensors, cu_seqlens)
+    else:
+        o, final_state, _ = _forward(plan, *tensors, cu_seqlens, False)
     return o if o.dtype == q.dtype else o.to(q.dtype), final_state if output_final_state else None
 
 
@@ -605,7 +827,7 @@ def mixer_float64(weights, h, heads_k, heads_v, dy=None, scale=None, norm_eps=1e
     results = {"y": torch.empty_like(tensors["h"])}
     call.y = results["y"].data_ptr()
     if dy is None:
-        _run("gdn_mixer_forward", call)
+        _run("gdn_mixer_forward", ctypes.byref(call))
         return results
     dy = _double(dy).contiguous()
     _require(dy.shape == tensors["h"].shape, f"dy has shape {list(dy.shape)}, expected {shapes['h']}")
@@ -613,5 +835,5 @@ def mixer_float64(weights, h, heads_k, heads_v, dy=None, scale=None, norm_eps=1e
     for name, tensor in tensors.items():
         results["d" + name] = torch.empty_like(tensor)
         setattr(call, "d" + name, results["d" + name].data_ptr())
-    _run("gdn_mixer_backward", call)
+    _run("gdn_mixer_backward", ctypes.byref(call))
     return results

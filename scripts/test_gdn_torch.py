@@ -207,6 +207,70 @@ class InPyTorch(unittest.TestCase):
         torch.library.opcheck(torch.ops.gdn.delta_rule.default,
                               (*y, torch.tensor([0, 5, 70]), 0.3, False, False, False, False, True))
 
+    def test_eager_calls_and_the_operator_give_the_same(self):
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        class Count(TorchDispatchMode):
+            seen = 0
+
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                self.seen += function.namespace == "gdn"
+                return function(*arguments, **(options or {}))
+        for documents in (None, torch.tensor([0, 5, 70])):
+            x = inputs(batch=2 if documents is None else 1, tokens=70, count=2)
+
+            def run():
+                o, last = chunk_gated_delta_rule(*x[:5], initial_state=x[5], output_final_state=True, cu_seqlens=documents)
+                return [o.detach(), last.detach(), *gradients((o, last), x)]
+            with mock.patch.object(gdn_torch, "_Eager", wraps=gdn_torch._Eager) as eager:
+                alone = run()
+            self.assertTrue(eager.apply.called)
+            with Count() as mode:  # somebody looks on: the operators run
+                watched = run()
+            self.assertEqual(mode.seen, 2)
+            for a, b in zip(alone, watched):
+                self.assertTrue(torch.equal(a, b))
+
+    def test_part_of_the_outputs_and_second_derivatives(self):
+        x = inputs(tokens=70)
+
+        def call():
+            return chunk_gated_delta_rule(*x[:5], initial_state=x[5], output_final_state=True)
+        d_state = torch.randn(call()[1].shape, dtype=torch.float64)
+        zero = torch.zeros_like(call()[0])
+        both = torch.autograd.grad(call(), x, (zero, d_state))
+        for a, b in zip(torch.autograd.grad(call()[1], x, d_state, allow_unused=True), both):
+            self.assertTrue(torch.equal(a, b))
+        d_o = torch.randn(zero.shape, dtype=torch.float64)
+        both = torch.autograd.grad(call(), x, (d_o, torch.zeros_like(d_state)))
+        for a, b in zip(torch.autograd.grad(call()[0], x, d_o), both):
+            self.assertTrue(torch.equal(a, b))
+        first, = torch.autograd.grad(call()[0].sum(), x[0], create_graph=True)
+        with self.assertRaisesRegex(RuntimeError, "a second derivative, supported: first ones"):
+            torch.autograd.grad(first.sum(), x[1])
+
+    def test_calls_of_one_signature_are_told_from_others(self):
+        with torch.no_grad():
+            x = inputs(tokens=70)
+            for _ in range(2):
+                for scale in (None, 0.3):
+                    for tokens in (70, 3):
+                        for turned in (False, True):
+                            y = [t[:, :tokens] for t in x[:5]]
+                            if turned:
+                                y[0] = y[0].transpose(1, 2).contiguous().transpose(1, 2)
+                            o, last = chunk_gated_delta_rule(*y, scale=scale, initial_state=x[5], output_final_state=True)
+                            dense = [t.clone() for t in y]
+                            reference = torch.ops.gdn.delta_rule(*dense, x[5], None, 5 ** -0.5 if scale is None else scale, False,
+                                                                 False, True, False, False)
+                            self.assertTrue(torch.equal(o, reference[0]) and torch.equal(last, reference[1]))
+        with mock.patch.object(gdn_torch, "_MOST_PLANS", 4), mock.patch.dict(gdn_torch._plans, clear=True), \
+                mock.patch.dict(gdn_torch._known, clear=True):
+            for tokens in range(1, 20):
+                chunk_gated_delta_rule(*(t.detach()[:, :tokens] for t in x[:5]))
+            self.assertLessEqual(max(len(gdn_torch._plans), len(gdn_torch._known)), 4)
+            self.assertGreater(min(len(gdn_torch._plans), len(gdn_torch._known)), 0)
+
     def test_strided_and_expanded_tensors(self):
         x = inputs(tokens=70)
         expected = chunk_gated_delta_rule(*x[:5], initial_state=x[5])[0]
@@ -262,7 +326,7 @@ class InPyTorch(unittest.TestCase):
 
     def test_without_gradients_nothing_is_kept(self):
         x = inputs()
-        with mock.patch.object(gdn_torch, "_outputs", wraps=gdn_torch._outputs) as made, torch.no_grad():
+        with mock.patch.object(gdn_torch, "_forward", wraps=gdn_torch._forward) as made, torch.no_grad():
             chunk_gated_delta_rule(*x[:5])
         self.assertFalse(made.call_args.args[-1])
 
@@ -322,15 +386,18 @@ print("equal")
 class LayoutsOfTheGpu(unittest.TestCase):
     """What the GPU's operators hand to the library, read by the CPU's, which takes any strides."""
 
-    def setUp(self):
-        def run(name, call, _, saved):
+    @staticmethod
+    def on_gpu(function, *arguments):
+        def launch(plan, name, words, q, saved, documents):
+            words[1] = gdn_torch._TYPES[q.dtype] << 32  # device 0, and the type
+            if documents is not None:
+                words[gdn_torch._SEQUENCES], words[gdn_torch._CU_SEQLENS] = plan.count, documents.data_ptr()
             if saved is not None:
-                call.saved = saved.data_ptr()
-            gdn_torch._run(name, call)
-        for name, replacement in (("_on_gpu", lambda call, q: None), ("_with_scratch", run)):
-            patch = mock.patch.object(gdn_torch, name, replacement)
-            patch.start()
-            self.addCleanup(patch.stop)
+                words[gdn_torch._SAVED] = saved.data_ptr()
+            gdn_torch._run(name, words.buffer_info()[0])
+        with mock.patch.object(gdn_torch, "_is_gpu", lambda x: True), mock.patch.object(gdn_torch, "_launch", launch), \
+                mock.patch.dict(gdn_torch._plans, clear=True):
+            return function(*arguments)
 
     def test_states_strides_documents(self):
         for tokens, packed in ((70, None), (70, torch.tensor([0, 3, 3, 70])), (0, None)):
@@ -345,14 +412,16 @@ class LayoutsOfTheGpu(unittest.TestCase):
                     call = (*x[:5], state, packed, 0.3, False, v_first, True)
                     for recurrent in (False, True):
                         theirs = gdn_torch._delta_rule(*call, recurrent, False)
-                        ours = gdn_torch._delta_rule_cuda(*call, recurrent, False)
+                        ours = self.on_gpu(gdn_torch._delta_rule, *call, recurrent, False)
                         for a, b in zip(theirs, ours):
                             self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
                             self.assertTrue(torch.equal(a, b), (tokens, v_first, given, recurrent))
-                    o, _, saved = gdn_torch._delta_rule_cuda(*call, False, True)
+                    o, _, saved = self.on_gpu(gdn_torch._delta_rule, *call, False, True)
+                    kept = gdn_torch._delta_rule(*call, False, True)[2:]
                     for d_final in (None, d_state):
                         backward = (torch.randn(o.shape), d_final, *call[:7], saved, 0.3, False, v_first)
-                        for a, b in zip(gdn_torch._delta_rule_backward(*backward), gdn_torch._delta_rule_backward_cuda(*backward)):
+                        for a, b in zip(gdn_torch._delta_rule_backward(*backward[:9], *kept, *backward[10:]),
+                                        self.on_gpu(gdn_torch._delta_rule_backward, *backward)):
                             self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
                             self.assertTrue(torch.equal(a, b), (tokens, v_first, given, d_final is None))
 

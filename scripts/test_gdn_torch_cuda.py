@@ -153,6 +153,47 @@ class OnTheGpu(unittest.TestCase):
             x["q"].mul_(3), x["k"].mul_(0.5)
         self.close(results(x, use_qk_l2norm_in_kernel=True), exact(x, normalized=True), 4 * ROUNDING)
 
+    def test_float16_is_rounded_to_bfloat16(self):
+        x = inputs()
+        half = {n: t.detach().half().requires_grad_(t.requires_grad) if n in ("q", "k", "v", "d_o") else t for n, t in x.items()}
+        found = results(half)
+        for name, value in results(x).items():  # these inputs are bf16's numbers: nothing is lost on the way in
+            self.assertEqual(found[name].dtype, torch.float16 if name in ("o", "dq", "dk", "dv") else torch.float32)
+            self.assertTrue(torch.equal(found[name], value.to(found[name].dtype)), name)
+        r = torch.Generator("cuda").manual_seed(1)
+        for name in ("q", "k", "v", "d_o"):  # with all bits of fp16
+            half[name] = (half[name].detach() * (1 + torch.rand(half[name].shape, generator=r, device="cuda") / 128)).half()
+            half[name].requires_grad_(name != "d_o")
+        self.close(results(half), exact(half), 4 * ROUNDING)
+        half["v"] = torch.full_like(half["v"], 60000).requires_grad_()
+        with torch.no_grad():
+            half["q"][:], half["k"][:] = 1, 0.125
+        self.assertTrue(results(half, False)["o"].isinf().any())  # above fp16's largest, as PyTorch converts
+
+    def test_unaligned_and_odd_strides_are_copied(self):
+        x = inputs(batch=1, tokens=1)
+        expected = results(x)
+        y = dict(x)
+        for name in ("q", "k", "v"):
+            flat = torch.empty(x[name].numel() + 1, dtype=torch.bfloat16, device="cuda")
+            flat[1:] = x[name].detach().flatten()
+            y[name] = flat[1:].view(x[name].shape).requires_grad_()  # begins on 2 bytes
+        for name, value in results(y).items():
+            self.assertTrue(torch.equal(value, expected[name]), name)
+        odd = torch.empty(1, 1, *x["q"].shape[2:], dtype=torch.bfloat16, device="cuda").as_strided(x["q"].shape, (999, 333, 64, 1))
+        odd.copy_(x["q"].detach())  # one token: PyTorch calls it contiguous, whatever its stride
+        for name, value in results({**x, "q": odd.requires_grad_()}).items():
+            self.assertTrue(torch.equal(value, expected[name]), name)
+
+    def test_operator_gives_the_same(self):
+        x = inputs()
+        five = [x[n] for n in ("q", "k", "v", "g", "beta")]
+        o, last, _ = torch.ops.gdn.delta_rule(*five, x["initial_state"], None, 64 ** -0.5, False, False, True, False, True)
+        gradients = torch.autograd.grad((o, last), [*five, x["initial_state"]], (x["d_o"], x["d_final_state"]))
+        found = dict(zip(("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "d_initial_state"), (o, last, *gradients)))
+        for name, value in results(x).items():
+            self.assertTrue(torch.equal(value, found[name]), name)
+
     def test_compile_graph_streams_threads(self):
         x = inputs()
         expected = results(x)
@@ -207,8 +248,7 @@ class OnTheGpu(unittest.TestCase):
     def test_refusals(self):
         x = {n: t.detach() for n, t in inputs(dk=64, dv=128).items()}
         five = {n: x[n] for n in ("q", "k", "v", "g", "beta")}
-        for change, text in ((dict(q=x["q"].half()), "q is torch.float16 on cuda:0, supported: bfloat16"),
-                             (dict(v=x["v"].float()), "v is torch.float32 on cuda:0, supported: bfloat16"),
+        for change, text in ((dict(v=x["v"].float()), "v is torch.float32 on cuda:0, supported: bfloat16 and float16"),
                              (dict(q=x["q"][..., :40], k=x["k"][..., :40]), "K is 40 on cuda:0, supported: multiples of 16 to 256"),
                              (dict(v=x["v"][..., :8]), "V is 8 on cuda:0, supported: multiples of 16 to 512")):
             with self.subTest(text), self.assertRaises((TypeError, ValueError)) as raised:

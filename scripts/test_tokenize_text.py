@@ -21,7 +21,7 @@ import time
 import unittest
 from pathlib import Path
 
-from testing import HERE, TRAIN_GDN, InFolder, call, needs_tiktoken, needs_train_gdn
+from testing import HERE, TRAIN_GDN, InFolder, call, needs_tiktoken, needs_tokenizers, needs_train_gdn
 
 
 def read_shard(path: Path) -> list[int]:
@@ -393,6 +393,106 @@ class Tokenizing(InFolder):
         self.assert_one_line_error(self.tokenize(line), "expected vocab.bpe and encoder.json")
         (self.folder / "tiktoken.py").write_text("raise ImportError('none', name='tiktoken')\n")
         self.assert_one_line_error(self.tokenize(line, PYTHONPATH=str(self.folder)), "needs the package tiktoken")
+
+
+@needs_tokenizers
+class TokenizersOfJson(InFolder):
+    """A tokenizer.json with byte-level BPE, made here."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        import tokenizers
+
+        self.tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+        self.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        self.tokenizer.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<pad>", "<s>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False)  # fmt: skip
+        self.tokenizer.train_from_iterator(["the cat sat on the mat, the hat"] * 9, trainer)
+        self.file = self.folder / "given.json"
+        self.tokenizer.enable_truncation(4)  # as many files have it: documents are not to be cut
+        self.tokenizer.save(str(self.file))
+        self.tokenizer.no_truncation()
+        self.rows = ["the cat, the hat", "über <s> 語", "", "the end" * 40]
+        self.text = self.folder / "a.jsonl"
+        self.text.write_text("".join(json.dumps({"text": row}) + "\n" for row in self.rows))
+
+    def run_on(self, *arguments: object, out: str = "out") -> subprocess.CompletedProcess:
+        words = ("--out", self.folder / out, "--tokenizer", self.file, "--processes", 2, "--val", 0, *arguments)
+        return call("tokenize_text.py", self.text, *words)
+
+    def turn(self, *arguments: object) -> subprocess.CompletedProcess:
+        return call("detokenize.py", "--tokenizer", self.folder / "out/tokenizer.json", *arguments)
+
+    def test_shards_and_text_again(self) -> None:
+        done = self.run_on()
+        self.assertEqual(done.returncode, 0, done.stderr)
+        size = self.tokenizer.get_vocab_size()
+        self.assertIn(f"train with -vocab_size {size} -separator 1", done.stdout)
+        self.assertEqual((self.folder / "out/tokenizer.json").read_bytes(), self.file.read_bytes())
+        tokens = read_shard(self.folder / "out/train_000000.bin")
+        documents = [list(map(int, d.split())) for d in " ".join(map(str, tokens)).replace(" 1 ", "|")[2:].split("|")]
+        self.assertEqual([self.tokenizer.decode(d) for d in documents], [row for row in self.rows if row])
+        self.assertLess(len(documents[0]), len(self.rows[0]) // 2)  # by the merges, not byte by byte
+        text = "<s>".join(["", *filter(None, self.rows)])  # the document's own <s> is text, not the token
+        self.assertEqual(self.turn(self.folder / "out/train_000000.bin").stdout, text)
+        self.assertEqual(self.turn(self.folder / "out/train_000000.bin", "--tokens", 1).stdout, "<s>")
+
+        ids = self.folder / "ids.txt"  # as ./train_gdn -gen prints them
+        ids.write_text(" ".join(map(str, documents[1])) + "\n")
+        self.assertEqual(self.turn("--ids", ids).stdout, self.rows[1])
+        ids.write_text("3 x")
+        self.assert_one_line_error(self.turn("--ids", ids), "ids.txt: 'x', expected token ids")
+        ids.write_text(f"3 {size}")
+        self.assert_one_line_error(self.turn("--ids", ids), f"has token {size}, expected at most {size - 1}")
+
+    def test_many_tokens_take_32_bits(self) -> None:
+        self.tokenizer.add_tokens([f"[{i}]" for i in range(70_000)])
+        self.tokenizer.save(str(self.file))
+        self.text.write_text(json.dumps({"text": "[69999]the" * 50}) + "\n")
+        done = self.run_on("--val", 0.1)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn(f"-vocab_size {self.tokenizer.get_vocab_size()} ", done.stdout)
+        read = []
+        for name in ("train", "val"):
+            data = (self.folder / "out" / f"{name}_000000.bin").read_bytes()
+            header = struct.unpack("<256i", data[:1024])
+            tokens = struct.unpack(f"<{len(data) // 4 - 256}I", data[1024:])
+            self.assertEqual(header[:3], (20240801, 7, len(tokens)))
+            self.assertEqual(tokens[0], 1)
+            read += tokens[1:]
+        self.assertEqual(read, self.tokenizer.encode(self.text.read_text()[10:-3]).ids)
+        self.assertIn("[69999]the", self.turn(self.folder / "out/train_000000.bin").stdout)
+
+    @needs_train_gdn
+    def test_training_on_them(self) -> None:
+        self.text.write_text(json.dumps({"text": "the cat sat on the mat, " * 900}) + "\n")
+        done = self.run_on("--val", 0.1)
+        given = done.stdout.strip().splitlines()[-1].split("train with ")[1].split()
+        words = ("-d cpu -w 32 -heads 1 -L 1 -T 32 -B 4 -n 3 -s 0 -o").split()
+        out = self.folder / "out"
+        trained = subprocess.run([TRAIN_GDN, "-i", out / "train_000000.bin", "-j", out / "val_000000.bin", *given, *words,
+                                  self.folder / "run"], capture_output=True, text=True, timeout=300)
+        self.assertEqual(trained.returncode, 0, trained.stderr)
+        sample = subprocess.run([TRAIN_GDN, "-d", "cpu", "-load", self.folder / "run", "-gen", "20"], capture_output=True,
+                                text=True, timeout=300)
+        self.assertEqual(sample.returncode, 0, sample.stderr)
+        ids = self.folder / "ids.txt"
+        ids.write_text(sample.stdout)
+        text = self.turn("--ids", ids)
+        self.assertEqual(text.returncode, 0, text.stderr)
+        self.assertEqual(text.stdout, self.tokenizer.decode(list(map(int, sample.stdout.split())), skip_special_tokens=False))
+
+    def test_refusals(self) -> None:
+        self.assert_one_line_error(self.run_on("--separator", "<no>"), "has no token <no>", "its special tokens: <pad>, <s>")
+        self.assert_one_line_error(self.run_on("--vocab", self.file), "--vocab and --tokenizer: expected one of them")
+        self.assertIn("-separator 0", self.run_on("--separator", "<pad>").stdout)
+        self.assert_one_line_error(self.run_on(), "was begun with other vocabulary")
+        self.file.write_text("{}")
+        self.assert_one_line_error(self.run_on(out="other"), "given.json: not a tokenizer.json")
+        self.file.unlink()
+        self.assert_one_line_error(self.run_on(out="other"), "given.json: no such file")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 TRAIN_GDN = HERE.parent / "train_gdn"
 needs_matplotlib = unittest.skipUnless(importlib.util.find_spec("matplotlib"), "matplotlib is missing")
 needs_tiktoken = unittest.skipUnless(importlib.util.find_spec("tiktoken"), "tiktoken is missing")
+needs_tokenizers = unittest.skipUnless(importlib.util.find_spec("tokenizers"), "tokenizers is missing")
 needs_tensorboard = unittest.skipUnless(importlib.util.find_spec("tensorboardX"), "tensorboardX is missing")
 needs_train_gdn = unittest.skipUnless(TRAIN_GDN.exists(), "./train_gdn is not built")
 

@@ -4,7 +4,9 @@
     python3 scripts/tokenize_text.py --out shards --vocab gpt2_files corpus/*.parquet
     ./train_gdn -i 'shards/train_*.bin' -j 'shards/val_*.bin'
 
-Tokens are GPT-2's, by tiktoken. Every document begins with token 50256. A line of .jsonl or .ndjson, an object of .json
+Tokens are GPT-2's, by tiktoken, or those of a tokenizer.json (--tokenizer; Hugging Face's tokenizers reads it; from 65,537
+tokens on, shards have 32 bits a token, as llm.c's of Llama 3). Every document begins with the separator: token 50256, or
+of a tokenizer.json the token that --separator names. A line of .jsonl or .ndjson, an object of .json
 (one, a list, or one a line) and a row of .parquet is a document, taken from --column (meta.text: of an object in it);
 any other file is text: one document, or several where <|endoftext|> stands between them. Each may be compressed (.gz,
 .zst, .xz, .bz2). Rows that are null or empty are skipped and counted.
@@ -16,6 +18,11 @@ Stopped at any moment, the same command goes on after the last whole shard and w
 
 --vocab takes a folder with OpenAI's vocab.bpe and encoder.json or Hugging Face's merges.txt and vocab.json, a
 .tiktoken file (base64 and rank in each line), or a vocab.txt of this script. Without it tiktoken fetches GPT-2's files.
+With --tokenizer the folder gets the tokenizer.json in place of vocab.txt, and the last line says what ./train_gdn needs:
+
+    python3 scripts/tokenize_text.py --out shards --tokenizer tokenizer.json corpus/*.parquet
+    ./train_gdn -i 'shards/train_*.bin' -j 'shards/val_*.bin' -vocab_size 32000 -separator 1
+    ./train_gdn -load run_001 -gen 200 | python3 scripts/detokenize.py --tokenizer shards/tokenizer.json --ids -
 """
 
 # The name is not tokenize.py: that would take the place of the standard library's module of this name for all
@@ -52,6 +59,7 @@ from common import Error, Parser, die_with_parent, import_package, run_main
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""  # GPT-2's
 END_OF_TEXT = 50256
 SEPARATOR = "<|endoftext|>"
+SEPARATORS = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<bos>", "<s>", "<eos>", "</s>")  # in a tokenizer.json
 BATCH_CHARACTERS = 1 << 20  # of text that goes to a process at a time
 # What \\s of PATTERN matches, more of it in a row than tiktoken's matcher has stack for.
 LONG_SPACE = re.compile("[\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]{1000,}")
@@ -159,6 +167,80 @@ def vocabulary_text(ranks: Ranks) -> str:
     classes = {"letters": r"\p{L}", "numbers": r"\p{N}", "spaces": r"\s"}
     head = ["train_gdn vocabulary 1", *(f"{name} {ranges(pattern)}" for name, pattern in classes.items())]
     return "\n".join(head + [token.hex() for token in sorted(ranks, key=ranks.__getitem__)]) + "\n"
+
+
+class Gpt2:
+    """GPT-2's tokens, by tiktoken."""
+
+    separator, size = END_OF_TEXT, END_OF_TEXT + 1
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(sorted(self.ranks.items())).encode()).hexdigest()
+
+    def file(self) -> tuple[str, bytes]:
+        """What a folder of shards gets, to have text in and out."""
+        return "vocab.txt", vocabulary_text(self.ranks).encode()
+
+    def start(self) -> None:
+        """In each process."""
+        make_encodings(self.ranks)
+
+    def tokens_of(self, text: str) -> list[int]:
+        return tokens_of(text)
+
+    def advice(self) -> str:
+        return ""
+
+
+class TokenizerJson:
+    """The tokens of a tokenizer.json. A document's text never gives a special token."""
+
+    def __init__(self, path: Path, separator: str | None):
+        self.path = path
+        if not path.is_file():
+            raise Error(f"{path}: {'is a folder, expected a tokenizer.json' if path.is_dir() else 'no such file'}")
+        self.data = path.read_bytes()
+        self.start()
+        ids = self.tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(ids.values(), default=-1) + 1
+        special = sorted(t.content for t in self.tokenizer.get_added_tokens_decoder().values() if t.special)
+        names = [separator] if separator is not None else [name for name in SEPARATORS if name in ids][:1]
+        if not names or names[0] not in ids:
+            raise Error(f"{path}: has no token {separator or ', '.join(SEPARATORS)} to begin documents with; name one with "
+                        f"--separator (its special tokens: {', '.join(special) or 'none'})")
+        self.separator = ids[names[0]]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.data + str(self.separator).encode()).hexdigest()
+
+    def file(self) -> tuple[str, bytes]:
+        return "tokenizer.json", self.data
+
+    def start(self) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the work here
+        tokenizers = import_package("tokenizers")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.data.decode())
+        except Exception as e:  # of its own kind
+            raise Error(f"{self.path}: not a tokenizer.json ({str(e).splitlines()[0]})") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+
+    def tokens_of(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def text_of(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def advice(self) -> str:
+        return f"\ntrain with -vocab_size {self.size} -separator {self.separator}"
 
 
 # ---- documents ---------------------------------------------------------------------------------------------
@@ -299,16 +381,17 @@ def batches(source: Iterator[tuple[str, float]]) -> Iterator[tuple[list[str], fl
 
 # ---- in the processes --------------------------------------------------------------------------------------
 
-encoding = one_piece = None  # of this process
+encoding = one_piece = tokenizer = None  # of this process
 
 
-def start_process(ranks: Ranks, parent: int) -> None:
-    global encoding, one_piece
+def start_process(chosen: Gpt2 | TokenizerJson, parent: int) -> None:
+    global tokenizer
     die_with_parent()
     if os.getppid() != parent:  # it ended before this could be asked for
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    make_encodings(ranks)
+    tokenizer = chosen
+    tokenizer.start()
 
 
 def make_encodings(ranks: Ranks) -> None:
@@ -332,16 +415,26 @@ def tokens_of(text: str) -> list[int]:
 
 
 def encode(texts: list[str], validation: float) -> list[tuple[bool, bytes]]:
-    """Of each document whether it is validation's, and its tokens as uint16."""
+    """Of each document whether it is validation's, and its tokens as a shard has them."""
     rows = []
     for text in texts:
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        tokens = [END_OF_TEXT, *tokens_of(text)]
-        rows.append((int.from_bytes(digest, "little") < validation * 2.0**64, struct.pack(f"<{len(tokens)}H", *tokens)))
+        tokens = [tokenizer.separator, *tokenizer.tokens_of(text)]
+        packed = struct.pack(f"<{len(tokens)}{'I' if token_bytes(tokenizer) == 4 else 'H'}", *tokens)
+        rows.append((int.from_bytes(digest, "little") < validation * 2.0**64, packed))
     return rows
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
+
+
+def token_bytes(of: Gpt2 | TokenizerJson) -> int:
+    return 2 if of.size <= 1 << 16 else 4
+
+
+def shard_header(tokens: int, width: int) -> bytes:
+    """Of shards with `width` bytes a token (gdn/token_file.h)."""
+    return struct.pack("<256i", *((20240520, 1) if width == 2 else (20240801, 7)), tokens, *[0] * 253)
 
 
 def write_whole(path: Path, *parts: bytes) -> None:
@@ -358,8 +451,8 @@ def write_whole(path: Path, *parts: bytes) -> None:
 class Shards:
     """Tokens of one split; `done` shards are full, the next one grows in memory."""
 
-    def __init__(self, folder: Path, split: str, done: int, limit: int):
-        self.folder, self.split, self.done, self.limit = folder, split, done, limit
+    def __init__(self, folder: Path, split: str, done: int, limit: int, width: int):
+        self.folder, self.split, self.done, self.limit, self.width = folder, split, done, limit, width
         self.tokens = bytearray()
 
     def path(self) -> Path:
@@ -368,12 +461,14 @@ class Shards:
     def add(self, tokens: bytes) -> bool:
         """True when this document filled the shard."""
         self.tokens += tokens
-        return len(self.tokens) // 2 >= self.limit
+        return self.count() >= self.limit
+
+    def count(self) -> int:
+        return len(self.tokens) // self.width
 
     def write(self) -> None:
         if self.tokens:
-            header = struct.pack("<256i", 20240520, 1, len(self.tokens) // 2, *[0] * 253)
-            write_whole(self.path(), header, bytes(self.tokens))
+            write_whole(self.path(), shard_header(self.count(), self.width), bytes(self.tokens))
 
     def close(self) -> None:
         self.write()
@@ -384,9 +479,10 @@ class Shards:
         """Takes up a shard that was not full, of this many tokens."""
         if tokens:
             data = self.path().read_bytes() if self.path().exists() else b""
-            if len(data) < 1024 + 2 * tokens:
-                raise Error(f"{self.path()}: has {len(data)} bytes, expected {1024 + 2 * tokens}; delete {self.folder}")
-            self.tokens += data[1024 : 1024 + 2 * tokens]
+            size = 1024 + self.width * tokens
+            if len(data) < size:
+                raise Error(f"{self.path()}: has {len(data)} bytes, expected {size}; delete {self.folder}")
+            self.tokens += data[1024:size]
 
 
 class Progress:
@@ -412,9 +508,10 @@ class Progress:
         print(f"\r{line}\033[K" if terminal else line, end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
 
-def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int, validation: float, processes: int):
+def tokenize(paths: list[Path], out: Path, chosen: Gpt2 | TokenizerJson, column: str, limit: int, validation: float,
+             processes: int):  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    vocabulary = hashlib.sha256(repr(sorted(ranks.items())).encode()).hexdigest()
+    vocabulary, width = chosen.digest(), token_bytes(chosen)
     settings = {"inputs": [[str(p), p.stat().st_size] for p in paths], "column": column, "shard_tokens": limit,
                 "validation": validation, "vocabulary": vocabulary}  # fmt: skip
     state_path = out / "progress.json"
@@ -436,20 +533,21 @@ def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int
             print(f"going on after {state['documents']} documents", file=sys.stderr)
     elif stale := next(out.glob("*.bin"), None):
         raise Error(f"{stale}: is there, but no {state_path.name}; choose another --out, or delete it")
-    write_whole(out / "vocab.txt", vocabulary_text(ranks).encode())
-    train, val = Shards(out, "train", state["train"], limit), Shards(out, "val", state["val"], limit)
+    name, data = chosen.file()
+    write_whole(out / name, data)
+    train, val = (Shards(out, split, state[split], limit, width) for split in ("train", "val"))
     val.reopen(state["val_tokens"])
     progress, first, skipped = Progress(), state["documents"], Skipped()
 
     def save(complete: bool, cut: int | None = None) -> None:
         done = {"documents": first + progress.documents, "train": train.done, "val": val.done}
-        state = {"settings": settings, **done, "val_tokens": len(val.tokens) // 2, "complete": complete}
+        state = {"settings": settings, **done, "val_tokens": val.count(), "complete": complete}
         if cut is not None:
             state["cut"] = cut
         write_whole(state_path, (json.dumps(state, indent=1) + "\n").encode())
 
     if "cut" in state:  # killed while the last shard gave its end to validation
-        shorten(out / f"train_{train.done - 1:06d}.bin", state["cut"])
+        shorten(out / f"train_{train.done - 1:06d}.bin", state["cut"], width)
         save(True)
         print(f"{out}: complete: {state['documents']} documents")
         return
@@ -459,7 +557,7 @@ def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int
         for is_validation, tokens in rows:
             shards = val if is_validation else train
             progress.documents += 1
-            progress.tokens += len(tokens) // 2
+            progress.tokens += len(tokens) // width
             if shards.add(tokens):
                 shards.close()
                 if shards is train:
@@ -469,7 +567,7 @@ def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int
     source = itertools.islice(documents(paths, column, skipped), first, None)
     waiting: deque = deque()
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(processes, context, initializer=start_process, initargs=(ranks, os.getpid())) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=start_process, initargs=(chosen, os.getpid())) as pool:
         try:
             for texts, share in batches(source):
                 waiting.append((pool.submit(encode, texts, validation), share))
@@ -491,32 +589,33 @@ def tokenize(paths: list[Path], out: Path, ranks: Ranks, column: str, limit: int
         val.close()
     said = ""
     if validation and not val.done:
-        said = cut_validation(train, val, validation, save)
+        said = cut_validation(train, val, validation, save, chosen.separator)
     save(True)
     progress.show(1.0, last=True)
-    print(f"wrote {train.done} training and {val.done} validation shards to {out}{said}")
+    print(f"wrote {train.done} training and {val.done} validation shards to {out}{said}{chosen.advice()}")
     if skipped.null or skipped.empty:
         print(f"skipped {skipped.null} null and {skipped.empty} empty rows")
 
 
-def shorten(path: Path, tokens: int) -> None:
+def shorten(path: Path, tokens: int, width: int) -> None:
     """Leaves a shard its first tokens."""
-    data = path.read_bytes()[: 1024 + 2 * tokens]
-    write_whole(path, struct.pack("<256i", 20240520, 1, tokens, *[0] * 253), data[1024:])
+    data = path.read_bytes()[: 1024 + width * tokens]
+    write_whole(path, shard_header(tokens, width), data[1024:])
 
 
-def cut_validation(train: Shards, val: Shards, validation: float, save) -> str:
+def cut_validation(train: Shards, val: Shards, validation: float, save, separator: int) -> str:
     """No document went to validation: it gets the end of the last training shard."""
     path = train.folder / f"train_{train.done - 1:06d}.bin"
     data = path.read_bytes()[1024:]
-    tokens = len(data) // 2
+    width = train.width
+    tokens = len(data) // width
     taken = min(max(int(tokens * validation), LEAST_VALIDATION), tokens // 10)
     if taken < 2:
         return " (too little text for validation)"
-    val.tokens += struct.pack("<H", END_OF_TEXT) + data[2 * (tokens - taken) :]
+    val.tokens += separator.to_bytes(width, "little") + data[width * (tokens - taken) :]
     val.close()
     save(False, tokens - taken)
-    shorten(path, tokens - taken)
+    shorten(path, tokens - taken, width)
     return f"; the last {taken:,} tokens are validation's, as no document's hash chose it"
 
 
@@ -525,6 +624,8 @@ def main(argv: list[str]) -> int:
     p.add_argument("input", nargs="+", type=Path, help=".parquet, .jsonl, .ndjson, .json or text files, also .gz, .zst, .xz, .bz2")
     p.add_argument("-o", "--out", type=Path, required=True, help="folder for train_*.bin, val_*.bin and vocab.txt")
     p.add_argument("--vocab", type=Path, metavar="PATH", help="GPT-2's files or vocab.txt [tiktoken fetches them]")
+    p.add_argument("--tokenizer", type=Path, metavar="FILE", help="a tokenizer.json, in place of GPT-2's tokens")
+    p.add_argument("--separator", metavar="TOKEN", help=f"with --tokenizer [the first there is of {', '.join(SEPARATORS)}]")
     p.add_argument("--column", default="text", metavar="NAME", help="of JSON and parquet [text]")
     p.add_argument("--val", type=float, default=0.005, metavar="X", help="share of documents for validation [0.005]")
     p.add_argument("--shard_tokens", type=int, default=100_000_000, metavar="N", help="tokens in a shard [100000000]")
@@ -538,8 +639,16 @@ def main(argv: list[str]) -> int:
     for path in a.input:
         if not path.is_file():
             raise Error(f"{path}: {'is a folder, expected files' if path.is_dir() else 'no such file'}")
-    import_package("tiktoken")
-    tokenize(a.input, a.out, read_vocabulary(a.vocab), a.column, a.shard_tokens, a.val, a.processes)
+    if a.tokenizer is not None:
+        if a.vocab is not None:
+            raise Error("--vocab and --tokenizer: expected one of them")
+        chosen: Gpt2 | TokenizerJson = TokenizerJson(a.tokenizer, a.separator)
+    else:
+        if a.separator is not None:
+            raise Error(f"--separator {a.separator}: is for --tokenizer; GPT-2's documents begin with {SEPARATOR}")
+        import_package("tiktoken")
+        chosen = Gpt2(read_vocabulary(a.vocab))
+    tokenize(a.input, a.out, chosen, a.column, a.shard_tokens, a.val, a.processes)
     return 0
 
 

@@ -147,5 +147,32 @@ class Workers(unittest.TestCase):
         self.assertEqual((answer["wrong"], answer["errors"]), ("not written: 100% of o", {}))
 
 
+@needs_torch
+class TorchTimes(unittest.TestCase):
+    def test_table_shows_who_loses(self) -> None:
+        import torch_times
+
+        row = dict(shape=SHAPE, case="forward", kind="graph")
+        record = dict(device="X", torch="2", date="d", functions=dict(train_gdn="a", fla="b", FlashQLA="c"), rows=[
+            dict(row, function="train_gdn", ms=[2.0, 2.0, 9.0]), dict(row, function="fla", ms=[1.0, 1.0, 0.5]),
+            dict(row, function="FlashQLA", ms=[], why="dk = 128 alone")])
+        self.assertIn("| forward | device, CUDA graph | 2.000 (2.000 to 9.000) | 1.000 (0.500 to 1.000) | 0.50 | dk = 128 alone |  |",
+                      torch_times.table(record))
+
+    @unittest.skipUnless((HERE.parents[1] / "libgdn.so").exists(), "libgdn.so is not built")
+    def test_wrong_results_and_failures_get_no_time(self) -> None:
+        import torch_times
+
+        right = torch_times.ours()[0]
+
+        def fails(*x):
+            raise RuntimeError("no kernel for this")
+        functions = dict(train_gdn=right, other=lambda q, *x: (1.1 * right(q, *x)[0],), third=fails)
+        rows = torch_times.measure("2,70,1,2,16,16", functions, 2, 2, "cpu", 60)
+        self.assertEqual([len(row["ms"]) for row in rows], [2, 2, 0, 0, 0, 0])
+        self.assertIn("off float64 by more than 0.02: o 0.1", rows[2]["why"])
+        self.assertIn("no kernel for this", rows[4]["why"])
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -273,6 +273,21 @@ assert len(seen) == 2 and refused == [triton_ahead.REFUSAL] * 2, (seen, refused)
         self.assertIn("fla 2.50 (0.40); FlashQLA 0.50 (2.00)", done.stdout)
         self.assertIn("jax-linear-attention: our script or the peer, not timed: not written: 50% of dq", done.stdout)
 
+    @unittest.skipUnless(all(map(importlib.util.find_spec, ("torch", "transformers"))), "transformers is missing")
+    @unittest.skipUnless((HERE.parents[1] / "libgdn.so").exists(), "libgdn.so is not built")
+    def test_small_qwen3_next_trains_alike(self) -> None:
+        done = call("train_qwen3_next", "--small", "--steps", 4, "--ways", "torch,torch2,gdn", "--out", self.folder)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("modeling_qwen3_next.torch_chunk_gated_delta_rule", done.stdout)  # was replaced
+        results = json.loads((self.folder / "losses.json").read_text())
+        theirs, other, ours = (results[way]["losses"] for way in ("torch", "torch2", "gdn"))
+        self.assertEqual(len(ours), 4)
+        self.assertLess(ours[3], ours[0])
+        self.assertLess(max(abs(x - y) for x, y in zip(theirs, ours)), 1e-3)
+        self.assertGreater(abs(theirs[0] - other[0]), 1e-3)
+        self.assertTrue(all(ms > 0 for ms in results["gdn"]["ms"]))
+        self.assert_one_line_error(call("train_qwen3_next", "--ways", "none"), "--ways none, expected of torch")
+
 
 if __name__ == "__main__":
     unittest.main()

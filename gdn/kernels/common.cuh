@@ -7,8 +7,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../cuda_device.cuh"
 #include "../shapes.h"
@@ -46,6 +49,20 @@ inline int lanes_for(int vectors) {
 
 // ---- shared memory ----------------------------------------------------------------------------------------
 
+// Lets a kernel have so many dynamic bytes on the current GPU. The runtime is asked once a process, kernel and GPU, or
+// when more are wanted: a call costs the host a microsecond. Any thread may call.
+inline void raise_shared_bytes(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, int> allowed;
+  int number = 0;
+  cuda_check(cudaGetDevice(&number));
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{kernel, number}];
+  if (bytes <= most) return;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  most = bytes;
+}
+
 // Before a launch with so many dynamic bytes. Throws one line when the GPU has fewer.
 template <class Kernel>
 void allow_shared_bytes(const Cuda& device, Kernel* kernel, int bytes, const char* what) {
@@ -53,7 +70,7 @@ void allow_shared_bytes(const Cuda& device, Kernel* kernel, int bytes, const cha
     throw std::runtime_error(std::string(what) + " needs " + std::to_string(bytes) +
                              " bytes of shared memory a block at these sizes; this GPU has " +
                              std::to_string(device.shared_bytes));
-  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  raise_shared_bytes(reinterpret_cast<const void*>(kernel), bytes);
 }
 
 // ---- eight numbers at a time ------------------------------------------------------------------------------
