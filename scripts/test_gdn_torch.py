@@ -271,6 +271,26 @@ class InPyTorch(unittest.TestCase):
             self.assertLessEqual(max(len(gdn_torch._plans), len(gdn_torch._known)), 4)
             self.assertGreater(min(len(gdn_torch._plans), len(gdn_torch._known)), 0)
 
+    def test_lengths_are_divided_by_in_few_calls(self):
+        """As the GPU's calls do it before the library: held to float64."""
+        for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2.5e-3), (torch.float16, 3e-4)):
+            r = torch.Generator().manual_seed(0)
+            x = torch.randn(2, 9, 3, 64, generator=r).to(dtype).transpose(1, 2).requires_grad_()
+            dy = torch.randn(x.shape, generator=r).to(dtype)
+            exact = x.detach().double().requires_grad_()
+            y64 = exact / (exact.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            y = gdn_torch._Normalized.apply(x)
+            self.assertEqual((y.dtype, y.shape), (dtype, x.shape))
+            self.assertLess(relative(y, y64), bound)
+            self.assertLess(relative(y, gdn_torch._normalized(x)), bound)
+            dx, = torch.autograd.grad(y, x, dy)
+            self.assertEqual(dx.dtype, dtype)
+            self.assertLess(relative(dx, torch.autograd.grad(y64, exact, dy.double())[0]), bound)
+        zero = torch.zeros(1, 1, 1, 16, requires_grad=True)
+        y = gdn_torch._Normalized.apply(zero)
+        self.assertTrue(torch.equal(y, zero))
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), zero)[0], torch.full(zero.shape, 1e3))
+
     def test_strided_and_expanded_tensors(self):
         x = inputs(tokens=70)
         expected = chunk_gated_delta_rule(*x[:5], initial_state=x[5])[0]
