@@ -270,8 +270,7 @@ struct Cuda {
     if (found != known.end()) return found->second;
     Limits limits;
     cuda_check(cudaDeviceGetAttribute(&limits.sm_count, cudaDevAttrMultiProcessorCount, number));
-    cuda_check(
-        cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
+    cuda_check(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number));
     return known[number] = limits;
   }
 

@@ -283,7 +283,7 @@ class _Plan:
 
 
 _plans, _MOST_PLANS = {}, 1024
-_known = {}  # the same, of calls whose inputs need neither checks nor conversions any more
+_known = {}  # what _recipe said of calls with such inputs, and their plan where nothing is to be converted
 
 
 def _signature(x):
@@ -590,33 +590,70 @@ def _normalized(x):
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+class _Normalized(torch.autograd.Function):
+    """The same in fewer calls of PyTorch: y = r x, r = 1 / sqrt(|x|^2 + 1e-6);  dx = r (dy - y <y, dy>)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_().add_(1e-6).rsqrt_()
+        ctx.save_for_backward(x, r)
+        return torch.mul(x, r, out=torch.empty_like(x))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, r = ctx.saved_tensors
+        y = x * r  # float32
+        dx = torch.addcmul(dy.float(), y, (y * dy).sum(-1, keepdim=True), value=-1)
+        return torch.mul(dx, r, out=torch.empty_like(x))
+
+
+def _recipe(q, k, v, g, beta, scale, initial_state, normalized, v_first, cu_seqlens):
+    """Checks a call. The types that it computes in, of q, k and v and of the rest; scale; whether q and k are divided by their
+    lengths here, and by the library."""
+    scale = float(k.shape[-1] ** -0.5 if scale is None else scale)
+    compute = _compute_type(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
+    if _is_gpu(q):
+        return torch.bfloat16, torch.float32, scale, bool(normalized), False
+    return compute, compute, scale, False, bool(normalized)
+
+
+def _converted(tensors, low, compute, divide, eager):
+    """The tensors in the types that are computed in."""
+    q, k, *rest = tensors
+    if divide:
+        q, k = map(_Normalized.apply if eager else _normalized, (q, k))
+    return [x if x is None or x.dtype == wanted else x.to(wanted)
+            for x, wanted in zip((q, k, *rest), (low, low, low, compute, compute, compute))]
+
+
 def _apply(q, k, v, g, beta, scale, initial_state, output_final_state, normalized, v_first, cu_seqlens, recurrent):
-    given = (q, k, v, g, beta, initial_state)
-    eager = not _onlooker(given)
-    tensors, plan = given, None
+    tensors = q, k, v, g, beta, initial_state
+    eager = not _onlooker(tensors)
+    plan = None
     if eager:
-        options = scale, normalized, v_first, output_final_state, recurrent
-        plan = _known.get(key := _key(*given, cu_seqlens, *options))
-    if plan is None:
-        number = float(k.shape[-1] ** -0.5 if scale is None else scale)
-        compute = _compute_type(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
-        _check(q, k, v, g, beta, initial_state, cu_seqlens, v_first)
-        low = compute
-        if q.device.type == "cuda":
-            low, compute = torch.bfloat16, torch.float32
-            if normalized:
-                q, k, normalized = _normalized(q), _normalized(k), False
-        tensors = [x if x is None or x.dtype == wanted else x.to(wanted)
-                   for x, wanted in zip((q, k, v, g, beta, initial_state), (low, low, low, compute, compute, compute))]
-        if eager:
-            plan = _plan(*tensors, cu_seqlens, number, bool(normalized), v_first, output_final_state, recurrent)
-            if all(x is y for x, y in zip(tensors, given)):  # checked, and nothing was converted
+        key = _key(*tensors, cu_seqlens, scale, normalized, v_first, output_final_state, recurrent)
+        known = _known.get(key)
+        if known is None:
+            recipe = _recipe(q, k, v, g, beta, scale, initial_state, normalized, v_first, cu_seqlens)
+        else:
+            recipe, plan = known
+        if plan is None:
+            given = tensors
+            low, compute, number, divide, in_library = recipe
+            tensors = _converted(given, low, compute, divide, True)
+            plan = _plan(*tensors, cu_seqlens, number, in_library, v_first, output_final_state, recurrent)
+            if known is None:  # the plan is the next call's too where nothing is converted
                 if len(_known) >= _MOST_PLANS:
                     _known.clear()
-                _known[key] = plan
+                _known[key] = recipe, plan if all([x is y for x, y in zip(tensors, given)]) else None
+    else:
+        low, compute, number, divide, in_library = _recipe(q, k, v, g, beta, scale, initial_state, normalized, v_first, cu_seqlens)
+        tensors = _converted(tensors, low, compute, divide, False)
     keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
     if not eager:
-        o, final_state, _ = torch.ops.gdn.delta_rule(*tensors, cu_seqlens, number, normalized, v_first, output_final_state,
+        o, final_state, _ = torch.ops.gdn.delta_rule(*tensors, cu_seqlens, number, in_library, v_first, output_final_state,
                                                      recurrent, keep)
     elif keep:
         o, final_state = _Eager.apply(plan, *tensors, cu_seqlens)

@@ -271,6 +271,26 @@ class InPyTorch(unittest.TestCase):
             self.assertLessEqual(max(len(gdn_torch._plans), len(gdn_torch._known)), 4)
             self.assertGreater(min(len(gdn_torch._plans), len(gdn_torch._known)), 0)
 
+    def test_lengths_are_divided_by_in_few_calls(self):
+        """As the GPU's calls do it before the library: held to float64."""
+        for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 2.5e-3), (torch.float16, 3e-4)):
+            r = torch.Generator().manual_seed(0)
+            x = torch.randn(2, 9, 3, 64, generator=r).to(dtype).transpose(1, 2).requires_grad_()
+            dy = torch.randn(x.shape, generator=r).to(dtype)
+            exact = x.detach().double().requires_grad_()
+            y64 = exact / (exact.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            y = gdn_torch._Normalized.apply(x)
+            self.assertEqual((y.dtype, y.shape), (dtype, x.shape))
+            self.assertLess(relative(y, y64), bound)
+            self.assertLess(relative(y, gdn_torch._normalized(x)), bound)
+            dx, = torch.autograd.grad(y, x, dy)
+            self.assertEqual(dx.dtype, dtype)
+            self.assertLess(relative(dx, torch.autograd.grad(y64, exact, dy.double())[0]), bound)
+        zero = torch.zeros(1, 1, 1, 16, requires_grad=True)
+        y = gdn_torch._Normalized.apply(zero)
+        self.assertTrue(torch.equal(y, zero))
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), zero)[0], torch.full(zero.shape, 1e3))
+
     def test_strided_and_expanded_tensors(self):
         x = inputs(tokens=70)
         expected = chunk_gated_delta_rule(*x[:5], initial_state=x[5])[0]
@@ -386,10 +406,10 @@ print("equal")
 class LayoutsOfTheGpu(unittest.TestCase):
     """What the GPU's operators hand to the library, read by the CPU's, which takes any strides."""
 
-    @staticmethod
-    def on_gpu(function, *arguments):
+    def on_gpu(self, function, *arguments):
         def launch(plan, name, words, q, saved, documents):
             words[1] = gdn_torch._TYPES[q.dtype] << 32  # device 0, and the type
+            self.assertEqual([words[i] % 16 for i in (gdn_torch._Q, gdn_torch._K, gdn_torch._V)], [0, 0, 0])
             if documents is not None:
                 words[gdn_torch._SEQUENCES], words[gdn_torch._CU_SEQLENS] = plan.count, documents.data_ptr()
             if saved is not None:
@@ -424,6 +444,31 @@ class LayoutsOfTheGpu(unittest.TestCase):
                                         self.on_gpu(gdn_torch._delta_rule_backward, *backward)):
                             self.assertEqual((a.shape, a.stride()), (b.shape, b.stride()))
                             self.assertTrue(torch.equal(a, b), (tokens, v_first, given, d_final is None))
+
+    def test_what_the_gpu_does_not_read_is_copied(self):
+        x = [t.detach() for t in inputs(batch=1, tokens=1, dk=16, dv=32, dtype=torch.float32)]
+        flat = torch.cat([torch.zeros(1), x[1].flatten()])
+        shifted = flat[1:].view(x[1].shape)  # begins on 4 bytes
+        odd = torch.zeros(999).as_strided(x[0].shape, (999, 333, 16, 1)).copy_(x[0])  # "contiguous", as it has one token
+        self.assertTrue(shifted.data_ptr() % 16 and odd.is_contiguous())
+        call = (None, 0.3, False, False, True, False, True)
+        expected = gdn_torch._delta_rule(*x, *call)
+        backward = (0.3, False, False)
+        d_o, d_state = torch.randn(expected[0].shape), torch.randn(expected[1].shape)
+        gradient = gdn_torch._delta_rule_backward(d_o, d_state, *x, None, expected[2], *backward)
+        calls = []
+
+        def both(y):
+            found = gdn_torch._delta_rule(*y, *call)
+            calls.extend(gdn_torch._plans.values())
+            return [*found[:2], *gdn_torch._delta_rule_backward(d_o, d_state, *y, None, found[2], *backward)]
+        for q, k in ((odd, x[1]), (x[0], shifted), (odd, shifted)):
+            for a, b in zip(self.on_gpu(both, [q, k, *x[2:]]), [*expected[:2], *gradient]):
+                self.assertEqual((a.shape, a.is_contiguous()), (b.shape, True))
+                self.assertTrue(torch.equal(a, b))
+        for plan in calls:  # what the library is told it may read
+            for name in ("q", "k", "v"):
+                self.assertEqual([step % 8 for step in getattr(plan.call, name).stride[:3]], [0, 0, 0])
 
 
 class Refusals(unittest.TestCase):
