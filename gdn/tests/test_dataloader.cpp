@@ -351,7 +351,9 @@ TEST_CASE("dataloader: a shard is one by its header, whatever its name") {
     CHECK(read_sequence(loader, 1, 4).targets[3] == 308);
   }
   CHECK(open_error(folder.write("text.BIN", "some text that is long enough")) ==
-        folder.file("text.BIN") + ": 29 bytes, shorter than the shard header of 1024");
+        folder.file("text.BIN") +
+            ": 29 bytes, shorter than the shard header of 1024; it looks like text, which is read as such under "
+            "a name that does not end in .bin");
 }
 
 TEST_CASE("dataloader: what is neither text nor a shard is named") {
