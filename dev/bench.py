@@ -6,9 +6,9 @@
     python3 dev/bench.py --from LOG [LOG ...]       of output that was kept, in place of running anything
 
 Runs dev/bench_layers, dev/bench_delta_rule and dev/bench_step ROUNDS times in turn; a time is the least of its rounds, in
-milliseconds (a clock that falls makes a round slower, nothing makes one faster). Baselines are
-dev/results/baseline/CARD.json, with date, commit and driver. Printed is what moved by more than --percent; exit code 1 where
-something is slower by more than that, 2 where a benchmark failed. Two runs of one commit differ by up to 2.5% where the clock
+milliseconds (a clock that falls makes a round slower, nothing makes one faster). A baseline is a JSON file of the card's name in
+the folder dev/results/baseline, with date, commit and driver. Printed is what moved by more than --percent; exit code 1
+where something is slower by more than that, 2 where a benchmark failed. Two runs of one commit differ by up to 2.5% where the clock
 falls under the load, and more in kernels under 0.02 ms: those are compared with --percent and 0.002 ms.
 """
 
