@@ -43,6 +43,7 @@
 #include "gdn/generate_command.h"
 #include "gdn/model.h"
 #include "gdn/model_checkpoint.h"
+#include "gdn/mup_table.h"
 #include "gdn/optimizer.h"
 #include "gdn/options.h"
 #include "gdn/provenance.h"
@@ -597,9 +598,12 @@ int run(int argc, char** argv, Communicator& ranks) {
   Options o;
   OptionTable table(o);
   table.parse(argc, argv);
-  if ((o.help || o.version) && Communicator::launched() > 1 && Communicator::launched_rank() > 0) return 0;
+  if ((o.help || o.version || !o.mup_table.empty()) && Communicator::launched() > 1 &&
+      Communicator::launched_rank() > 0)
+    return 0;
   if (o.help) return table.print_help(), 0;
   if (o.version) return std::printf("train_gdn %s\n%s\n", commit().c_str(), build_text().c_str()), 0;
+  if (!o.mup_table.empty()) return print_mup_table(o, table), 0;
   for (const bool given : {o.generate != 0, !o.evaluate.empty()})
     if (given && o.load.empty())
       throw std::runtime_error(std::string(o.generate ? "-gen" : "-eval") +

@@ -82,7 +82,7 @@ struct Options {
   GradientSum sum = GradientSum::tree;
   bool mask_docs = false, coord_check = false, help = false, version = false;
   Resume resume = Resume::no;
-  std::string load, evaluate;
+  std::string load, evaluate, mup_table;
   int64_t generate = 0;
   std::string prompt, vocabulary;
   double temperature = 0.8, top_p = 1;
@@ -306,6 +306,13 @@ class OptionTable {
          "and updates as CSV, to the file -o or standard output (scripts/coord_check.py); weights are fresh "
          "or "
          "those of -load");
+    section("rules for other programs", OptionKind::this_call);
+    text("mup_table", "json", o.mup_table,
+         "print each tensor's initial values and factors of learning rate, decay and eps, by mup.h, and stop "
+         "(scripts/mup_groups.py)",
+         "none", [](const std::string& value) {
+           if (value != "json") throw std::runtime_error("'" + value + "': expected json");
+         });
     section("evaluation and generation, and samples while training", OptionKind::run);
     text("load", "FOLDER", o.load, "start from this checkpoint's weights").first().of_this_call();
     text("eval", "FILES", o.evaluate, "loss of -load on these files, and stop", "none").of_this_call();

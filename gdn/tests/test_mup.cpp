@@ -11,6 +11,7 @@
 #include "../cpu_layers.h"
 #include "../model.h"
 #include "../mup_names.h"
+#include "../mup_table.h"
 #include "../optimizer.h"
 #include "../parameters.h"
 
@@ -275,6 +276,49 @@ const std::vector<Statement> kStatements = {
     {TensorClass::final_gain,  FanIn::width,  {},                 {},             {1},                {1}},
 };
 // clang-format on
+
+// -mup_table json: every tensor, with the numbers that the trainer itself uses.
+TEST_CASE("mup: the table for other programs has the trainer's own factors") {
+  for (const bool tied : {true, false}) {
+    ModelConfig config = make_config(512, 256, 3, 6, 0, 2, 300, Parametrization::mup);
+    config.tied = tied;
+    config.base_layers = 2;
+    const Json table =
+        parse_json(json_text(mup_json(config, DecayMode::independent, EpsMode::scaled), true), "a table");
+    CHECK(table.at("forward").number("logits") == 0.5);
+    CHECK(table.at("forward").number("readout") == doctest::Approx(config.readout_scale()));
+    CHECK(table.at("forward").number("branches") == doctest::Approx(2 / 3.0));
+    const Mup m = config.mup();
+    const std::vector<Tensor> tensors = make_parameter_table(config).tensors;
+    const Json::Array& rows = std::get<Json::Array>(table.at("tensors").value);
+    REQUIRE(rows.size() == tensors.size());
+    CHECK(tensors.back().name == (tied ? "model.norm.weight" : "lm_head.weight"));
+    for (size_t i = 0; i < rows.size(); i++) {
+      const Tensor& t = tensors[i];
+      CAPTURE(t.name);
+      CHECK(rows[i].string("name") == t.name);
+      CHECK(rows[i].string("class") == name(t.cls));
+      const Json::Array& shape = std::get<Json::Array>(rows[i].at("shape").value);
+      CHECK(shape.size() == t.shape.size());
+      CHECK(std::get<int64_t>(shape[0].value) == t.shape[0]);
+      const Json &adamw = rows[i].at("adamw"), &sgd = rows[i].at("sgd");
+      const double lr = learning_rate_scale(m, OptimizerKind::adamw, t.cls, t.fan_in);
+      CHECK(adamw.number("lr") == doctest::Approx(lr).epsilon(1e-15));
+      CHECK(adamw.number("weight_decay") == doctest::Approx(has_weight_decay(t.cls) ? 1 / lr : 0));
+      CHECK(adamw.number("eps") == doctest::Approx(epsilon_scale(m, t.cls, EpsMode::scaled, t.fan_in)));
+      CHECK(sgd.number("lr") ==
+            doctest::Approx(learning_rate_scale(m, OptimizerKind::sgd, t.cls, t.fan_in)).epsilon(1e-15));
+      const Json& init = rows[i].at("init");
+      if (t.cls == TensorClass::gate_scalar)
+        CHECK(init.is<std::nullptr_t>());
+      else if (drawn_from_a_normal(t.cls))
+        CHECK(init.number("normal") == doctest::Approx(init_std(m, t.cls, t.fan_in)).epsilon(1e-15));
+      else
+        CHECK(init.number(t.cls == TensorClass::conv ? "uniform" : "constant") ==
+              (t.cls == TensorClass::conv ? 0.5 : 1));
+    }
+  }
+}
 
 }  // namespace mup_tests
 }  // namespace
